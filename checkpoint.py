@@ -1,0 +1,64 @@
+"""
+A run's state on disk: ckpt.pt with everything that continuing needs, best.pt with the best weights, metrics.jsonl.
+
+Both .pt files are one dict of tensors and plain values, a superset of nanoGPT's, so that nanoGPT reads ours and we
+read nanoGPT's; they load with weights_only=True and cannot run code.
+"""
+
+import json
+import os
+
+import torch
+
+from shards import atomic_file
+
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+def save(path, state):
+    """Writes the dict state to path. Until the new file is whole and on disk, the one that was there stays."""
+    with atomic_file(path) as f:
+        torch.save(state, f)
+
+
+def load(path):
+    """Returns the dict saved at path, by us or by nanoGPT, with its tensors on the CPU.
+
+    The prefixes that torch.compile and DDP put before parameter names are taken off. Raises FileNotFoundError without a
+    file and ValueError for one that is damaged or no checkpoint of a GPT.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no checkpoint {path}; train first, or name its folder with --out_dir=")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for a damaged or foreign file
+        raise ValueError(f"cannot read the checkpoint {path}: {str(e).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of a GPT: it lacks 'model' or 'model_args'")
+    missing = [name for name in MODEL_ARGS if name not in state["model_args"]]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)} in its model_args")
+    state["model"] = {strip(name): tensor for name, tensor in state["model"].items()}
+    return state
+
+
+def strip(name):
+    while name.startswith(("_orig_mod.", "module.")):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def rewind_metrics(path, iter_num):
+    """Drops what metrics.jsonl says of iter_num and later, and a last line that was cut short, so that no step appears
+    twice after resuming there."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                try:
+                    if json.loads(line)["iter"] < iter_num:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue
+    with atomic_file(path) as f:
+        f.write("".join(kept).encode())

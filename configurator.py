@@ -1,0 +1,238 @@
+"""
+Configuration of a script: defaults < config file(s) < --key=value, applied left to right, typed and checked.
+
+    python train.py config/fineweb_125m.py --batch_size=16
+
+A script declares its keys as a dataclass, one `name: type = key(default, help)` a line, and reads them with
+`cfg = from_command_line(TrainConfig, __doc__)`. A config file is plain Python: it runs in a namespace of its own that
+starts with the values so far (so `lr_decay_iters = max_iters` works), and may do whatever Python may. Run only
+files that you trust.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import sys
+import traceback
+
+
+def key(default, text, *, choices=(), low=None, below=None):
+    """A dataclass field with its --help text; choices, low (inclusive) and below (exclusive) limit its values."""
+    return dataclasses.field(default=default, metadata=dict(text=text, choices=choices, low=low, below=below))
+
+
+class Config:
+    """Base of a script's dataclass of keys. `given` holds the names that a file or the command line has set."""
+
+    given = frozenset()
+
+    def problems(self):
+        """Messages about values that do not go together; overridden by each script's class."""
+        return []
+
+
+class ConfigError(ValueError):
+    """All that is wrong with a configuration, one problem a line."""
+
+
+# -----------------------------------------------------------------------------
+# one value
+
+
+def convert(value, field):
+    """Returns value as the field's type: an int may fill a float, nothing else is converted. Raises ValueError."""
+    if field.type is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{field.name} is too large for a float") from None
+    if type(value) is not field.type:
+        raise ValueError(f"{field.name} needs {a(field.type)}, not {value!r} ({a(type(value))})")
+    if field.type is float and not math.isfinite(value):
+        raise ValueError(f"{field.name} needs a finite number, not {value}")
+    if field.type is str and "\0" in value:
+        raise ValueError(f"{field.name} must not contain a NUL character")
+    limits = field.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(f"{field.name} must be {' or '.join(map(repr, limits['choices']))}, not {value!r}")
+    if limits["low"] is not None and value < limits["low"]:
+        raise ValueError(f"{field.name} must be at least {limits['low']}, not {value}")
+    if limits["below"] is not None and value >= limits["below"]:
+        raise ValueError(f"{field.name} must be below {limits['below']}, not {value}")
+    return value
+
+
+def parse(text, field):
+    """Returns the value that the text of --key=text stands for, still to be checked by convert. Raises ValueError."""
+    try:
+        if field.type is bool:
+            return {"True": True, "False": False}[text]
+        if field.type is int:
+            return int(text, 0)
+        if field.type is float:
+            return float(text)
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+            return text[1:-1]  # a shell without single quotes (Windows) passes them on
+        return text
+    except (ValueError, KeyError):
+        hint = "; write True or False" if field.type is bool else ""
+        raise ValueError(f"{field.name} needs {a(field.type)}, not {text!r}{hint}") from None
+
+
+def a(kind):
+    return f"an {kind.__name__}" if kind.__name__[0] in "aeiou" else f"a {kind.__name__}"
+
+
+def unknown(name, fields):
+    near = difflib.get_close_matches(name, fields, n=1)
+    return f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+# -----------------------------------------------------------------------------
+# one file, one command line
+
+
+def read_file(path, fields, values):
+    """Returns (new values, problems) of the config file at path, run with `values` as its starting namespace."""
+    try:
+        with open(path, "rb") as f:
+            source = f.read()
+    except OSError as e:
+        folder = os.path.dirname(path) or "."
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), [n for n in names if n.endswith(".py")], n=1)
+        hint = f"; did you mean {os.path.join(os.path.dirname(path), near[0])}?" if near else ""
+        return {}, [f"cannot read the config file {path}: {e.strerror}{hint}"]
+    namespace = dict(values, __name__="config", __file__=path)
+    try:
+        tree = ast.parse(source, path)
+        exec(compile(tree, path, "exec"), namespace)
+    except SyntaxError as e:
+        return {}, [f"{path}:{e.lineno}: {e.msg}"]
+    except (Exception, SystemExit) as e:  # whatever a user's file may raise
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        return {}, [f"{where}: {type(e).__name__}: {e}"]
+
+    lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
+    new, problems = {}, []
+    for name, value in namespace.items():
+        if name.startswith("_") or inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value):
+            continue
+        where = f"{path}:{lines[name]}" if name in lines else path
+        try:
+            if name not in fields:
+                raise ValueError(unknown(name, fields))
+            if name in lines or value is not values[name]:
+                new[name] = convert(value, fields[name])
+        except ValueError as e:
+            problems.append(f"{where}: {e}")
+    return new, problems
+
+
+def is_store(node):
+    return isinstance(node.ctx, ast.Store)
+
+
+def malformed(argument, following, fields):
+    """Returns (problem, whether the following argument belongs to it) for an argument that is not --key=value."""
+    name = argument.lstrip("-")
+    if "=" in name:
+        return f"{argument}: write --{name}", False
+    bare = name.replace("-", "_")
+    if bare.removeprefix("no_") in fields and fields[bare.removeprefix("no_")].type is bool:
+        off = bare not in fields
+        if not off and following in ("True", "False"):
+            return f"{argument} {following}: write --{bare}={following}", True
+        return f"{argument}: write --{bare.removeprefix('no_')}={not off}", False
+    if bare not in fields:
+        return f"{argument}: {unknown(bare, fields)} Keys are written --key=value.", False
+    if following is None or following.startswith("--"):
+        return f"{argument}: write --{bare}=VALUE", False
+    return f"{argument} {following}: write --{bare}={following}", True
+
+
+def configure(cls, argv):
+    """Returns an instance of cls: its defaults, changed by the config files and --key=value of argv, left to right.
+
+    cls is a dataclass derived from Config whose fields are made by key(). Prints nothing. Raises ConfigError with
+    every problem found: unreadable files, unknown keys, wrong types, values out of range or at odds.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {name: f.default for name, f in fields.items()}
+    given, problems = set(), []
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument.startswith("--") and "=" in argument:
+            name, text = argument[2:].split("=", 1)
+            try:
+                if name not in fields:
+                    raise ValueError(unknown(name, fields))
+                new = {name: convert(parse(text, fields[name]), fields[name])}
+            except ValueError as e:
+                new = {}
+                problems.append(f"--{name}: {e}")
+        elif argument.startswith("-") or ("=" in argument and not os.path.exists(argument)):
+            new = {}
+            problem, takes_next = malformed(argument, arguments[0] if arguments else None, fields)
+            problems.append(problem)
+            del arguments[: int(takes_next)]
+        else:
+            new, found = read_file(argument, fields, values)
+            problems += found
+        values.update(new)
+        given.update(new)
+    config = cls(**values)
+    config.given = frozenset(given)
+    problems += config.problems()
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+# -----------------------------------------------------------------------------
+# the command line of a script
+
+
+def usage(cls, doc, script):
+    """Returns the --help text: the script's docstring and every key with its type, default, limits and meaning."""
+    lines = [doc.strip(), "", f"usage: python {script} [FILE.py ...] [--key=value ...]", "", "keys:"]
+    for f in dataclasses.fields(cls):
+        text, choices = f.metadata["text"], f.metadata["choices"]
+        if choices:
+            text += f" ({', '.join(choices)})"
+        lines.append(f"  --{f.name}={f.default!r}".ljust(40) + f" {f.type.__name__:5s} {text}")
+    return "\n".join(lines)
+
+
+def report(kind, error, trace):
+    """An excepthook: a user's mistake is one line on stderr. A fault of ours, or deep inside a library, is a traceback."""
+    frame = traceback.extract_tb(trace)[-1:]
+    ours = frame and os.path.dirname(os.path.abspath(frame[0].filename)) == os.path.dirname(os.path.abspath(__file__))
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif issubclass(kind, OSError) or (issubclass(kind, ValueError) and ours):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def from_command_line(cls, doc):
+    """Returns configure(cls, sys.argv[1:]). Prints help and exits with 0, or all problems on stderr and exits with 2.
+
+    From here on an uncaught ValueError of ours or an OSError ends the script with one line and exit status 1.
+    """
+    script = os.path.basename(sys.argv[0])
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(usage(cls, doc, script))
+        sys.exit(0)
+    sys.excepthook = report
+    try:
+        return configure(cls, sys.argv[1:])
+    except ConfigError as e:
+        print(f"{e}\npython {script} --help lists every key", file=sys.stderr)
+        sys.exit(2)

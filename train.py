@@ -1,0 +1,418 @@
+"""
+Train a GPT on one GPU (or CPU).
+
+    python train.py config/fineweb_125m.py --batch_size=16
+    python train.py config/fineweb_125m.py --batch_size=16 --init_from=resume
+
+Reads token files from data/<dataset> and writes three files into out_dir: ckpt.pt (the newest complete state, to resume
+from), best.pt (the weights with the lowest validation loss) and metrics.jsonl (every figure of the log).
+Ctrl-C or SIGTERM finishes the update in flight, saves, and prints the command that continues.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import hardware
+import shards
+from configurator import Config, from_command_line, key
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainConfig(Config):
+    # files
+    out_dir: str = key("out", "folder for ckpt.pt, best.pt and metrics.jsonl")
+    init_from: str = key("scratch", "scratch, resume (from out_dir/ckpt.pt) or auto (resume if there is a ckpt.pt)")
+    always_save_checkpoint: bool = key(True, "False: after an evaluation save only if the validation loss fell")
+    # evaluation and log
+    eval_interval: int = key(2000, "iterations between evaluations, after which ckpt.pt is saved", low=1)
+    eval_iters: int = key(200, "evaluation size, in dozens of sequences of each split", low=1)
+    eval_only: bool = key(False, "evaluate once and stop")
+    log_interval: int = key(1, "iterations between log lines; each costs one wait for the GPU", low=1)
+    wandb_log: bool = key(False, "log to Weights & Biases too (pip install wandb)")
+    wandb_project: str = key("owt", "its project")
+    wandb_run_name: str = key("gpt2", "its run name")
+    # data
+    dataset: str = key("openwebtext", "folder of token files: one under data/, or a path")
+    gradient_accumulation_steps: int = key(5 * 8, "micro-batches in one iteration", low=1)
+    batch_size: int = key(12, "micro-batch: sequences that go through the model at once", low=1)
+    block_size: int = key(1024, "tokens in one sequence, the longest context", low=1)
+    # model
+    n_layer: int = key(12, "transformer blocks", low=1)
+    n_head: int = key(12, "attention heads; divides n_embd", low=1)
+    n_embd: int = key(768, "width of the model", low=1)
+    dropout: float = key(0.0, "dropped fraction of activations; 0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
+    bias: bool = key(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has")
+    # AdamW
+    learning_rate: float = key(6e-4, "highest learning rate", low=0)
+    max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
+    weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
+    beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
+    beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
+    grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0)
+    # learning rate schedule
+    decay_lr: bool = key(True, "warm up, then decay along a cosine; False: learning_rate throughout")
+    warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
+    lr_decay_iters: int = key(600000, "iteration at which the cosine reaches min_lr, usually max_iters", low=0)
+    min_lr: float = key(6e-5, "lowest learning rate, usually learning_rate / 10", low=0)
+    # machine
+    seed: int = key(1337, "seed of weights, dropout and the order of data", low=0, below=2**32)
+    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best there is")
+    dtype: str = key(
+        "", "dtype of matmuls; empty: what suits the device", choices=("", "bfloat16", "float16", "float32")
+    )
+    compile: bool = key(True, "torch.compile the model: a minute at the start for about twice the speed on a GPU")
+    peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak from hardware.py", low=0)
+    backend: str = key("nccl", "no effect here: it chose how several GPUs talk, and this trainer uses one")
+
+    def problems(self):
+        found = []
+        if self.n_embd % self.n_head:
+            down = self.n_embd // self.n_head * self.n_head
+            near = [n for n in (down, down + self.n_head) if n]
+            found.append(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                f"set n_embd to {' or '.join(map(str, near))}, or change n_head"
+            )
+        if self.init_from not in ("scratch", "resume", "auto") and not self.init_from.startswith("gpt2"):
+            found.append(f"init_from must be 'scratch', 'resume' or 'auto', not {self.init_from!r}")
+        if self.decay_lr and self.lr_decay_iters < self.warmup_iters:
+            found.append(f"lr_decay_iters={self.lr_decay_iters} ends before warmup_iters={self.warmup_iters} do")
+        return found
+
+
+# -----------------------------------------------------------------------------
+# helpers, without side effects but for the last
+
+
+def get_lr(it, cfg):
+    """Returns the learning rate of iteration it: linear warmup, a cosine down to min_lr, min_lr from there on."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if it < cfg.warmup_iters:
+        return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    if it >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    progress = (it - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
+
+
+def as_batch(tokens, device):
+    """Returns inputs and targets, int64 (B, T), in host memory, from NumPy tokens (B, T + 1); pinned for a CUDA device,
+    so that their copy to it overlaps with its work."""
+    tokens = torch.from_numpy(tokens)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+
+@torch.no_grad()
+def estimate_loss(model, windows, count, batch_size, device, autocast):
+    """Returns the mean loss, a float, over count windows of a split: the same ones each time, whatever the batch_size,
+    without touching any random state. One sync, at the end."""
+    chosen, total = windows.spread(count), torch.zeros((), device=device)
+    model.eval()
+    for first in range(0, len(chosen), batch_size):
+        some = chosen[first : first + batch_size]
+        x, y = as_batch(windows.read(np.resize(some, batch_size)), device)
+        y[len(some) :] = -1  # a last, short batch is filled up with rows that do not count: one shape, one graph
+        with autocast():
+            _, loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        total += loss.float() * len(some)
+    model.train()
+    return total.item() / len(chosen)
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+stop_signals = []
+
+
+def ask_to_stop(number, frame):
+    """Signal handler. The first Ctrl-C or SIGTERM lets the loop save and leave between two updates, the second leaves
+    at once."""
+    if stop_signals:
+        os._exit(128 + number)
+    stop_signals.append(number)
+    print("\nstopping after this iteration; once more to leave without saving", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cfg = from_command_line(TrainConfig, __doc__)
+    sys.stdout.reconfigure(line_buffering=True)  # a log in a file is never behind
+    if "RANK" in os.environ:
+        raise ValueError("this trainer uses one GPU; start it with python train.py, not with torchrun")
+    if "backend" in cfg.given:
+        print(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
+
+    # -------------------------------------------------------------------------
+    # machine
+
+    device, device_why = hardware.pick_device(cfg.device)
+    dtype, dtype_why = hardware.pick_dtype(cfg.dtype, device)
+    peak, peak_why = hardware.device_peak(device, dtype)
+    if cfg.peak_flops:
+        peak, peak_why = cfg.peak_flops, f"{cfg.peak_flops / 1e12:g} TFLOP/s as given by peak_flops"
+    print(f"device: {hardware.device_name(device)} ({device_why}), {dtype} ({dtype_why})")
+    print(f"mfu: {'of ' if peak else 'n/a, '}{peak_why}")
+    if cfg.compile and (obstacle := hardware.compile_obstacle(device)):
+        raise ValueError(f"{obstacle}; or run without it: --compile=False")
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it; no effect on a CPU
+    autocast = contextlib.nullcontext
+    if dtype != "float32":
+        autocast = lambda: torch.autocast(device.type, getattr(torch, dtype))  # noqa: E731
+
+    # -------------------------------------------------------------------------
+    # state to continue from
+
+    ckpt_path = os.path.join(cfg.out_dir, "ckpt.pt")
+    state = None
+    if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(ckpt_path)):
+        state = checkpoint.load(ckpt_path)
+        if "optimizer" not in state:
+            raise ValueError(f"{ckpt_path} holds weights only, no optimizer state to resume from")
+        saved = {name: state["model_args"][name] for name in checkpoint.MODEL_ARGS if name != "dropout"}
+        differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
+        if differing:
+            raise ValueError(
+                f"{ckpt_path} is of another model: "
+                + ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
+                + "; leave these keys out, or start anew in another --out_dir"
+            )
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+            setattr(cfg, name, saved[name])
+    elif os.path.exists(ckpt_path):
+        print(f"{ckpt_path} of an earlier run will be overwritten; --init_from=resume would continue it")
+
+    # -------------------------------------------------------------------------
+    # data
+
+    folder = shards.find_data(cfg.dataset)
+    tokenizer = shards.read_tokenizer(folder)
+    n_ids = tokenizer["vocab_size"]
+    # multiples of 64 suit the matmul kernels; a meta.pkl means nanoGPT's own data, whose models are not padded
+    vocab_size = n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
+    if state:
+        vocab_size = saved["vocab_size"]
+        if n_ids > vocab_size:
+            raise ValueError(f"{folder} has {n_ids} token ids, the model in {ckpt_path} only {vocab_size}")
+    train_windows, val_windows = [
+        shards.Windows(shards.find_shards(folder, split), cfg.block_size, vocab_size) for split in ("train", "val")
+    ]
+    print(
+        f"data: {folder}, {train_windows.tokens:,} train and {val_windows.tokens:,} val tokens in "
+        f"{len(train_windows.shards)} + {len(val_windows.shards)} files, encoding {tokenizer['encoding']}, "
+        f"{n_ids:,} ids padded to {vocab_size:,}"
+    )
+
+    # -------------------------------------------------------------------------
+    # model and optimizer
+
+    model_args = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
+    model_args["vocab_size"] = vocab_size
+    model = GPT(GPTConfig(**model_args, n_ids=n_ids)).to(device)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device.type)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    iter_num, best_val_loss = 0, math.inf
+    if state:
+        model.load_state_dict(state["model"])
+        for group, current in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+            group.update({name: value for name, value in current.items() if name != "params"})  # this run's settings
+        optimizer.load_state_dict(state["optimizer"])
+        iter_num, best_val_loss = state["iter_num"], float(state["best_val_loss"])
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        if "rng" in state:  # nanoGPT saves none
+            torch.set_rng_state(state["rng"]["cpu"])
+            if device.type == "cuda" and "cuda" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+        print(f"resuming from {ckpt_path} at iteration {iter_num}, best val loss {best_val_loss:.4f}")
+        state = None  # frees its memory
+
+    # -------------------------------------------------------------------------
+    # numbers, so that nobody has to guess them
+
+    sequences_per_iter = cfg.batch_size * cfg.gradient_accumulation_steps
+    tokens_per_iter = sequences_per_iter * cfg.block_size
+    eval_windows = 12 * cfg.eval_iters  # 12 is nanoGPT's default batch_size; fixed, so that val loss compares
+    print(
+        f"model: {model.get_num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers, {cfg.n_head} heads, "
+        f"{cfg.n_embd} wide), {model.flops_per_token() / 1e6:,.1f} MFLOP per token"
+    )
+    print(
+        f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = {tokens_per_iter:,} tokens "
+        f"(batch_size * gradient_accumulation_steps * block_size)"
+    )
+    print(
+        f"run: {cfg.max_iters:,} * {tokens_per_iter:,} = {cfg.max_iters * tokens_per_iter:,} tokens, "
+        f"{cfg.max_iters * sequences_per_iter / len(train_windows):.2f} epochs of {len(train_windows):,} windows"
+    )
+    print(
+        f"evaluation: {min(eval_windows, len(train_windows)):,} train and {min(eval_windows, len(val_windows)):,} val "
+        f"windows of {cfg.block_size} tokens every {cfg.eval_interval:,} iterations"
+    )
+    if iter_num > cfg.max_iters:
+        raise ValueError(f"{ckpt_path} is at iteration {iter_num}, past max_iters={cfg.max_iters}; raise --max_iters")
+
+    # -------------------------------------------------------------------------
+    # files and logs
+
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    metrics_path = os.path.join(cfg.out_dir, "metrics.jsonl")
+    checkpoint.rewind_metrics(metrics_path, iter_num)
+    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
+
+    def record(kind, **figures):
+        metrics.write(json.dumps(dict(kind=kind, iter=iter_num, **figures)) + "\n")
+
+    record("resume" if iter_num else "config", config=dataclasses.asdict(cfg), torch=torch.__version__)
+    wandb = None
+    if cfg.wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False") from None
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=dataclasses.asdict(cfg))
+
+    # -------------------------------------------------------------------------
+    # the loop: evaluate, save, update, log
+
+    loader = ThreadPoolExecutor(max_workers=1)  # reads the next micro-batch while the model works on this one
+
+    def load(micro_batch):
+        """Micro-batch number micro_batch of the run, sequences batch_size * micro_batch and on: all that resuming needs."""
+        some = train_windows.training(cfg.batch_size * micro_batch, cfg.batch_size, cfg.seed)
+        return as_batch(train_windows.read(some), device)
+
+    micro_batch = iter_num * cfg.gradient_accumulation_steps
+    upcoming = loader.submit(load, micro_batch)
+    model.train()
+
+    if cfg.compile:
+        print("compiling the model (about a minute)")
+        model.compile(dynamic=False)
+        start = time.perf_counter()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # one pass outside the run and its clock
+            x, y = (t.to(device) for t in upcoming.result())
+            with autocast():
+                _, loss = model(x, y)
+            scaler.scale(loss).backward()
+        optimizer.zero_grad(set_to_none=True)
+        hardware.synchronize(device)
+        print(f"compiled in {time.perf_counter() - start:.1f}s")
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=None, dynamic_ncols=True, unit="it")  # on a terminal
+    run_start = window_start = time.perf_counter()
+    window_iters, eval_seconds, loss_sum = 0, 0.0, torch.zeros((), device=device)
+    while True:
+        done = iter_num == cfg.max_iters
+        due = done or cfg.eval_only or iter_num % cfg.eval_interval == 0
+        if due or stop_signals:
+            hardware.synchronize(device)  # updates still in flight belong to the clock, what follows does not
+            pause = time.perf_counter()
+            improved = False
+            if due:
+                train_loss, val_loss = (
+                    estimate_loss(model, windows, eval_windows, cfg.batch_size, device, autocast)
+                    for windows in (train_windows, val_windows)
+                )
+                bar.write(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+                record("eval", train_loss=train_loss, val_loss=val_loss)
+                improved = val_loss < best_val_loss
+                best_val_loss = min(best_val_loss, val_loss)
+                if wandb:
+                    wandb.log({"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": get_lr(iter_num, cfg)})
+                eval_seconds = time.perf_counter() - pause
+            if cfg.eval_only:
+                break
+            if done or stop_signals or (iter_num and (improved or cfg.always_save_checkpoint)):
+                weights = {
+                    "model": model.state_dict(),
+                    "model_args": model_args,
+                    "iter_num": iter_num,
+                    "best_val_loss": best_val_loss,
+                    "config": dataclasses.asdict(cfg),
+                    "tokenizer": tokenizer,
+                }
+                rng = {"cpu": torch.get_rng_state()}
+                if device.type == "cuda":
+                    rng["cuda"] = torch.cuda.get_rng_state(device)
+                checkpoint.save(
+                    ckpt_path,
+                    weights | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng},
+                )
+                if improved:
+                    checkpoint.save(os.path.join(cfg.out_dir, "best.pt"), weights)
+                bar.write(f"saving checkpoint to {cfg.out_dir}")
+                record("checkpoint", best_val_loss=best_val_loss)
+            window_start += time.perf_counter() - pause
+            if done or stop_signals:
+                break
+
+        lr = get_lr(iter_num, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum.zero_()
+        for _ in range(cfg.gradient_accumulation_steps):
+            x, y = (t.to(device, non_blocking=True) for t in upcoming.result())
+            micro_batch += 1
+            upcoming = loader.submit(load, micro_batch)
+            with autocast():
+                _, loss = model(x, y)
+            loss = loss / cfg.gradient_accumulation_steps  # equal-sized micro-batches: the sum is the step's mean
+            loss_sum += loss.detach()  # stays on the device: reading it here would wait for the GPU
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        window_iters += 1
+        bar.update()
+
+        if iter_num % cfg.log_interval == 0 or iter_num == cfg.max_iters - 1:
+            step_loss = loss_sum.item()  # the one sync of a log line
+            dt = (time.perf_counter() - window_start) / window_iters
+            left = cfg.max_iters - 1 - iter_num
+            eta = left * dt + math.ceil(left / cfg.eval_interval) * eval_seconds
+            tflops = model.flops_per_token() * tokens_per_iter / dt / 1e12
+            mfu = model.estimate_mfu(sequences_per_iter, dt, peak) if peak else None
+            bar.write(
+                f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, mfu {f'{mfu:.2%}' if peak else 'n/a'}, "
+                f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {norm.item():.3f}, lr {lr:.2e}, "
+                f"eta {duration(eta)}"
+            )
+            record("iter", loss=step_loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm.item(), lr=lr)
+            if wandb:
+                wandb.log({"iter": iter_num, "train/step_loss": step_loss, "lr": lr, "mfu": mfu and 100 * mfu})
+            window_start, window_iters = time.perf_counter(), 0
+        iter_num += 1
+
+    bar.close()
+    loader.shutdown(cancel_futures=True)
+    if stop_signals and not done:
+        command = [arg for arg in sys.argv if not arg.startswith("--init_from=")]
+        print(f"stopped at iteration {iter_num}; continue with: {shlex.join(['python', *command, '--init_from=resume'])}")
+        sys.exit(128 + stop_signals[0])
+    print(f"done: {iter_num:,} iterations in {duration(time.perf_counter() - run_start)}, best val loss {best_val_loss:.4f}")
