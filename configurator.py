@@ -119,7 +119,7 @@ def read_file(path, fields, values):
 
     lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
     new, problems = {}, []
-    for name, value in namespace.items():
+    for name, value in sorted(namespace.items(), key=lambda item: lines.get(item[0], 0)):
         if name.startswith("_") or inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value):
             continue
         where = f"{path}:{lines[name]}" if name in lines else path

@@ -62,7 +62,8 @@ if __name__ == "__main__":
     device, _ = hardware.pick_device(cfg.device)
     dtype, _ = hardware.pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32
 
     path = os.path.join(cfg.out_dir, "best.pt" if cfg.init_from == "best" else "ckpt.pt")
     state = checkpoint.load(path)

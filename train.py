@@ -175,7 +175,8 @@ if __name__ == "__main__":
     if cfg.compile and (obstacle := hardware.compile_obstacle(device)):
         raise ValueError(f"{obstacle}; or run without it: --compile=False")
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it; no effect on a CPU
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as nanoGPT
     autocast = contextlib.nullcontext
     if dtype != "float32":
         autocast = lambda: torch.autocast(device.type, getattr(torch, dtype))  # noqa: E731

@@ -1,0 +1,212 @@
+"""
+Configuration: precedence, types, what is refused and how it is said.
+Reference: the rules written by hand here. Run: pytest tests/test_configurator.py
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configurator import Config, ConfigError, configure, key, usage
+from prepare_fineweb import PrepareConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Toy(Config):
+    steps: int = key(10, "steps to take", low=1)
+    rate: float = key(0.5, "fraction", low=0, below=1)
+    fast: bool = key(True, "hurry")
+    name: str = key("toy", "what to call it")
+    kind: str = key("a", "which", choices=("a", "b"))
+
+
+def errors(argv, cls=Toy):
+    with pytest.raises(ConfigError) as e:
+        configure(cls, argv)
+    return str(e.value).splitlines()
+
+
+def write(folder, text, name="toy.py"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_later_settings_win_from_left_to_right(tmp_path):
+    first, second = write(tmp_path, "steps = 20\nrate = 0.25"), write(tmp_path, "steps = 30", "b.py")
+    assert configure(Toy, []) == Toy()
+    assert configure(Toy, [first, second]).steps == 30
+    assert configure(Toy, [second, first]).steps == 20
+    assert configure(Toy, ["--steps=40", first]).steps == 20
+    config = configure(Toy, [first, "--steps=40"])
+    assert (config.steps, config.rate, config.given) == (40, 0.25, {"steps", "rate"})
+
+
+def test_values_keep_their_type_and_may_hold_an_equals_sign():
+    config = configure(Toy, ["--rate=0", "--name=a=b=c", "--fast=False", "--steps=1_000"])
+    assert (config.rate, config.name, config.fast, config.steps) == (0.0, "a=b=c", False, 1000)
+    assert type(config.rate) is float
+    assert configure(Toy, ["--name=42"]).name == "42"
+    assert configure(Toy, ["--name="]).name == ""
+    assert configure(Toy, ["--name='x'"]).name == "x"
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--steps=1.5", "--steps: steps needs an int, not '1.5'"),
+        ("--steps=True", "--steps: steps needs an int, not 'True'"),
+        ("--steps=0", "--steps: steps must be at least 1, not 0"),
+        ("--rate=1", "--rate: rate must be below 1, not 1.0"),
+        ("--rate=nan", "--rate: rate needs a finite number, not nan"),
+        ("--fast=1", "--fast: fast needs a bool, not '1'; write True or False"),
+        ("--kind=c", "--kind: kind must be 'a' or 'b', not 'c'"),
+        ("--stepz=3", "--stepz: unknown key 'stepz'; did you mean 'steps'?"),
+        ("steps=3", "steps=3: write --steps=3"),
+        ("-steps=3", "-steps=3: write --steps=3"),
+        ("--fast", "--fast: write --fast=True"),
+        ("--no-fast", "--no-fast: write --fast=False"),
+        ("--steps", "--steps: write --steps=VALUE"),
+        ("absent.py", "cannot read the config file absent.py: No such file or directory"),
+    ],
+)
+def test_a_wrong_argument_is_explained(argument, message):
+    assert errors([argument]) == [message]
+
+
+def test_a_value_after_a_space_is_one_problem_not_two():
+    assert errors(["--steps", "5", "--fast", "False"]) == [
+        "--steps 5: write --steps=5",
+        "--fast False: write --fast=False",
+    ]
+
+
+def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path):
+    path = write(tmp_path, "import math\n\nsteps = 'ten'\nrat = 0.1\n_scratch = 5\nfast = 1\n")
+    assert errors([path, "--kind=z", "--nam=x"]) == [
+        f"{path}:3: steps needs an int, not 'ten' (a str)",
+        f"{path}:4: unknown key 'rat'; did you mean 'rate'?",
+        f"{path}:6: fast needs a bool, not 1 (an int)",
+        "--kind: kind must be 'a' or 'b', not 'z'",
+        "--nam: unknown key 'nam'; did you mean 'name'?",
+    ]
+
+
+def test_a_config_file_is_python_that_sees_the_values_so_far(tmp_path):
+    text = "import math\ndef half(x): return x / 2\nclass Helper: pass\nsteps = steps * 2\nrate = half(math.cos(0))"
+    config = configure(Toy, ["--steps=21", write(tmp_path, text)])
+    assert (config.steps, config.rate) == (42, 0.5)
+
+
+def test_a_config_file_cannot_change_the_caller(tmp_path):
+    path = write(tmp_path, "name = __name__\n_leak = 1\nfields = None\n")
+    assert errors([path]) == [f"{path}:3: unknown key 'fields'"]
+    assert callable(fields) and "_leak" not in globals()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("steps = = 3", ":1: invalid syntax"),
+        ("steps = 1\nrate = oops", ":2: NameError: name 'oops' is not defined"),
+        ("steps = 1 / 0", ":1: ZeroDivisionError: division by zero"),
+        ("raise SystemExit('no')", ":1: SystemExit: no"),
+    ],
+)
+def test_a_broken_config_file_names_its_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    assert errors([path]) == [path + message]
+
+
+def test_a_misspelt_file_name_is_guessed():
+    assert "did you mean config/fineweb_125m.py?" in errors(["config/fineweb_124m.py"], TrainConfig)[0]
+
+
+def test_values_at_odds_are_reported_with_the_rest():
+    found = errors(["--n_embd=770", "--device"], TrainConfig)
+    assert found == [
+        "--device: write --device=VALUE",
+        "n_embd=770 is not divisible by n_head=12; set n_embd to 768 or 780, or change n_head",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.name)
+def test_every_config_of_ours_loads_and_its_token_arithmetic_holds(path):
+    config = configure(TrainConfig, [str(path)])
+    product = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    sizes = f"{config.batch_size} * {config.gradient_accumulation_steps} * {config.block_size}"
+    text = path.read_text()
+    assert f"# {sizes} = {product:,} tokens per iteration" in text
+    total = config.max_iters * product
+    assert f"{config.max_iters:,} iterations of {product:,}" in text
+    assert f"{total / 1e9:.1f}B tokens" in text or f"{total / 1e6:.1f}M tokens" in text
+
+
+# nanoGPT's keys as its train.py and sample.py declare them, each with a value of its type
+NANOGPT_TRAIN = """
+import time
+out_dir = 'out-x'; eval_interval = 5; log_interval = 1; eval_iters = 40; eval_only = False
+always_save_checkpoint = False; init_from = 'gpt2-xl'
+wandb_log = False; wandb_project = 'shakespeare'; wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'; gradient_accumulation_steps = 5 * 8; batch_size = 1; block_size = 1024
+n_layer = 12; n_head = 12; n_embd = 768; dropout = 0.0; bias = False
+learning_rate = 3e-5; max_iters = 20; weight_decay = 1e-1; beta1 = 0.9; beta2 = 0.95; grad_clip = 1.0
+decay_lr = False; warmup_iters = 2000; lr_decay_iters = 600000; min_lr = 6e-5
+backend = 'gloo'; device = 'cuda'; dtype = 'float16'; compile = True
+"""
+NANOGPT_SAMPLE = """
+init_from = 'resume'; out_dir = 'out'; start = 'x'; num_samples = 3; max_new_tokens = 5; temperature = 0.8
+top_k = 200; seed = 1; device = 'cpu'; dtype = 'bfloat16'; compile = False
+"""
+
+
+@pytest.mark.parametrize("cls, text", [(TrainConfig, NANOGPT_TRAIN), (SampleConfig, NANOGPT_SAMPLE)])
+def test_every_key_of_nanogpt_is_accepted(tmp_path, cls, text):
+    configure(cls, [write(tmp_path, text)])
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_fineweb.py"])
+def test_help_lists_every_key_and_a_wrong_key_exits_with_2(script):
+    cls = {"train.py": TrainConfig, "sample.py": SampleConfig, "prepare_fineweb.py": PrepareConfig}[script]
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and not shown.stderr
+    for field in fields(cls):
+        assert f"--{field.name}={field.default!r}" in shown.stdout and field.metadata["text"] in shown.stdout
+    wrong = subprocess.run([sys.executable, script, "--devise=cpu"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and not wrong.stdout
+    assert wrong.stderr.splitlines()[0] == "--devise: unknown key 'devise'; did you mean 'device'?" or cls is PrepareConfig
+
+
+def test_usage_shows_choices():
+    assert "which (a, b)" in usage(Toy, "Doc.", "toy.py")
+
+
+words = st.one_of(st.text(max_size=12), st.sampled_from(["--", "--steps", "5", "--fast", "=", "-", "--no-name"]))
+settings = st.builds("--{}={}".format, st.sampled_from([f.name for f in fields(Toy)]), st.text(max_size=12))
+
+
+@given(st.lists(st.one_of(words, settings), max_size=6))
+def test_no_argument_list_raises_anything_but_a_config_error(argv):
+    try:
+        config = configure(Toy, argv)
+    except ConfigError as e:
+        assert str(e)
+    else:
+        assert all(type(getattr(config, f.name)) is f.type for f in fields(Toy))
+
+
+@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text())
+def test_what_python_prints_is_what_is_set(i, x, flag, text):
+    if not (i >= 1 and 0 <= x < 1) or "\0" in text or (text[:1] == text[-1:] and text[:1] in "'\"" and len(text) > 1):
+        return
+    config = configure(Toy, [f"--steps={i}", f"--rate={x}", f"--fast={flag}", f"--name={text}"])
+    assert (config.steps, config.rate, config.fast, config.name) == (i, x, flag, text)

@@ -1,0 +1,169 @@
+"""
+The peak table: each card gets its own peak and no other card's, and what cannot be known is not made up.
+Reference: datasheet figures written by hand. Run: pytest tests/test_hardware.py
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hardware
+from hardware import PEAKS, peak_flops
+
+
+def tflops(name, sm_count, dtype="bfloat16"):
+    peak, phrase = peak_flops(name, sm_count, dtype)
+    assert name in phrase
+    return peak and round(peak / 1e12, 1)
+
+
+@pytest.mark.parametrize(
+    "name, sm_count, expected",
+    [
+        ("NVIDIA GeForce RTX 4070", 46, 58.3),
+        ("NVIDIA H100 80GB HBM3", 132, 989.4),
+        ("NVIDIA H100 PCIe", 114, 756.4),
+        ("NVIDIA H100 80GB HBM2e", 114, 756.4),
+        ("NVIDIA H100 NVL", 132, 835.5),
+        ("NVIDIA H200", 132, 989.4),
+        ("NVIDIA H200 NVL", 132, 835.5),
+        ("NVIDIA A100-SXM4-80GB", 108, 312.0),
+        ("A100-PCIE-40GB", 108, 312.0),
+        ("NVIDIA A100 80GB PCIe", 108, 312.0),
+        ("NVIDIA GeForce RTX 3060", 28, 25.5),
+        ("GeForce RTX 3090", 82, 71.2),
+        ("NVIDIA B300 SXM6 AC", 148, 2250.0),
+        ("AMD Instinct MI300X", 304, 1307.4),
+        ("AMD Instinct MI300X OAM", 304, 1307.4),
+    ],
+)
+def test_a_card_has_its_datasheet_peak(name, sm_count, expected):
+    assert tflops(name, sm_count) == expected
+
+
+@pytest.mark.parametrize(
+    "name, sm_count, expected, not_the_peak_of",
+    [
+        ("NVIDIA RTX A1000", 18, None, "a100"),
+        ("NVIDIA RTX A4000", 48, 76.7, "a40"),
+        ("NVIDIA RTX A3000", 32, None, "a30"),
+        ("NVIDIA A100-SXM4-40GB", 108, 312.0, "a10"),
+        ("NVIDIA A10G", 80, 70.0, "a10"),
+        ("NVIDIA RTX A2000 12GB", 26, 31.9, "a2"),
+        ("NVIDIA A16", 10, 18.0, "a10"),
+        ("NVIDIA L40", 142, 181.0, "l4"),
+        ("NVIDIA L40S", 142, 366.4, "l40"),
+        ("NVIDIA T400", 6, None, "tesla t4"),
+        ("NVIDIA H200", 132, 989.4, "h20"),
+        ("NVIDIA H20-3e", 78, 148.0, "h200"),
+        ("NVIDIA GH200 480GB", 132, 989.4, "h200"),
+        ("NVIDIA GB200", 152, 2500.0, "b200"),
+        ("NVIDIA GB300", 152, None, "b300"),
+        ("NVIDIA GeForce RTX 4090 D", 114, 147.1, "rtx 4090"),
+        ("NVIDIA GeForce RTX 5090 D", 170, None, "rtx 5090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 76, None, "rtx 4090"),
+        ("NVIDIA GeForce RTX 3090 Ti", 84, 80.0, "rtx 3090"),
+        ("NVIDIA GeForce RTX 4070 SUPER", 56, 71.0, "rtx 4070"),
+        ("NVIDIA GeForce RTX 4070 Ti", 60, 80.2, "rtx 4070"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 66, 88.2, "rtx 4070 ti"),
+        ("NVIDIA RTX 6000 Ada Generation", 142, 364.2, "quadro rtx 6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 188, 503.8, "rtx 6000 ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 188, 438.9, "rtx 6000 ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 188, None, "rtx 6000 ada"),
+        ("NVIDIA RTX 5000 Ada Generation", 100, 261.1, "quadro rtx 5000"),
+        ("NVIDIA RTX PRO 5000 Blackwell", 110, None, "rtx 5000 ada"),
+        ("AMD Instinct MI300A", 228, 980.6, "mi300x"),
+    ],
+)
+def test_a_name_that_contains_another_cards_name_is_told_apart(name, sm_count, expected, not_the_peak_of):
+    assert tflops(name, sm_count) == expected
+    assert not_the_peak_of in {row[0] for row in PEAKS}
+
+
+@pytest.mark.parametrize(
+    "name, sm_count, dtype, expected",
+    [
+        ("Quadro RTX 6000", 72, "float16", 130.5),
+        ("Quadro RTX 5000", 48, "float16", 89.2),
+        ("Tesla T4", 40, "float16", 65.1),
+        ("Tesla T4", 40, "float32", 8.1),
+        ("Tesla T4", 40, "bfloat16", None),
+        ("Tesla V100-SXM2-32GB", 80, "float16", 125.0),
+        ("Tesla V100-PCIE-16GB", 80, "float16", 112.0),
+        ("Tesla V100-SXM3-32GB", 80, "float16", None),
+        ("NVIDIA A100-SXM4-40GB", 108, "float32", 156.0),
+        ("NVIDIA GeForce RTX 4070", 46, "float32", 29.1),
+        ("AMD Instinct MI355X", 256, "float32", 157.3),
+    ],
+)
+def test_each_dtype_has_its_own_peak(name, sm_count, dtype, expected):
+    assert tflops(name, sm_count, dtype) == expected
+
+
+def test_a_part_of_a_gpu_has_that_part_of_its_peak():
+    peak, phrase = peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 14, "bfloat16")
+    assert peak == pytest.approx(312e12 * 14 / 108) and "14 of 108 SMs" in phrase
+    assert tflops("GRID A100-10C", 27) == 78.0
+
+
+def test_cards_that_share_a_name_are_told_apart_by_their_sms():
+    assert (tflops("NVIDIA GeForce RTX 3080", 68), tflops("NVIDIA GeForce RTX 3080", 70)) == (59.5, 61.3)
+    assert (tflops("NVIDIA GeForce RTX 3050", 20), tflops("NVIDIA GeForce RTX 3050", 18)) == (18.2, 13.5)
+    assert (tflops("AMD Instinct MI250X/MI250", 110), tflops("AMD Instinct MI250X/MI250", 104)) == (191.5, 181.0)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "Quadro RTX 5000 with Max-Q Design", "", "Orin"])
+def test_an_unknown_card_has_no_peak(name):
+    assert peak_flops(name, 20, "float16")[0] is None
+
+
+def test_rows_that_state_their_arithmetic_agree_with_it():
+    source, checked = Path(hardware.__file__).read_text(), 0
+    for line in source.splitlines():
+        stated = re.search(r"\b(\d+)x(512|1024)x(\d\.\d+)", line)
+        if stated and line.strip().startswith("("):
+            sms, rate, ghz = int(stated[1]), int(stated[2]), float(stated[3])
+            row = re.match(r'\s*\("[^"]+", (\d+), ([\d.]+), ([\d.]+)', line)
+            assert int(row[1]) == sms and float(row[3]) == pytest.approx(sms * rate * ghz / 1000, rel=0.01), line
+            checked += 1
+    assert checked > 20
+
+
+def test_ampere_and_later_do_half_the_rate_in_tf32():
+    for name, _, bf16, fp16, tf32, _ in PEAKS:
+        if bf16 and not name.startswith("mi"):
+            assert bf16 == fp16 and tf32 == pytest.approx(bf16 / 2, rel=0.03), name
+
+
+def test_cpu_is_chosen_without_a_gpu_and_what_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        assert hardware.pick_device("")[0].type == "cuda"
+    else:
+        with pytest.raises(ValueError, match=r"torch sees 0 GPUs.*leave --device out"):
+            hardware.pick_device("cuda")
+    cpu, why = hardware.pick_device("cpu")
+    assert cpu == torch.device("cpu") and why == "as asked"
+    for wrong in ("gpu", "meta", "cuda:x"):
+        with pytest.raises(ValueError, match="use cuda, cuda:N, mps or cpu"):
+            hardware.pick_device(wrong)
+    assert hardware.pick_dtype("", cpu)[0] == "float32"
+    assert hardware.pick_dtype("bfloat16", cpu)[0] == "bfloat16"
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        hardware.pick_dtype("float16", cpu)
+    assert hardware.device_peak(cpu, "float32") == (None, "no peak is known for cpu")
+
+
+def test_what_compile_lacks_is_named(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    (tmp_path / "g++").touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hardware.compile_obstacle(cpu, tmp_path) is None
+    assert re.search(r"no Python\.h \(apt install python3\.\d+-dev\)", hardware.compile_obstacle(cpu, tmp_path / "none"))
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert "g++ is not on the PATH (apt install g++)" in hardware.compile_obstacle(cpu, tmp_path)
+    assert "gcc or clang is not on the PATH" in hardware.compile_obstacle(torch.device("cuda"), tmp_path)

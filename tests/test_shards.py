@@ -1,0 +1,240 @@
+"""
+Token files in their three formats, and the order in which training visits them.
+References: headers and files written by hand with struct and NumPy; the order rule of the README.
+Run: pytest tests/test_shards.py
+"""
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import shards
+from shards import Windows, find_data, find_shards, read_tokenizer, text_codec, write_shard
+
+IDS = np.arange(1000, dtype=np.uint16) * 7 % 251
+
+
+def tokens_in(folder, split):
+    """All tokens of a split, by way of windows of one token each."""
+    windows = Windows(find_shards(folder, split), 1, 2**32)
+    rows = windows.read(np.arange(len(windows)))
+    ends = np.cumsum([shard.count - 1 for shard in windows.shards])
+    return np.concatenate([np.append(part[:, 0], part[-1, 1]) for part in np.split(rows, ends[:-1])])
+
+
+def windows_of(tmp_path, *parts, block_size=10):
+    for number, part in enumerate(parts, 1):
+        write_shard(tmp_path / f"a_train_{number:06d}.bin", np.asarray(part, dtype=np.uint16))
+    return Windows(find_shards(tmp_path, "train"), block_size, 1000)
+
+
+# -----------------------------------------------------------------------------
+# formats
+
+
+def test_a_shard_has_llmcs_header_and_its_tokens(tmp_path):
+    path = tmp_path / "x_train_000001.bin"
+    write_shard(path, IDS)
+    raw = path.read_bytes()
+    assert struct.unpack("<256i", raw[:1024]) == (20240520, 1, 1000) + (0,) * 253
+    assert np.array_equal(np.frombuffer(raw[1024:], dtype="<u2"), IDS)
+    write_shard(path, IDS.astype(np.uint32) + 100_000)
+    raw = path.read_bytes()
+    assert struct.unpack("<3i", raw[:12]) == (20240801, 7, 1000)
+    assert np.array_equal(np.frombuffer(raw[1024:], dtype="<u4"), IDS.astype(np.uint32) + 100_000)
+
+
+def test_all_three_formats_are_read(tmp_path):
+    header = struct.pack("<256i", 20240520, 1, 600, *[0] * 253)
+    for split in ("train", "val"):
+        for kind in ("llmc", "npy", "nano"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+        (tmp_path / "llmc" / f"edu_fineweb_{split}_000000.bin").write_bytes(header + IDS[:600].tobytes())
+        write_shard(tmp_path / "llmc" / f"edu_fineweb_{split}_000001.bin", IDS[600:].astype(np.uint32))
+        np.save(tmp_path / "npy" / f"edufineweb_{split}_000000.npy", IDS[:600])
+        np.save(tmp_path / "npy" / f"edufineweb_{split}_000001.npy", IDS[600:])
+        IDS.tofile(tmp_path / "nano" / f"{split}.bin")
+        for kind in ("llmc", "npy", "nano"):
+            assert np.array_equal(tokens_in(tmp_path / kind, split), IDS), kind
+
+
+def test_headered_shards_come_before_npy_before_raw(tmp_path):
+    IDS[:100].tofile(tmp_path / "train.bin")
+    assert find_shards(tmp_path, "train")[0].count == 100
+    np.save(tmp_path / "b_train_000001.npy", IDS[:200])
+    assert find_shards(tmp_path, "train")[0].count == 200
+    write_shard(tmp_path / "c_train_000001.bin", IDS[:300])
+    assert find_shards(tmp_path, "train")[0].count == 300
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a_train_000001.bin", b"", "does not start with llm.c's shard header"),
+        ("a_train_000001.bin", b"\1\2" * 2000, "does not start with llm.c's shard header"),
+        ("a_train_000001.bin", struct.pack("<256i", 20240520, 7, 4, *[0] * 253), "does not start with"),
+        ("a_train_000001.bin", struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + b"1234567", "1,031 bytes.*cut short"),
+        ("a_train_000001.npy", b"\x93NUMPY", "is not a whole .npy file"),
+        ("train.bin", b"123", "odd number of bytes"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as e:
+        find_shards(tmp_path, "train")
+    assert name in str(e.value)
+
+
+def test_an_npy_file_must_hold_a_row_of_tokens(tmp_path):
+    np.save(tmp_path / "a_train_000001.npy", np.zeros((2, 3), dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"uint16 of shape \(2, 3\)"):
+        find_shards(tmp_path, "train")
+    np.save(tmp_path / "a_train_000001.npy", np.zeros(3, dtype=np.float32))
+    with pytest.raises(ValueError, match="holds float32"):
+        find_shards(tmp_path, "train")
+
+
+def test_a_missing_folder_or_split_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder data/nowhere.*python prepare_fineweb.py"):
+        find_data("nowhere")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        find_data("")
+    write_shard(tmp_path / "a_train_000001.bin", IDS)
+    with pytest.raises(FileNotFoundError, match="has no val tokens.*python prepare_fineweb.py"):
+        find_shards(tmp_path, "val")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), shards.atomic_file(path) as f:
+        f.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# -----------------------------------------------------------------------------
+# windows and their order
+
+
+def test_windows_are_the_tokens_in_steps_of_block_size_within_each_file(tmp_path):
+    windows = windows_of(tmp_path, range(0, 35), range(100, 121), range(200, 205), range(300, 311))
+    rows = windows.read(np.arange(len(windows)))
+    assert [row[0] for row in rows] == [0, 10, 20, 100, 110, 300]  # 4 + 5 tokens at file ends, and a short file, unused
+    assert all(np.array_equal(row, np.arange(row[0], row[0] + 11)) for row in rows)
+    assert rows.dtype == np.int64
+
+
+def test_every_epoch_visits_every_window_once_in_another_order(tmp_path):
+    windows = windows_of(tmp_path, range(500), range(500, 900))
+    n = len(windows)
+    epochs = [windows.training(e * n, n, seed=1).tolist() for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epochs[0] != list(range(n))
+    assert windows.training(0, n, seed=2).tolist() != epochs[0]
+
+
+def test_a_sequence_depends_on_its_number_only(tmp_path):
+    windows = windows_of(tmp_path, range(500))
+    at_once = windows.training(0, 120, seed=1)
+    for size in (1, 7, 40):
+        in_parts = np.concatenate([windows.training(k, size, seed=1) for k in range(0, 120, size)])[:120]
+        assert np.array_equal(in_parts, at_once)
+
+
+def test_the_order_is_the_same_in_every_version_and_on_every_machine():
+    assert shards.epoch_order(10, 1337, 0).tolist() == [3, 4, 5, 9, 7, 1, 6, 0, 8, 2]
+    assert shards.epoch_order(10, 1337, 1).tolist() == [0, 8, 2, 1, 3, 9, 6, 4, 5, 7]
+
+
+def test_evaluation_windows_are_spread_evenly_and_never_too_many(tmp_path):
+    windows = windows_of(tmp_path, range(1001))
+    assert windows.spread(4).tolist() == [0, 25, 50, 75]
+    assert windows.spread(1000).tolist() == list(range(100))
+
+
+def test_too_little_data_for_one_window_is_an_error(tmp_path):
+    assert len(windows_of(tmp_path, range(11))) == 1
+    with pytest.raises(ValueError, match=r"10 tokens.* no window of block_size=10.* lower --block_size"):
+        windows_of(tmp_path, range(10))
+
+
+def test_an_id_without_a_row_in_the_model_is_refused(tmp_path):
+    windows = windows_of(tmp_path, range(990, 1011))
+    with pytest.raises(ValueError, match="token id 1010 in .*a_train_000001.bin is not below the model's vocab_size=1000"):
+        windows.read(np.array([0, 1]))
+
+
+def test_reading_a_large_file_does_not_fill_memory(tmp_path):
+    write_shard(tmp_path / "a_train_000001.bin", np.zeros(200_000_000, dtype=np.uint16))  # 400 MB
+    script = """
+import resource, sys, numpy as np, shards
+windows = shards.Windows(shards.find_shards(sys.argv[1], "train"), 1000, 10)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for first in range(0, 200_000 - 1, 100):
+    windows.read(windows.training(first % len(windows), 100, seed=1))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 60  # MB; the whole file has been read
+
+
+# -----------------------------------------------------------------------------
+# what tokens mean
+
+
+def test_the_tokenizer_is_read_from_meta_json_or_meta_pkl_or_is_gpt2s(tmp_path):
+    assert read_tokenizer(tmp_path) == dict(encoding="gpt2", vocab_size=50257, eot_token=50256)
+    meta = dict(vocab_size=3, itos={0: "a", 1: "b", 2: "\n"}, stoi={"a": 0, "b": 1, "\n": 2})
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer == dict(encoding="characters", vocab_size=3, eot_token=None, itos=meta["itos"])
+    (tmp_path / "meta.json").write_text(json.dumps(dict(encoding="bytes", vocab_size=257, eot_token=256, more=1)))
+    assert read_tokenizer(tmp_path) == dict(encoding="bytes", vocab_size=257, eot_token=256)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('exploited').touch()",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Exploit()), b"junk", pickle.dumps([1]), b""])
+def test_a_meta_pkl_cannot_run_code_and_a_damaged_one_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read .*meta.pkl"):
+        read_tokenizer(str(tmp_path))
+    assert not (tmp_path / "exploited").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"encoding": "bytes"}'])
+def test_a_damaged_meta_json_is_named(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match="meta.json is damaged"):
+        read_tokenizer(str(tmp_path))
+
+
+def test_bytes_round_trip_with_end_of_text():
+    encode, decode = text_codec(dict(encoding="bytes", vocab_size=257, eot_token=256))
+    text = "naïve <|endoftext|>\0 日本<|endoftext|>"
+    assert encode("aé<|endoftext|>") == [97, 0xC3, 0xA9, 256]
+    assert decode(encode(text)) == text
+    assert decode([0xC3, 256, 97]) == "\ufffd<|endoftext|>a"
+
+
+def test_characters_round_trip_and_a_foreign_one_is_named():
+    encode, decode = text_codec(dict(encoding="characters", vocab_size=2, eot_token=None, itos={0: "a", 1: "b"}))
+    assert encode("abba") == [0, 1, 1, 0] and decode([1, 0]) == "ba"
+    with pytest.raises(ValueError, match="vocabulary of 2 characters lacks 'cz'"):
+        encode("abzc")
+
+
+def test_an_unknown_encoding_lists_the_known_ones():
+    with pytest.raises(ValueError, match="encoding='gpt-2' is not known; use one of bytes, .*gpt2"):
+        text_codec(dict(encoding="gpt-2", vocab_size=50257, eot_token=50256))
