@@ -32,7 +32,8 @@ def load(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds for a damaged or foreign file
-        raise ValueError(f"cannot read the checkpoint {path}: {str(e).splitlines()[0]}") from None
+        why = str(e).partition("\n")[0] or type(e).__name__
+        raise ValueError(f"cannot read the checkpoint {path}, damaged or not one of ours: {why}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of a GPT: it lacks 'model' or 'model_args'")
     missing = [name for name in MODEL_ARGS if name not in state["model_args"]]
@@ -46,6 +47,27 @@ def strip(name):
     while name.startswith(("_orig_mod.", "module.")):
         name = name.split(".", 1)[1]
     return name
+
+
+def restore_optimizer(optimizer, saved):
+    """Loads the moments of a saved optimizer state; settings (learning rate, decay, betas, fused) stay this run's."""
+    for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        group.update({name: value for name, value in current.items() if name != "params"})
+    optimizer.load_state_dict(saved)
+
+
+def get_rng(device):
+    """Returns torch's random state, which dropout draws from, on the CPU and on a CUDA device."""
+    rng = dict(cpu=torch.get_rng_state())
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    return rng
+
+
+def set_rng(rng, device):
+    torch.set_rng_state(rng["cpu"])
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], device)
 
 
 def rewind_metrics(path, iter_num):

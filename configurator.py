@@ -98,8 +98,10 @@ def unknown(name, fields):
 def read_file(path, fields, values):
     """Returns (new values, problems) of the config file at path, run with `values` as its starting namespace."""
     try:
-        with open(path, "rb") as f:
+        with open(path, encoding="utf-8-sig") as f:  # as text: "--encoding=bytes" in a comment is no coding cookie
             source = f.read()
+    except ValueError as e:  # not UTF-8, or no path at all
+        return {}, [f"cannot read the config file {path!r}: {e}"]
     except OSError as e:
         folder = os.path.dirname(path) or "."
         names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -111,7 +113,7 @@ def read_file(path, fields, values):
         tree = ast.parse(source, path)
         exec(compile(tree, path, "exec"), namespace)
     except SyntaxError as e:
-        return {}, [f"{path}:{e.lineno}: {e.msg}"]
+        return {}, [f"{path}:{e.lineno or 1}: {e.msg}"]
     except (Exception, SystemExit) as e:  # whatever a user's file may raise
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
@@ -210,7 +212,7 @@ def usage(cls, doc, script):
 
 
 def report(kind, error, trace):
-    """An excepthook: a user's mistake is one line on stderr. A fault of ours, or deep inside a library, is a traceback."""
+    """An excepthook: a mistake of the user's is one line on stderr, a fault deep inside a library a traceback."""
     frame = traceback.extract_tb(trace)[-1:]
     ours = frame and os.path.dirname(os.path.abspath(frame[0].filename)) == os.path.dirname(os.path.abspath(__file__))
     if issubclass(kind, KeyboardInterrupt):

@@ -14,8 +14,8 @@ import sysconfig
 import torch
 
 # One line a GPU: words of torch.cuda.get_device_name() that identify it, number of SMs (CUs on AMD), then TFLOP/s in
-# bf16, fp16, tf32 and fp32; 0 where the hardware has none. "AxBxC" is SMs x FLOPs per SM and clock x GHz, the arithmetic
-# behind a row that no datasheet states; "WP" is NVIDIA's architecture whitepaper. Left out, so that no doubtful number
+# bf16, fp16, tf32 and fp32; 0 where the hardware has none. AxBxC is SMs x FLOPs per SM and clock x GHz, the arithmetic
+# behind a row that no datasheet states; WP is NVIDIA's architecture whitepaper. Left out, so that no doubtful number
 # becomes an MFU: cards whose sources disagree (B100, GB300, RTX PRO 4500/5000/6000 Server, RTX 4000 Ada, Orin, V100
 # SXM3 and FHHL) and all laptop GPUs, whose clocks depend on the maker's power limit.
 PEAKS = [
@@ -119,8 +119,8 @@ PEAKS = [
 def peak_flops(name, sm_count, dtype):
     """Returns (dense peak in FLOP/s or None if unknown, a phrase that says what it is) of one GPU.
 
-    name: torch.cuda.get_device_name(), matched by whole words, the row with most words first, so that an RTX A4000 is
-    no A40 and an RTX 4070 Ti no RTX 4070. sm_count: its multi_processor_count; a MIG slice, a vGPU or a cut-down variant
+    name: torch.cuda.get_device_name(), matched by whole words, the row with most words first: an RTX A4000 is no A40
+    and an RTX 4070 Ti no RTX 4070. sm_count: its multi_processor_count; a MIG slice, a vGPU or a cut-down variant
     has fewer SMs than its row and gets that share of the peak. dtype: 'bfloat16', 'float16' or 'float32'
     (tf32 where the GPU has it, as torch.set_float32_matmul_precision("high") makes matmuls use it).
     """
@@ -162,9 +162,8 @@ def pick_device(asked):
         raise ValueError(f"device={asked!r} is not supported; use cuda, cuda:N, mps or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         built = "" if torch.version.cuda or torch.version.hip else " (this torch is a CPU build)"
-        raise ValueError(
-            f"device={asked!r}, but torch sees {torch.cuda.device_count()} GPUs{built}; leave --device out for the best there is"
-        )
+        seen = f"torch sees {torch.cuda.device_count()} GPUs{built}"
+        raise ValueError(f"device={asked!r}, but {seen}; leave --device out for the best there is")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device='mps', but torch sees no Apple GPU; leave --device out for the best there is")
     return device, "as asked"
@@ -220,7 +219,9 @@ def compile_obstacle(device, include=None):
         compilers = [os.environ.get("CXX") or default]
         package = "g++"
     if not any(shutil.which(compiler) for compiler in compilers):
-        return f"torch.compile needs a C compiler, and {' or '.join(compilers)} is not on the PATH (apt install {package})"
+        return (
+            f"torch.compile needs a C compiler, and {' or '.join(compilers)} is not on the PATH (apt install {package})"
+        )
     include = include or sysconfig.get_paths()["include"]
     if not os.path.exists(os.path.join(include, "Python.h")):
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"

@@ -44,7 +44,9 @@ class PrepareConfig(Config):
     encoding: str = key("gpt2", "bytes (no download) or a tiktoken name: gpt2, cl100k_base, ...")
     out_dir: str = key("", "folder to write; empty: data/fineweb, or data/stdlib for --input=stdlib")
     shard_tokens: int = key(100_000_000, "tokens in one shard", low=1000, below=2**31)
-    val_tokens: int = key(1_000_000, "tokens for validation, at least; a source below ten times that gives a tenth", low=1)
+    val_tokens: int = key(
+        1_000_000, "tokens for validation, at least; a source below ten times that gives a tenth", low=1
+    )
     max_tokens: int = key(0, "stop after so many tokens; 0: take everything", low=0)
 
     def problems(self):
@@ -62,10 +64,12 @@ def find_files(source):
     if source == "stdlib":
         root = sysconfig.get_paths()["stdlib"]
         found = glob.glob(f"{glob.escape(root)}/**/*.py", recursive=True)
-        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # broken on purpose, or not the library
+        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # broken on purpose, or not its own
         found = [path for path in found if not skipped & set(os.path.relpath(path, root).split(os.sep))]
         if not found:
-            raise FileNotFoundError(f"this Python has no library sources in {root}; use --input=FOLDER with texts of yours")
+            raise FileNotFoundError(
+                f"this Python has no library sources in {root}; use --input=FOLDER with texts of yours"
+            )
         return sorted(found)
     found = []
     for part in [source] if os.path.exists(source) else source.split(","):
@@ -73,7 +77,8 @@ def find_files(source):
             patterns = [f"{glob.escape(part)}/**/*.{ending}" for ending in ("txt", "jsonl", "parquet")]
             matching = sum((glob.glob(pattern, recursive=True) for pattern in patterns), [])
         else:
-            matching = [part] if os.path.isfile(part) else [p for p in glob.glob(part, recursive=True) if os.path.isfile(p)]
+            names = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
+            matching = [name for name in names if os.path.isfile(name)]
         if not matching:
             raise FileNotFoundError(f"--input={part}: no such file, and no .txt, .jsonl or .parquet file there")
         found += sorted(matching)
@@ -87,7 +92,9 @@ def read_text(path, divide):
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}; convert it or leave it out") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text: {e.reason} at byte {e.start}; convert it or leave it out"
+        ) from None
     if EOT in text:
         yield from text.split(EOT)
     elif divide == "blank_line":
@@ -171,7 +178,7 @@ def encode_all(texts, encode):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = iter(texts)
         while batch := list(itertools.islice(texts, 512)):
-            yield from zip(batch, pool.map(encode, batch))
+            yield from zip(batch, pool.map(encode, batch), strict=True)
 
 
 def split_off(encoded, val_tokens, max_tokens):
@@ -198,7 +205,8 @@ def split_off(encoded, val_tokens, max_tokens):
 
 
 def write_shards(pieces, out_dir, prefix, shard_tokens, bar):
-    """Writes the (split, tokens) pieces as shards; returns {split: {"tokens": n, "documents": n, "shards": n}}."""
+    """Writes the (split, tokens) pieces as shards; returns {split: {"tokens": n, "documents": n, "shards": n}}.
+    Raises ValueError if a split gets nothing."""
     counts = {split: dict(tokens=0, documents=0, shards=0) for split in ("train", "val")}
     waiting = {"train": [], "val": []}
 
@@ -220,8 +228,13 @@ def write_shards(pieces, out_dir, prefix, shard_tokens, bar):
         if counts[split]["tokens"] // shard_tokens > counts[split]["shards"]:
             flush(split, everything=False)
     for split in waiting:
-        if waiting[split]:
-            flush(split, everything=True)
+        if not counts[split]["tokens"]:
+            raise ValueError(
+                f"the source gives no {split} documents: validation takes whole ones, so there must be two or more. "
+                f"In one long .txt separate them by {EOT}, or use --txt_documents=blank_line"
+            )
+    for split in waiting:
+        flush(split, everything=True)
     return counts
 
 
@@ -231,12 +244,18 @@ def check_target(out_dir, meta):
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             there = json.load(f)
-        differing = [f"{name}: {there.get(name)!r} there, {meta[name]!r} now" for name in meta if there.get(name) != meta[name]]
+        differing = [
+            f"{name}: {there.get(name)!r} there, {meta[name]!r} now" for name in meta if there.get(name) != meta[name]
+        ]
         if differing:
-            raise ValueError(f"{out_dir} was prepared otherwise ({'; '.join(differing)}); choose another --out_dir or delete it")
+            raise ValueError(
+                f"{out_dir} was prepared otherwise ({'; '.join(differing)}); choose another --out_dir or delete it"
+            )
         return True
     if glob.glob(f"{glob.escape(out_dir)}/*_[0-9]*.bin"):
-        raise ValueError(f"{out_dir} holds shards of an unfinished or foreign run; delete them or choose another --out_dir")
+        raise ValueError(
+            f"{out_dir} holds shards of an unfinished or foreign run; delete them or choose another --out_dir"
+        )
     return False
 
 
@@ -253,7 +272,9 @@ if __name__ == "__main__":
     options = ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens")
     meta = dict(format=1, encoding=cfg.encoding, vocab_size=vocab_size, eot_token=eot, source=source)
     meta |= {name: getattr(cfg, name) for name in options}
-    train_command = f"python train.py config/{'quickstart.py' if stdlib else f'fineweb_125m.py --dataset={out_dir}'}"
+    train_command = f"python train.py config/{'quickstart' if stdlib else 'fineweb_125m'}.py"
+    if cfg.out_dir:
+        train_command += f" --dataset={out_dir}"
     if check_target(out_dir, meta):
         print(f"{out_dir} is prepared already. Next: {train_command}")
         raise SystemExit
@@ -273,16 +294,11 @@ if __name__ == "__main__":
     with tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True) as bar:  # on a terminal
         pieces = split_off(encode_all(texts(), encode), cfg.val_tokens, cfg.max_tokens)
         counts = write_shards(pieces, out_dir, prefix, cfg.shard_tokens, bar)
-    for split, count in counts.items():
-        if not count["tokens"]:
-            raise ValueError(
-                f"{source} gives no {split} documents: validation takes whole ones, so there must be two or more. In one "
-                f"long .txt separate them by {EOT}, or use --txt_documents=blank_line"
-            )
     with shards.atomic_file(os.path.join(out_dir, "meta.json")) as f:
         f.write(json.dumps(meta | counts | dict(empty_documents=empty), indent=1).encode())
     seconds = time.perf_counter() - start
-    for split, count in counts.items():
-        print(f"{split}: {count['tokens']:,} tokens, {count['documents']:,} documents, {count['shards']} shards in {out_dir}")
-    print(f"{sum(c['tokens'] for c in counts.values()) / seconds:,.0f} tokens/s, {seconds:.1f}s, {empty} empty documents skipped")
+    for split, n in counts.items():
+        print(f"{split}: {n['tokens']:,} tokens of {n['documents']:,} documents in {n['shards']} shards, {out_dir}")
+    rate = sum(n["tokens"] for n in counts.values()) / seconds
+    print(f"took {seconds:.1f}s, {rate:,.0f} tokens/s; {empty} empty documents were skipped")
     print(f"next: {train_command}")

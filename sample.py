@@ -22,7 +22,9 @@ from model import GPT, GPTConfig
 
 @dataclass
 class SampleConfig(Config):
-    init_from: str = key("resume", "resume: out_dir/ckpt.pt, the newest weights; best: out_dir/best.pt", choices=("resume", "best"))
+    init_from: str = key(
+        "resume", "resume: out_dir/ckpt.pt, the newest weights; best: out_dir/best.pt", choices=("resume", "best")
+    )
     out_dir: str = key("out", "folder that train.py wrote")
     start: str = key("\n", "prompt; FILE:prompt.txt reads it from a file; may hold <|endoftext|>")
     num_samples: int = key(10, "samples to draw", low=1)

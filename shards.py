@@ -69,8 +69,8 @@ def read_header(path):
     expected = HEADER_BYTES + count * dtype.itemsize
     if size != expected:
         raise ValueError(
-            f"{path} has {size:,} bytes, its header promises {count:,} tokens in {expected:,}: it was cut short or damaged; "
-            f"copy or prepare it again"
+            f"{path} has {size:,} bytes, its header promises {count:,} tokens in {expected:,}: it was cut short or "
+            f"damaged; copy or prepare it again"
         )
     return Shard(path, dtype, HEADER_BYTES, count)
 
@@ -188,8 +188,8 @@ def load_bpe(encoding):
     except OSError as e:  # requests' errors are OSErrors
         raise ValueError(
             f"cannot download tiktoken's files for {encoding!r} ({type(e).__name__}). On a machine with a network run "
-            f"TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding('{encoding}')\", copy DIR here and set "
-            f"TIKTOKEN_CACHE_DIR to it"
+            f"TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding('{encoding}')\", "
+            f"copy DIR here and set TIKTOKEN_CACHE_DIR to it"
         ) from None
 
 
@@ -254,7 +254,8 @@ class Windows:
         """Returns the windows, int64 (count,), of sequences first to first + count - 1 of a training run: every window
         once an epoch, each epoch shuffled anew."""
         epochs, positions = np.divmod(np.arange(first, first + count), len(self))
-        return np.array([epoch_order(len(self), seed, int(e))[p] for e, p in zip(epochs, positions)], dtype=np.int64)
+        pairs = zip(epochs, positions, strict=True)
+        return np.array([epoch_order(len(self), seed, int(e))[p] for e, p in pairs], dtype=np.int64)
 
     def spread(self, count):
         """Returns up to count windows, int64, spread evenly over the split: always the same ones."""

@@ -11,6 +11,7 @@ Ctrl-C or SIGTERM finishes the update in flight, saves, and prints the command t
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -55,7 +56,9 @@ class TrainConfig(Config):
     n_layer: int = key(12, "transformer blocks", low=1)
     n_head: int = key(12, "attention heads; divides n_embd", low=1)
     n_embd: int = key(768, "width of the model", low=1)
-    dropout: float = key(0.0, "dropped fraction of activations; 0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
+    dropout: float = key(
+        0.0, "dropped fraction of activations; 0 for pretraining, 0.1 or more for finetuning", low=0, below=1
+    )
     bias: bool = key(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has")
     # AdamW
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
@@ -76,7 +79,9 @@ class TrainConfig(Config):
         "", "dtype of matmuls; empty: what suits the device", choices=("", "bfloat16", "float16", "float32")
     )
     compile: bool = key(True, "torch.compile the model: a minute at the start for about twice the speed on a GPU")
-    peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak from hardware.py", low=0)
+    peak_flops: float = key(
+        0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak from hardware.py", low=0
+    )
     backend: str = key("nccl", "no effect here: it chose how several GPUs talk, and this trainer uses one")
 
     def problems(self):
@@ -96,7 +101,7 @@ class TrainConfig(Config):
 
 
 # -----------------------------------------------------------------------------
-# helpers, without side effects but for the last
+# helpers
 
 
 def get_lr(it, cfg):
@@ -112,8 +117,8 @@ def get_lr(it, cfg):
 
 
 def as_batch(tokens, device):
-    """Returns inputs and targets, int64 (B, T), in host memory, from NumPy tokens (B, T + 1); pinned for a CUDA device,
-    so that their copy to it overlaps with its work."""
+    """Returns inputs and targets, int64 (B, T) in host memory, of tokens, NumPy int64 (B, T + 1). For a CUDA device
+    they are pinned, so that their copy to it overlaps with its work."""
     tokens = torch.from_numpy(tokens)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
@@ -136,6 +141,17 @@ def estimate_loss(model, windows, count, batch_size, device, autocast):
     return total.item() / len(chosen)
 
 
+def with_architecture(cfg, model_args, path):
+    """Returns cfg with the architecture of the checkpoint at path, whose model_args these are. Raises ValueError, with
+    all that differs, if the user has set another one."""
+    saved = {name: model_args[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+    differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
+    if differing:
+        listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
+        raise ValueError(f"{path} is of another model: {listed}; leave these out, or start anew in another --out_dir")
+    return dataclasses.replace(cfg, **saved)
+
+
 def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -146,8 +162,7 @@ stop_signals = []
 
 
 def ask_to_stop(number, frame):
-    """Signal handler. The first Ctrl-C or SIGTERM lets the loop save and leave between two updates, the second leaves
-    at once."""
+    """Signal handler: after the first Ctrl-C or SIGTERM the loop saves and leaves, a second one leaves at once."""
     if stop_signals:
         os._exit(128 + number)
     stop_signals.append(number)
@@ -156,9 +171,13 @@ def ask_to_stop(number, frame):
 
 if __name__ == "__main__":
     cfg = from_command_line(TrainConfig, __doc__)
-    sys.stdout.reconfigure(line_buffering=True)  # a log in a file is never behind
+    sys.stdout.reconfigure(line_buffering=True)  # a log that goes to a file is never behind
     if "RANK" in os.environ:
         raise ValueError("this trainer uses one GPU; start it with python train.py, not with torchrun")
+    if cfg.init_from.startswith("gpt2"):
+        raise ValueError(
+            f"init_from={cfg.init_from!r}: starting from OpenAI's weights is not possible yet; use scratch"
+        )
     if "backend" in cfg.given:
         print(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
 
@@ -179,27 +198,20 @@ if __name__ == "__main__":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as nanoGPT
     autocast = contextlib.nullcontext
     if dtype != "float32":
-        autocast = lambda: torch.autocast(device.type, getattr(torch, dtype))  # noqa: E731
+        autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype))
 
     # -------------------------------------------------------------------------
-    # state to continue from
+    # what to continue from
 
-    ckpt_path = os.path.join(cfg.out_dir, "ckpt.pt")
+    ckpt_path, best_path = os.path.join(cfg.out_dir, "ckpt.pt"), os.path.join(cfg.out_dir, "best.pt")
     state = None
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(ckpt_path)):
         state = checkpoint.load(ckpt_path)
         if "optimizer" not in state:
             raise ValueError(f"{ckpt_path} holds weights only, no optimizer state to resume from")
-        saved = {name: state["model_args"][name] for name in checkpoint.MODEL_ARGS if name != "dropout"}
-        differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
-        if differing:
-            raise ValueError(
-                f"{ckpt_path} is of another model: "
-                + ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
-                + "; leave these keys out, or start anew in another --out_dir"
-            )
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
-            setattr(cfg, name, saved[name])
+        cfg = with_architecture(cfg, state["model_args"], ckpt_path)
+        if state["iter_num"] > cfg.max_iters:
+            raise ValueError(f"{ckpt_path} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}")
     elif os.path.exists(ckpt_path):
         print(f"{ckpt_path} of an earlier run will be overwritten; --init_from=resume would continue it")
 
@@ -212,16 +224,11 @@ if __name__ == "__main__":
     # multiples of 64 suit the matmul kernels; a meta.pkl means nanoGPT's own data, whose models are not padded
     vocab_size = n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
     if state:
-        vocab_size = saved["vocab_size"]
+        vocab_size = state["model_args"]["vocab_size"]
         if n_ids > vocab_size:
             raise ValueError(f"{folder} has {n_ids} token ids, the model in {ckpt_path} only {vocab_size}")
-    train_windows, val_windows = [
+    train_data, val_data = (
         shards.Windows(shards.find_shards(folder, split), cfg.block_size, vocab_size) for split in ("train", "val")
-    ]
-    print(
-        f"data: {folder}, {train_windows.tokens:,} train and {val_windows.tokens:,} val tokens in "
-        f"{len(train_windows.shards)} + {len(val_windows.shards)} files, encoding {tokenizer['encoding']}, "
-        f"{n_ids:,} ids padded to {vocab_size:,}"
     )
 
     # -------------------------------------------------------------------------
@@ -236,56 +243,46 @@ if __name__ == "__main__":
     iter_num, best_val_loss = 0, math.inf
     if state:
         model.load_state_dict(state["model"])
-        for group, current in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-            group.update({name: value for name, value in current.items() if name != "params"})  # this run's settings
-        optimizer.load_state_dict(state["optimizer"])
-        iter_num, best_val_loss = state["iter_num"], float(state["best_val_loss"])
+        checkpoint.restore_optimizer(optimizer, state["optimizer"])
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
-        if "rng" in state:  # nanoGPT saves none
-            torch.set_rng_state(state["rng"]["cpu"])
-            if device.type == "cuda" and "cuda" in state["rng"]:
-                torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+        if "rng" in state:  # nanoGPT keeps none
+            checkpoint.set_rng(state["rng"], device)
+        iter_num, best_val_loss = state["iter_num"], float(state["best_val_loss"])
         print(f"resuming from {ckpt_path} at iteration {iter_num}, best val loss {best_val_loss:.4f}")
         state = None  # frees its memory
 
     # -------------------------------------------------------------------------
-    # numbers, so that nobody has to guess them
+    # numbers, with the products that make them
 
     sequences_per_iter = cfg.batch_size * cfg.gradient_accumulation_steps
     tokens_per_iter = sequences_per_iter * cfg.block_size
-    eval_windows = 12 * cfg.eval_iters  # 12 is nanoGPT's default batch_size; fixed, so that val loss compares
+    eval_windows = 12 * cfg.eval_iters  # 12 is nanoGPT's default batch_size; a fixed number, so that losses compare
+    print(f"data: {folder}, {train_data.tokens:,} train + {val_data.tokens:,} val tokens, {tokenizer['encoding']}")
     print(
-        f"model: {model.get_num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers, {cfg.n_head} heads, "
-        f"{cfg.n_embd} wide), {model.flops_per_token() / 1e6:,.1f} MFLOP per token"
+        f"model: {model.get_num_params() / 1e6:.2f}M parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per token"
     )
+    print(f"vocabulary: {n_ids:,} ids in {vocab_size:,} rows")
     print(
-        f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = {tokens_per_iter:,} tokens "
-        f"(batch_size * gradient_accumulation_steps * block_size)"
+        f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = {tokens_per_iter:,} "
+        f"tokens per iteration (batch_size * gradient_accumulation_steps * block_size)"
     )
     print(
         f"run: {cfg.max_iters:,} * {tokens_per_iter:,} = {cfg.max_iters * tokens_per_iter:,} tokens, "
-        f"{cfg.max_iters * sequences_per_iter / len(train_windows):.2f} epochs of {len(train_windows):,} windows"
+        f"{cfg.max_iters * sequences_per_iter / len(train_data):.2f} epochs of {len(train_data):,} windows"
     )
     print(
-        f"evaluation: {min(eval_windows, len(train_windows)):,} train and {min(eval_windows, len(val_windows)):,} val "
-        f"windows of {cfg.block_size} tokens every {cfg.eval_interval:,} iterations"
+        f"evaluation: 12 * {cfg.eval_iters} = {eval_windows:,} windows of each split (train has {len(train_data):,}, "
+        f"val {len(val_data):,}) every {cfg.eval_interval:,} iterations"
     )
-    if iter_num > cfg.max_iters:
-        raise ValueError(f"{ckpt_path} is at iteration {iter_num}, past max_iters={cfg.max_iters}; raise --max_iters")
 
     # -------------------------------------------------------------------------
-    # files and logs
+    # logs
 
     os.makedirs(cfg.out_dir, exist_ok=True)
     metrics_path = os.path.join(cfg.out_dir, "metrics.jsonl")
     checkpoint.rewind_metrics(metrics_path, iter_num)
-    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
-
-    def record(kind, **figures):
-        metrics.write(json.dumps(dict(kind=kind, iter=iter_num, **figures)) + "\n")
-
-    record("resume" if iter_num else "config", config=dataclasses.asdict(cfg), torch=torch.__version__)
+    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)  # line by line
     wandb = None
     if cfg.wandb_log:
         try:
@@ -294,25 +291,30 @@ if __name__ == "__main__":
             raise ValueError("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False") from None
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=dataclasses.asdict(cfg))
 
-    # -------------------------------------------------------------------------
-    # the loop: evaluate, save, update, log
+    def record(kind, **figures):
+        metrics.write(json.dumps(dict(kind=kind, iter=iter_num) | figures) + "\n")
+        if wandb and kind in ("iter", "eval"):
+            wandb.log(dict(iter=iter_num) | figures)
 
-    loader = ThreadPoolExecutor(max_workers=1)  # reads the next micro-batch while the model works on this one
+    record("resume" if iter_num else "config", config=dataclasses.asdict(cfg), torch=torch.__version__)
+
+    # -------------------------------------------------------------------------
+    # batches, read by a thread while the model works on the one before
 
     def load(micro_batch):
-        """Micro-batch number micro_batch of the run, sequences batch_size * micro_batch and on: all that resuming needs."""
-        some = train_windows.training(cfg.batch_size * micro_batch, cfg.batch_size, cfg.seed)
-        return as_batch(train_windows.read(some), device)
+        """Micro-batch of that number, counted from the start of the run: all that resuming needs to know."""
+        chosen = train_data.training(cfg.batch_size * micro_batch, cfg.batch_size, cfg.seed)
+        return as_batch(train_data.read(chosen), device)
 
+    loader = ThreadPoolExecutor(max_workers=1)
     micro_batch = iter_num * cfg.gradient_accumulation_steps
     upcoming = loader.submit(load, micro_batch)
-    model.train()
 
     if cfg.compile:
         print("compiling the model (about a minute)")
-        model.compile(dynamic=False)
         start = time.perf_counter()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # one pass outside the run and its clock
+        model.compile(dynamic=False)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a pass outside the run and its clock
             x, y = (t.to(device) for t in upcoming.result())
             with autocast():
                 _, loss = model(x, y)
@@ -321,50 +323,40 @@ if __name__ == "__main__":
         hardware.synchronize(device)
         print(f"compiled in {time.perf_counter() - start:.1f}s")
 
+    # -------------------------------------------------------------------------
+    # the loop: evaluate and save, update, log
+
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=None, dynamic_ncols=True, unit="it")  # on a terminal
-    run_start = window_start = time.perf_counter()
-    window_iters, eval_seconds, loss_sum = 0, 0.0, torch.zeros((), device=device)
+    run_start = window_start = time.perf_counter()  # a window is what lies between two log lines
+    window_iters, eval_seconds, step_loss = 0, 0.0, torch.zeros((), device=device)
     while True:
         done = iter_num == cfg.max_iters
         due = done or cfg.eval_only or iter_num % cfg.eval_interval == 0
         if due or stop_signals:
             hardware.synchronize(device)  # updates still in flight belong to the clock, what follows does not
-            pause = time.perf_counter()
-            improved = False
+            pause, improved = time.perf_counter(), False
             if due:
                 train_loss, val_loss = (
-                    estimate_loss(model, windows, eval_windows, cfg.batch_size, device, autocast)
-                    for windows in (train_windows, val_windows)
+                    estimate_loss(model, data, eval_windows, cfg.batch_size, device, autocast)
+                    for data in (train_data, val_data)
                 )
                 bar.write(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
                 record("eval", train_loss=train_loss, val_loss=val_loss)
-                improved = val_loss < best_val_loss
-                best_val_loss = min(best_val_loss, val_loss)
-                if wandb:
-                    wandb.log({"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": get_lr(iter_num, cfg)})
+                improved, best_val_loss = val_loss < best_val_loss, min(best_val_loss, val_loss)
                 eval_seconds = time.perf_counter() - pause
             if cfg.eval_only:
                 break
             if done or stop_signals or (iter_num and (improved or cfg.always_save_checkpoint)):
-                weights = {
-                    "model": model.state_dict(),
-                    "model_args": model_args,
-                    "iter_num": iter_num,
-                    "best_val_loss": best_val_loss,
-                    "config": dataclasses.asdict(cfg),
-                    "tokenizer": tokenizer,
-                }
-                rng = {"cpu": torch.get_rng_state()}
-                if device.type == "cuda":
-                    rng["cuda"] = torch.cuda.get_rng_state(device)
-                checkpoint.save(
-                    ckpt_path,
-                    weights | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng},
+                weights = dict(model=model.state_dict(), model_args=model_args, tokenizer=tokenizer)
+                weights |= dict(iter_num=iter_num, best_val_loss=best_val_loss, config=dataclasses.asdict(cfg))
+                rest = dict(
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=checkpoint.get_rng(device)
                 )
+                checkpoint.save(ckpt_path, weights | rest)
                 if improved:
-                    checkpoint.save(os.path.join(cfg.out_dir, "best.pt"), weights)
+                    checkpoint.save(best_path, weights)
                 bar.write(f"saving checkpoint to {cfg.out_dir}")
                 record("checkpoint", best_val_loss=best_val_loss)
             window_start += time.perf_counter() - pause
@@ -374,15 +366,15 @@ if __name__ == "__main__":
         lr = get_lr(iter_num, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss_sum.zero_()
+        step_loss.zero_()
         for _ in range(cfg.gradient_accumulation_steps):
             x, y = (t.to(device, non_blocking=True) for t in upcoming.result())
             micro_batch += 1
             upcoming = loader.submit(load, micro_batch)
             with autocast():
                 _, loss = model(x, y)
-            loss = loss / cfg.gradient_accumulation_steps  # equal-sized micro-batches: the sum is the step's mean
-            loss_sum += loss.detach()  # stays on the device: reading it here would wait for the GPU
+            loss = loss / cfg.gradient_accumulation_steps  # micro-batches are equal in size: the sum is the step's mean
+            step_loss += loss.detach()  # stays on the device: reading it here would wait for the GPU
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -393,27 +385,26 @@ if __name__ == "__main__":
         bar.update()
 
         if iter_num % cfg.log_interval == 0 or iter_num == cfg.max_iters - 1:
-            step_loss = loss_sum.item()  # the one sync of a log line
+            loss = step_loss.item()  # the one sync of a log line
             dt = (time.perf_counter() - window_start) / window_iters
             left = cfg.max_iters - 1 - iter_num
             eta = left * dt + math.ceil(left / cfg.eval_interval) * eval_seconds
             tflops = model.flops_per_token() * tokens_per_iter / dt / 1e12
             mfu = model.estimate_mfu(sequences_per_iter, dt, peak) if peak else None
             bar.write(
-                f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, mfu {f'{mfu:.2%}' if peak else 'n/a'}, "
-                f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {norm.item():.3f}, lr {lr:.2e}, "
+                f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f'{mfu:.2%}' if peak else 'n/a'}, "
+                f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {norm:.3f}, lr {lr:.2e}, "
                 f"eta {duration(eta)}"
             )
-            record("iter", loss=step_loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm.item(), lr=lr)
-            if wandb:
-                wandb.log({"iter": iter_num, "train/step_loss": step_loss, "lr": lr, "mfu": mfu and 100 * mfu})
+            record("iter", loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm.item(), lr=lr)
             window_start, window_iters = time.perf_counter(), 0
         iter_num += 1
 
     bar.close()
     loader.shutdown(cancel_futures=True)
     if stop_signals and not done:
-        command = [arg for arg in sys.argv if not arg.startswith("--init_from=")]
-        print(f"stopped at iteration {iter_num}; continue with: {shlex.join(['python', *command, '--init_from=resume'])}")
+        argv = [arg for arg in sys.argv if not arg.startswith("--init_from=")] + ["--init_from=resume"]
+        print(f"stopped at iteration {iter_num}; continue with: {shlex.join(['python', *argv])}")
         sys.exit(128 + stop_signals[0])
-    print(f"done: {iter_num:,} iterations in {duration(time.perf_counter() - run_start)}, best val loss {best_val_loss:.4f}")
+    seconds = time.perf_counter() - run_start
+    print(f"done: iteration {iter_num:,} after {duration(seconds)}, best val loss {best_val_loss:.4f}")

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import shards  # noqa: E402  (the line above makes it importable)
 
-TEXT = "the cat sat on the mat. " * 400
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # enough for models of this size, and the sums are the same each time
+torch.set_num_threads(1)
+TEXT = "pack my box with jugs now. " * 400  # 27 letters: in windows of 16, each comes at every position
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,7 @@ def run(tmp_path):
 
     def run(script, *argv, status=0, cwd=tmp_path, **env):
         command = [sys.executable, "-W", "error::UserWarning", str(ROOT / script), *map(str, argv)]
-        process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | env)
+        process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ENV | env)
         assert process.returncode == status, process.stdout + process.stderr
         assert "Traceback" not in process.stderr and "Warning" not in process.stderr, process.stderr
         return process
@@ -48,10 +51,11 @@ def byte_data(tmp_path):
     return folder
 
 
-TINY = "--dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 " + (
-    "--gradient_accumulation_steps=2 --warmup_iters=2 --lr_decay_iters=12 --max_iters=12 --eval_interval=6 --eval_iters=1 "
-    "--learning_rate=1e-2"
-)
+TINY = """
+--dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
+--gradient_accumulation_steps=2 --warmup_iters=2 --lr_decay_iters=12 --max_iters=12 --eval_interval=6 --eval_iters=1
+--learning_rate=1e-2
+"""
 
 
 @pytest.fixture

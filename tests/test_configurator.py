@@ -113,12 +113,19 @@ def test_a_config_file_cannot_change_the_caller(tmp_path):
     assert callable(fields) and "_leak" not in globals()
 
 
+def test_a_config_file_is_utf8_whatever_its_comments_say(tmp_path):
+    assert configure(Toy, [write(tmp_path, "# --encoding=bytes\nname = 'ü'")]).name == "ü"
+    (tmp_path / "latin.py").write_bytes(b"name = '\xfc'")
+    assert errors([str(tmp_path / "latin.py")])[0].endswith("can't decode byte 0xfc in position 8: invalid start byte")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("steps = = 3", ":1: invalid syntax"),
         ("steps = 1\nrate = oops", ":2: NameError: name 'oops' is not defined"),
         ("steps = 1 / 0", ":1: ZeroDivisionError: division by zero"),
+        ("steps = 1\0", ":1: source code string cannot contain null bytes"),
         ("raise SystemExit('no')", ":1: SystemExit: no"),
     ],
 )
@@ -183,7 +190,9 @@ def test_help_lists_every_key_and_a_wrong_key_exits_with_2(script):
         assert f"--{field.name}={field.default!r}" in shown.stdout and field.metadata["text"] in shown.stdout
     wrong = subprocess.run([sys.executable, script, "--devise=cpu"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and not wrong.stdout
-    assert wrong.stderr.splitlines()[0] == "--devise: unknown key 'devise'; did you mean 'device'?" or cls is PrepareConfig
+    assert (
+        wrong.stderr.splitlines()[0] == "--devise: unknown key 'devise'; did you mean 'device'?" or cls is PrepareConfig
+    )
 
 
 def test_usage_shows_choices():

@@ -163,7 +163,9 @@ def test_what_compile_lacks_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware.sys, "platform", "linux")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert hardware.compile_obstacle(cpu, tmp_path) is None
-    assert re.search(r"no Python\.h \(apt install python3\.\d+-dev\)", hardware.compile_obstacle(cpu, tmp_path / "none"))
+    assert re.search(
+        r"no Python\.h \(apt install python3\.\d+-dev\)", hardware.compile_obstacle(cpu, tmp_path / "none")
+    )
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert "g++ is not on the PATH (apt install g++)" in hardware.compile_obstacle(cpu, tmp_path)
     assert "gcc or clang is not on the PATH" in hardware.compile_obstacle(torch.device("cuda"), tmp_path)

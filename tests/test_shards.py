@@ -167,7 +167,9 @@ def test_too_little_data_for_one_window_is_an_error(tmp_path):
 
 def test_an_id_without_a_row_in_the_model_is_refused(tmp_path):
     windows = windows_of(tmp_path, range(990, 1011))
-    with pytest.raises(ValueError, match="token id 1010 in .*a_train_000001.bin is not below the model's vocab_size=1000"):
+    with pytest.raises(
+        ValueError, match="token id 1010 in .*a_train_000001.bin is not below the model's vocab_size=1000"
+    ):
         windows.read(np.array([0, 1]))
 
 
