@@ -157,7 +157,7 @@ def find_encoder(encoding):
         vocab_size, eot = 257, 256
 
         def tokens_of(text):
-            return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)
+            return np.frombuffer(text.encode(), dtype=np.uint8)
     else:
         bpe = shards.load_bpe(encoding)
         vocab_size, eot = bpe.n_vocab, bpe.eot_token
@@ -168,7 +168,11 @@ def find_encoder(encoding):
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
 
     def encode(text):
-        return np.concatenate([[eot], tokens_of(text)]).astype(dtype)
+        try:
+            tokens = tokens_of(text)
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can hold: U+FFFD, as tiktoken's own encode() does
+            tokens = tokens_of(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return np.concatenate([[eot], tokens]).astype(dtype)
 
     return encode, vocab_size, eot
 

@@ -191,6 +191,10 @@ def test_contradicting_options_are_wrong_usage(run):
     )
 
 
-def test_encoding_with_many_ids_uses_four_bytes():
+def test_bytes_are_uint16_after_an_end_of_text_token():
     assert prepare_fineweb.find_encoder("bytes")[0]("é").tolist() == [256, 0xC3, 0xA9]
     assert prepare_fineweb.find_encoder("bytes")[0]("é").dtype == np.uint16
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character():
+    assert prepare_fineweb.find_encoder("bytes")[0]("\ud800x").tolist() == [256, 0xEF, 0xBF, 0xBD, ord("x")]

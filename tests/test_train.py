@@ -6,6 +6,7 @@ Run: pytest tests/test_train.py
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import torch
 from conftest import ENV, ROOT
 
 import checkpoint
+import shards
 from configurator import configure
 from model import GPT, GPTConfig
 from train import TrainConfig, duration, get_lr
@@ -247,7 +249,7 @@ def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data,
 
 
 def nanogpt_checkpoint(folder, iter_num):
-    """Writes a checkpoint as nanoGPT does: prefixed names, a tensor as best_val_loss, plain AdamW; returns its model."""
+    """Writes a checkpoint as nanoGPT does: prefixed names, a tensor as best_val_loss. Returns its model and optimizer."""
     torch.manual_seed(5)
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=320, dropout=0.0)
     model = GPT(GPTConfig(**args))
@@ -268,12 +270,10 @@ def nanogpt_checkpoint(folder, iter_num):
 
 def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tmp_path):
     model, optimizer = nanogpt_checkpoint(tmp_path / "out", 8)
-    args = [*tiny, "--init_from=resume", "--max_iters=9", "--decay_lr=False", "--beta2=0.95", "--weight_decay=0.1"]
-    out = run("train.py", *args, "--grad_clip=0", "--batch_size=8", "--gradient_accumulation_steps=1")
+    args = [*tiny, "--init_from=resume", "--max_iters=9", "--decay_lr=False", "--grad_clip=0", "--batch_size=8"]
+    out = run("train.py", *args, "--gradient_accumulation_steps=1")
     assert "at iteration 8, best val loss 2.5000" in out.stdout
     # the ninth update by hand: sequences 64 to 71 of the run, its own optimizer
-    import shards
-
     windows = shards.Windows(shards.find_shards(byte_data, "train"), 16, 320)
     rows = torch.from_numpy(windows.read(windows.training(64, 8, 1337)))
     optimizer.zero_grad()
@@ -312,8 +312,6 @@ def test_nanogpt_itself_and_this_project_continue_each_others_runs(run, tmp_path
     ids = np.frombuffer(b"abcabcabd" * 300, dtype=np.uint8) - 97
     for split in ("train", "val"):
         ids.astype(np.uint16).tofile(folder / f"{split}.bin")
-    import pickle
-
     itos = dict(enumerate("abcd"))
     (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=4, itos=itos, stoi={c: i for i, c in itos.items()})))
     for name in ("model.py", "train.py", "sample.py", "configurator.py"):
@@ -402,8 +400,6 @@ SHAKESPEARE = os.environ.get("SHAKESPEARE")
 
 @pytest.mark.skipif(not SHAKESPEARE, reason="set SHAKESPEARE to tiny Shakespeare's input.txt for this two-minute run")
 def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
-    import pickle
-
     text = Path(SHAKESPEARE).read_text()
     itos = dict(enumerate(sorted(set(text))))
     stoi = {c: i for i, c in itos.items()}
@@ -414,8 +410,8 @@ def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
     ids[:cut].tofile(folder / "train.bin")
     ids[cut:].tofile(folder / "val.bin")
     (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi)))
-    argv = "--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=20 --eval_interval=250 --log_interval=100 "
-    argv += "--block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4 --n_embd=128 "
+    argv = "--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=20 --eval_interval=500 "
+    argv += "--log_interval=100 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4 --n_embd=128 "
     argv += "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 "
     out = run("train.py", *argv.split(), "--warmup_iters=100", OMP_NUM_THREADS=str(os.cpu_count()))
     # nanoGPT's README says 1.88; its own four seeds measured 1.884 to 1.899 on the windows that are evaluated here

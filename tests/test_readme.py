@@ -1,0 +1,49 @@
+"""
+The README: its quick start runs, its tables and claims are those of the project.
+Run: pytest tests/test_readme.py
+"""
+
+import re
+import shlex
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_quick_start_runs_and_ends_in_text(run):
+    """The commands of the README in their order, the training cut down to 60 of its iterations."""
+    line = re.search(r"^python3 -m venv .*prepare_fineweb.*$", README, re.M)[0]
+    commands = [shlex.split(command) for command in line.split(" && ") if command.startswith("python ")]
+    assert [command[1] for command in commands] == ["prepare_fineweb.py", "train.py", "sample.py"]
+    prepare, train, sample = (command[1:] for command in commands)
+    run(*prepare)
+    config = [ROOT / arg if arg.startswith("config/") else arg for arg in train]
+    out = run(*config, "--max_iters=60", "--lr_decay_iters=60", "--warmup_iters=10", "--eval_iters=4")
+    assert re.search(r"^step 0: train loss 5\.[56]", out.stdout, re.M)
+    final = re.search(r"^step 60: train loss [\d.]+, val loss ([\d.]+)", out.stdout, re.M)
+    assert float(final[1]) < 3.5
+    text = run(*sample, "--max_new_tokens=30").stdout
+    assert text.count("---------------\n") == 3 and text.startswith("def ")
+
+
+def test_every_file_is_in_the_table_and_every_link_leads_somewhere():
+    table = set(re.findall(r"^\| `([\w/]+\.py|\w+/)` \|", README, re.M))
+    files = {path.name for path in ROOT.glob("*.py")} | {"config/", "tests/"}
+    assert table >= files
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_config_is_in_the_table_with_its_tokens():
+    for path in ROOT.glob("config/*.py"):
+        row = re.search(rf"^\| `config/{path.name}` \|.*$", README, re.M)[0]
+        product = re.search(r"# ([\d *]+ = [\d,]+) tokens per iteration", path.read_text())[1]
+        total = re.search(r"# ([\d.]+[BM]) tokens:", path.read_text())[1]
+        assert product in row and f"| {total} |" in row
+
+
+def test_every_variable_that_turns_on_a_test_is_named():
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    for name in re.findall(r'os\.environ\.get\("(\w+)"\)', tests):
+        assert f"`{name}`" in README
