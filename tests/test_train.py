@@ -249,7 +249,7 @@ def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data,
 
 
 def nanogpt_checkpoint(folder, iter_num):
-    """Writes a checkpoint as nanoGPT does: prefixed names, a tensor as best_val_loss. Returns its model and optimizer."""
+    """Writes a checkpoint as nanoGPT does (prefixed names, best_val_loss a tensor); returns its model and optimizer."""
     torch.manual_seed(5)
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=320, dropout=0.0)
     model = GPT(GPTConfig(**args))
@@ -410,9 +410,9 @@ def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
     ids[:cut].tofile(folder / "train.bin")
     ids[cut:].tofile(folder / "val.bin")
     (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi)))
-    argv = "--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=20 --eval_interval=500 "
-    argv += "--log_interval=100 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4 --n_embd=128 "
-    argv += "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 "
+    argv = """--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=20 --eval_interval=500
+    --log_interval=100 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4
+    --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99"""
     out = run("train.py", *argv.split(), "--warmup_iters=100", OMP_NUM_THREADS=str(os.cpu_count()))
     # nanoGPT's README says 1.88; its own four seeds measured 1.884 to 1.899 on the windows that are evaluated here
     assert float(STEP.findall(out.stdout)[-1][2]) < 1.92
