@@ -131,8 +131,9 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
-        if x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream: autocast alone would keep it, and its traffic, in fp32
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream: autocast alone would keep it, and its memory traffic, in fp32
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x)

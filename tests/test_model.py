@@ -243,11 +243,14 @@ def test_building_a_model_prints_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_bf16_autocast_stays_close_to_fp32():
+def test_bf16_autocast_keeps_the_residual_stream_in_bf16_and_stays_close_to_fp32():
     model, (idx, targets) = tiny().train(), torch.randint(97, (2, 4, 32))
     expected = model(idx, targets)[1]
+    streams = []
+    hooks = [block.register_forward_hook(lambda *args: streams.append(args[2].dtype)) for block in model.transformer.h]
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(idx, targets)[1]
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert len(hooks) == 3 and streams == [torch.bfloat16] * 3
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())

@@ -413,6 +413,6 @@ def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
     argv = """--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=20 --eval_interval=500
     --log_interval=100 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4
     --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99"""
-    out = run("train.py", *argv.split(), "--warmup_iters=100", OMP_NUM_THREADS=str(os.cpu_count()))
+    out = run("train.py", *argv.split(), "--warmup_iters=100")
     # nanoGPT's README says 1.88; its own four seeds measured 1.884 to 1.899 on the windows that are evaluated here
     assert float(STEP.findall(out.stdout)[-1][2]) < 1.92
