@@ -7,6 +7,7 @@ read nanoGPT's; they load with weights_only=True and cannot run code.
 
 import json
 import os
+import zipfile
 
 import torch
 
@@ -24,14 +25,19 @@ def save(path, state):
 def load(path):
     """Returns the dict saved at path, by us or by nanoGPT, with its tensors on the CPU.
 
-    The prefixes that torch.compile and DDP put before parameter names are taken off. Raises FileNotFoundError without a
-    file and ValueError for one that is damaged or no checkpoint of a GPT.
+    Parameter names lose the prefixes of torch.compile and DDP, and the attention mask that nanoGPT kept among them
+    before torch 2.0 is left out. Raises FileNotFoundError without a file, and ValueError for one that is damaged (the
+    checksum of every tensor is compared) or no checkpoint of a GPT.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no checkpoint {path}; train first, or name its folder with --out_dir=")
     try:
+        if zipfile.is_zipfile(path):  # torch.load itself would take flipped bits for weights
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError(f"the checksum of {archive.testzip()} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds for a damaged or foreign file
+    except Exception as e:  # torch and zipfile raise many kinds for a damaged or foreign file
         why = str(e).partition("\n")[0] or type(e).__name__
         raise ValueError(f"cannot read the checkpoint {path}, damaged or not one of ours: {why}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
@@ -39,7 +45,9 @@ def load(path):
     missing = [name for name in MODEL_ARGS if name not in state["model_args"]]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)} in its model_args")
-    state["model"] = {strip(name): tensor for name, tensor in state["model"].items()}
+    state["model_args"] = {name: state["model_args"][name] for name in MODEL_ARGS}
+    weights = {strip(name): tensor for name, tensor in state["model"].items()}
+    state["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
     return state
 
 
@@ -49,8 +57,24 @@ def strip(name):
     return name
 
 
-def restore_optimizer(optimizer, saved):
-    """Loads the moments of a saved optimizer state; settings (learning rate, decay, betas, fused) stay this run's."""
+def restore_model(model, state, path):
+    """Loads the weights of a state from load(path). Raises ValueError if they are not those of this model."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as e:
+        first = " ".join(str(e).splitlines()[1:2]).strip()
+        raise ValueError(f"the weights in {path} do not fit its model_args: {first}") from None
+
+
+def restore_optimizer(optimizer, saved, path):
+    """Loads the moments of a saved optimizer state; settings (learning rate, decay, betas, fused) stay this run's.
+
+    Raises ValueError if they are not those of this model's parameters."""
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError(
+            f"the optimizer state in {path} is not AdamW's in two groups, as nanoGPT and this project save it"
+        )
     for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         group.update({name: value for name, value in current.items() if name != "params"})
     optimizer.load_state_dict(saved)

@@ -1,7 +1,7 @@
 """
 Configuration of a script: defaults < config file(s) < --key=value, applied left to right, typed and checked.
 
-    python train.py config/fineweb_125m.py --batch_size=16
+    python train.py config/fineweb_125m.py --learning_rate=6e-4
 
 A script declares its keys as a dataclass, one `name: type = key(default, help)` a line, and reads them with
 `cfg = from_command_line(TrainConfig, __doc__)`. A config file is plain Python: it runs in a namespace of its own that
@@ -74,12 +74,19 @@ def parse(text, field):
             return int(text, 0)
         if field.type is float:
             return float(text)
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-            return text[1:-1]  # a shell without single quotes (Windows) passes them on
-        return text
+        return unquote(text)
     except (ValueError, KeyError):
         hint = "; write True or False" if field.type is bool else ""
         raise ValueError(f"{field.name} needs {a(field.type)}, not {text!r}{hint}") from None
+
+
+def unquote(text):
+    """Returns what text says as a Python string literal, else text: a shell without single quotes passes them on."""
+    try:
+        value = ast.literal_eval(text) if text.startswith(("'", '"')) else None
+    except (ValueError, SyntaxError):
+        value = None
+    return value if type(value) is str else text
 
 
 def a(kind):
@@ -111,9 +118,10 @@ def read_file(path, fields, values):
     namespace = dict(values, __name__="config", __file__=path)
     try:
         tree = ast.parse(source, path)
+    except (SyntaxError, ValueError) as e:  # ValueError: a NUL character, before Python 3.11.4
+        return {}, [f"{path}:{getattr(e, 'lineno', None) or 1}: {getattr(e, 'msg', e)}"]
+    try:
         exec(compile(tree, path, "exec"), namespace)
-    except SyntaxError as e:
-        return {}, [f"{path}:{e.lineno or 1}: {e.msg}"]
     except (Exception, SystemExit) as e:  # whatever a user's file may raise
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
@@ -151,7 +159,7 @@ def malformed(argument, following, fields):
             return f"{argument} {following}: write --{bare}={following}", True
         return f"{argument}: write --{bare.removeprefix('no_')}={not off}", False
     if bare not in fields:
-        return f"{argument}: {unknown(bare, fields)} Keys are written --key=value.", False
+        return f"{argument}: {unknown(bare, fields)}; keys are written --key=value", False
     if following is None or following.startswith("--"):
         return f"{argument}: write --{bare}=VALUE", False
     return f"{argument} {following}: write --{bare}={following}", True
@@ -204,9 +212,13 @@ def usage(cls, doc, script):
     """Returns the --help text: the script's docstring and every key with its type, default, limits and meaning."""
     lines = [doc.strip(), "", f"usage: python {script} [FILE.py ...] [--key=value ...]", "", "keys:"]
     for f in dataclasses.fields(cls):
-        text, choices = f.metadata["text"], f.metadata["choices"]
-        if choices:
-            text += f" ({', '.join(choices)})"
+        text, limits = f.metadata["text"], f.metadata
+        if limits["choices"]:
+            text += f" ({', '.join(map(repr, limits['choices']))})"
+        bounds = [
+            f"{word} {limits[name]}" for name, word in (("low", ">="), ("below", "<")) if limits[name] is not None
+        ]
+        text += f" [{', '.join(bounds)}]" if bounds else ""
         lines.append(f"  --{f.name}={f.default!r}".ljust(40) + f" {f.type.__name__:5s} {text}")
     return "\n".join(lines)
 
@@ -226,8 +238,10 @@ def report(kind, error, trace):
 def from_command_line(cls, doc):
     """Returns configure(cls, sys.argv[1:]). Prints help and exits with 0, or all problems on stderr and exits with 2.
 
-    From here on an uncaught ValueError of ours or an OSError ends the script with one line and exit status 1.
+    From here on an uncaught ValueError of ours or an OSError ends the script with one line and exit status 1, and
+    stdout is UTF-8 whatever the locale, each line written at once.
     """
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     script = os.path.basename(sys.argv[0])
     if "--help" in sys.argv or "-h" in sys.argv:
         print(usage(cls, doc, script))

@@ -5,6 +5,7 @@ Peaks are dense (no 2:4 sparsity), with FP32 accumulation, at the vendor's rated
 clocks up to 10 % above its rating, so a good run may read over 80 % there.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ PEAKS = [
     ("v100 pcie", 80, 0, 112.0, 0, 14.0),  # V100 datasheet
     ("v100s pcie", 80, 0, 130.0, 0, 16.4),  # V100S datasheet
     ("tesla t4", 40, 0, 65.1, 0, 8.1),  # T4 datasheet
+    ("rtx 2060 super", 34, 0, 0, 0, 0),  # another clock: listed so that it is not taken for a 2060
     ("rtx 2060", 30, 0, 25.8, 0, 6.5),  # 30x512x1.680
     ("rtx 2070 super", 40, 0, 36.2, 0, 9.1),  # 40x512x1.770
     ("rtx 2080 super", 48, 0, 44.6, 0, 11.2),  # 48x512x1.815
@@ -93,6 +95,7 @@ PEAKS = [
     ("gb200", 152, 2500.0, 2500.0, 1250.0, 80.0),  # Blackwell datasheet (5 PF sparse)
     ("b300", 148, 2250.0, 2250.0, 1125.0, 75.0),  # HGX B300 page (4.5 PF sparse)
     ("rtx pro 4000 blackwell", 70, 147.3, 147.3, 73.7, 36.8),  # 1178 FP4 sparse AI TOPS / 8
+    ("rtx pro 4000 blackwell sff", 70, 0, 0, 0, 0),  # half the clock: listed so that it is not taken for the full card
     ("rtx pro 6000 blackwell workstation", 188, 503.8, 503.8, 251.9, 126.0),  # RTX Blackwell PRO WP
     ("rtx pro 6000 blackwell max q workstation", 188, 438.9, 438.9, 219.5, 109.7),  # RTX Blackwell PRO WP
     ("rtx 5050", 20, 26.3, 26.3, 13.2, 13.2),  # 20x512x2.572
@@ -114,6 +117,7 @@ PEAKS = [
     ("mi350x", 256, 2306.9, 2306.9, 0, 144.2),  # MI350X datasheet
     ("mi355x", 256, 2516.6, 2516.6, 0, 157.3),  # MI355X datasheet
 ]
+ESTIMATES = {"h20", "gb10", "thor"}  # rows that rest on press reports or on a rate that NVIDIA does not state
 
 
 def peak_flops(name, sm_count, dtype):
@@ -130,17 +134,18 @@ def peak_flops(name, sm_count, dtype):
     rows = [row for row in PEAKS if set(row[0].split()) <= words]
     if not rows:
         return None, f"no peak is known for {name}"
-    _, sms, bf16, fp16, tf32, fp32 = max(rows, key=lambda row: (len(row[0].split()), row[1] == sm_count))
+    row, sms, bf16, fp16, tf32, fp32 = max(rows, key=lambda row: (len(row[0].split()), row[1] == sm_count))
     tflops, kind = {
         "bfloat16": (bf16, "bf16"),
         "float16": (fp16, "fp16"),
         "float32": (tf32, "tf32") if tf32 else (fp32, "fp32"),
     }[dtype]
-    if not tflops:
-        return None, f"no {kind} peak is known for {name}"
+    if not tflops or sm_count > sms:  # more SMs: a variant that the row is not about
+        return None, f"no {kind} peak is known for {name} with {sm_count} SMs"
     share = "" if sm_count == sms else f", {sm_count} of {sms} SMs"
+    guess = ", an estimate" if row in ESTIMATES else ""
     peak = tflops * sm_count / sms
-    return peak * 1e12, f"{peak:.1f} TFLOP/s dense {kind} peak of {name}{share}"
+    return peak * 1e12, f"{peak:.1f} TFLOP/s dense {kind} peak of {name}{share}{guess}"
 
 
 def pick_device(asked):
@@ -172,18 +177,29 @@ def pick_device(asked):
 def pick_dtype(asked, device):
     """Returns ('bfloat16', 'float16' or 'float32', why) for matmuls on device; asked is '' for what suits it.
 
-    Raises ValueError for float16 off CUDA: without its gradient scaler a run would underflow.
+    Raises ValueError for float16 off CUDA, where there is no gradient scaler against underflow, and for bfloat16 on a
+    GPU that would only emulate it.
     """
     if asked == "float16" and device.type != "cuda":
         raise ValueError(f"dtype='float16' needs a CUDA GPU, this is {device.type}; use bfloat16 or float32")
+    has_bf16 = device.type != "cuda"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bfloat16" and not has_bf16:
+        raise ValueError(f"dtype='bfloat16', but {device_name(device)} has no bf16; use float16, or leave --dtype out")
     if asked:
         return asked, "as asked"
     if device.type != "cuda":
         return "float32", f"the default on {device.type}"
-    with torch.cuda.device(device):
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "this GPU has bf16"
-    return "float16", "this GPU has no bf16; fp16 with loss scaling"
+    return (
+        ("bfloat16", "this GPU has bf16") if has_bf16 else ("float16", "this GPU has no bf16; fp16 with loss scaling")
+    )
+
+
+def autocast(device, dtype):
+    """Returns a context in which matmuls on device run in dtype, a name from pick_dtype."""
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def device_peak(device, dtype):

@@ -9,7 +9,7 @@ Shape letters: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -132,7 +132,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # a meta device has none
+        if autocast and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream: autocast alone would keep it, and its memory traffic, in fp32
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
@@ -143,12 +144,6 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return (None if self.training else logits), loss
-
-    def crop_block_size(self, block_size):
-        """Shortens the context to block_size positions in place, dropping the position embeddings past it."""
-        self.config = replace(self.config, block_size=block_size)
-        wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight.data[:block_size].clone(), freeze=False)
-        self.transformer.wpe = wpe
 
     def get_num_params(self, non_embedding=True):
         """The number of parameters, without the position embeddings unless non_embedding is False.

@@ -125,11 +125,14 @@ def read_dataset(text_key, **arguments):
     """Yields the text_key column of a dataset that the datasets library streams: local Parquet or the hub's."""
     import datasets
 
-    rows = datasets.load_dataset(streaming=True, **arguments)
-    for row in rows:
-        if not isinstance(row.get(text_key), str):
-            raise ValueError(f"{arguments} has no text under {text_key!r} (--text_key); it has {', '.join(row)}")
-        yield row[text_key]
+    name = arguments.get("data_files") or arguments["path"]
+    try:
+        for row in datasets.load_dataset(streaming=True, **arguments):
+            if not isinstance(row.get(text_key), str):
+                raise ValueError(f"no text under {text_key!r} (--text_key); it has {', '.join(row)}")
+            yield row[text_key]
+    except Exception as e:  # of many kinds: a damaged file, a name that the hub does not know, the network
+        raise ValueError(f"cannot read {name}: {str(e).partition(chr(10))[0] or type(e).__name__}") from e
 
 
 def documents(cfg):
@@ -198,7 +201,7 @@ def split_off(encoded, val_tokens, max_tokens):
         heapq.heappush(heap, (-digest, number, tokens))
         held += len(tokens)
         seen += len(tokens)
-        while held - len(heap[0][2]) >= min(val_tokens, seen // 10):
+        while len(heap) > 1 and held - len(heap[0][2]) >= min(val_tokens, seen // 10):
             tokens = heapq.heappop(heap)[2]
             held -= len(tokens)
             yield "train", tokens
@@ -210,7 +213,7 @@ def split_off(encoded, val_tokens, max_tokens):
 
 def write_shards(pieces, out_dir, prefix, shard_tokens, bar):
     """Writes the (split, tokens) pieces as shards; returns {split: {"tokens": n, "documents": n, "shards": n}}.
-    Raises ValueError if a split gets nothing."""
+    Raises ValueError if training does not get the larger part."""
     counts = {split: dict(tokens=0, documents=0, shards=0) for split in ("train", "val")}
     waiting = {"train": [], "val": []}
 
@@ -231,12 +234,12 @@ def write_shards(pieces, out_dir, prefix, shard_tokens, bar):
         bar.update(len(tokens))
         if counts[split]["tokens"] // shard_tokens > counts[split]["shards"]:
             flush(split, everything=False)
-    for split in waiting:
-        if not counts[split]["tokens"]:
-            raise ValueError(
-                f"the source gives no {split} documents: validation takes whole ones, so there must be two or more. "
-                f"In one long .txt separate them by {EOT}, or use --txt_documents=blank_line"
-            )
+    train, val = counts["train"]["tokens"], counts["val"]["tokens"]
+    if train <= val:
+        raise ValueError(
+            f"{train:,} tokens to train on and {val:,} to validate: validation takes whole documents, and these are "
+            f"too few, or one is huge. Separate them by {EOT}, or use --txt_documents=blank_line"
+        )
     for split in waiting:
         flush(split, everything=True)
     return counts
@@ -246,8 +249,11 @@ def check_target(out_dir, meta):
     """Returns True if out_dir holds exactly what would be written. Raises ValueError if it holds something else."""
     path = os.path.join(out_dir, "meta.json")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            there = json.load(f)
+        try:
+            with open(path, encoding="utf-8") as f:
+                there = dict(json.load(f))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
         differing = [
             f"{name}: {there.get(name)!r} there, {meta[name]!r} now" for name in meta if there.get(name) != meta[name]
         ]

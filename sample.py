@@ -6,7 +6,6 @@ Write text with a trained model.
 The text goes to stdout, each sample followed by a line of dashes; everything else goes to stderr.
 """
 
-import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -22,9 +21,7 @@ from model import GPT, GPTConfig
 
 @dataclass
 class SampleConfig(Config):
-    init_from: str = key(
-        "resume", "resume: out_dir/ckpt.pt, the newest weights; best: out_dir/best.pt", choices=("resume", "best")
-    )
+    init_from: str = key("resume", "resume: out_dir/ckpt.pt, the newest weights; best: out_dir/best.pt")
     out_dir: str = key("out", "folder that train.py wrote")
     start: str = key("\n", "prompt; FILE:prompt.txt reads it from a file; may hold <|endoftext|>")
     num_samples: int = key(10, "samples to draw", low=1)
@@ -39,6 +36,13 @@ class SampleConfig(Config):
     )
     compile: bool = key(False, "torch.compile the model: pays off for long or many samples on a GPU")
 
+    def problems(self):
+        if self.init_from in ("resume", "best"):
+            return []
+        if self.init_from.startswith("gpt2"):
+            return [f"init_from={self.init_from!r}: OpenAI's weights cannot be loaded yet; use resume or best"]
+        return [f"init_from must be 'resume' or 'best', not {self.init_from!r}"]
+
 
 def read_prompt(start):
     """Returns start, or what the UTF-8 file holds that FILE:name names."""
@@ -52,11 +56,17 @@ def read_prompt(start):
         raise ValueError(f"the prompt file {path} is not UTF-8: {e}") from None
 
 
-def find_tokenizer(state):
-    """Returns the tokenizer of a checkpoint: what train.py recorded, else (nanoGPT's own) that of its data folder."""
+def find_tokenizer(state, path):
+    """Returns the tokenizer of a checkpoint: what train.py recorded, else (nanoGPT's own) that of its data folder,
+    GPT-2's without a meta.pkl there. Raises ValueError if the model cannot be GPT-2's."""
     if "tokenizer" in state:
         return state["tokenizer"]
-    return shards.read_tokenizer(os.path.join("data", state.get("config", {}).get("dataset", "")))
+    folder = os.path.join("data", state.get("config", {}).get("dataset", ""))
+    tokenizer, vocab_size = shards.read_tokenizer(folder), state["model_args"]["vocab_size"]
+    if tokenizer["vocab_size"] > vocab_size:
+        raise ValueError(f"{path} does not say what its {vocab_size} token ids mean; put its meta.pkl into {folder}")
+    print(f"{path} names no tokenizer; taking {tokenizer['encoding']}, as {folder} suggests", file=sys.stderr)
+    return tokenizer
 
 
 if __name__ == "__main__":
@@ -64,15 +74,12 @@ if __name__ == "__main__":
     device, _ = hardware.pick_device(cfg.device)
     dtype, _ = hardware.pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32
 
     path = os.path.join(cfg.out_dir, "best.pt" if cfg.init_from == "best" else "ckpt.pt")
     state = checkpoint.load(path)
-    tokenizer = find_tokenizer(state)
-    n_ids = min(tokenizer["vocab_size"], state["model_args"]["vocab_size"])
-    model = GPT(GPTConfig(**state["model_args"], n_ids=n_ids))
-    model.load_state_dict(state["model"])
+    tokenizer = find_tokenizer(state, path)
+    model = GPT(GPTConfig(**state["model_args"], n_ids=tokenizer["vocab_size"]))
+    checkpoint.restore_model(model, state, path)
     model.eval().to(device)
     if cfg.compile:
         if obstacle := hardware.compile_obstacle(device):
@@ -88,10 +95,9 @@ if __name__ == "__main__":
     stop_token = tokenizer["eot_token"] if cfg.stop_at_eot else None
     if cfg.stop_at_eot and stop_token is None:
         raise ValueError(f"stop_at_eot=True, but the encoding {tokenizer['encoding']!r} has no end-of-text token")
-    autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
 
     idx = torch.tensor([prompt], device=device)
-    with autocast:
+    with hardware.autocast(device, dtype):
         for _ in range(cfg.num_samples):
             out = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, stop_token)
             print(decode(out[0].tolist()))

@@ -106,17 +106,23 @@ def find_data(dataset):
 
 
 def find_shards(folder, split):
-    """Returns the Shards of split, 'train' or 'val', in name order. Raises FileNotFoundError if there are none."""
-    names = sorted(os.listdir(folder))
-    for pattern, read in ((rf".*{split}.*_\d+\.bin", read_header), (rf".*{split}.*_\d+\.npy", read_npy)):
-        matching = [name for name in names if re.fullmatch(pattern, name)]
-        if matching:
-            return [read(os.path.join(folder, name)) for name in matching]
-    if f"{split}.bin" in names:
-        return [read_raw(os.path.join(folder, f"{split}.bin"))]
+    """Returns the Shards of split, 'train' or 'val', in name order. Raises FileNotFoundError if there are none.
+
+    The first format of which the folder holds any file is the format of both splits."""
+    for pattern, read in (
+        (r".*(train|val).*_\d+\.bin", read_header),
+        (r".*(train|val).*_\d+\.npy", read_npy),
+        (r"(train|val)\.bin", read_raw),
+    ):
+        names = [name for name in sorted(os.listdir(folder)) if re.fullmatch(pattern, name)]
+        mine = [name for name in names if (name.rfind("train") > name.rfind("val")) == (split == "train")]
+        if mine:
+            return [read(os.path.join(folder, name)) for name in mine]
+        if names:
+            break
     raise FileNotFoundError(
-        f"{folder} has no {split} tokens (looked for *{split}*_000001.bin, *{split}*_000001.npy and {split}.bin); "
-        f"write them with python prepare_fineweb.py"
+        f"{folder} has no {split} tokens (looked for *{split}*_000001.bin, *{split}*_000001.npy and {split}.bin, "
+        f"in the format of the other split); write them with python prepare_fineweb.py"
     )
 
 
@@ -143,7 +149,12 @@ def read_tokenizer(folder):
         try:
             with open(path, encoding="utf-8") as f:
                 meta = json.load(f)
-            return {name: meta[name] for name in ("encoding", "vocab_size", "eot_token")}
+            eot = meta["eot_token"]
+            return dict(
+                encoding=str(meta["encoding"]),
+                vocab_size=int(meta["vocab_size"]),
+                eot_token=None if eot is None else int(eot),
+            )
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is damaged ({e!r}); prepare the data again") from None
     path = os.path.join(folder, "meta.pkl")
@@ -151,7 +162,8 @@ def read_tokenizer(folder):
         try:
             with open(path, "rb") as f:
                 meta = PlainUnpickler(f).load()
-            itos = {int(i): str(text) for i, text in meta.get("itos", {}).items()}
+            itos = meta.get("itos", {})
+            itos = {int(i): str(text) for i, text in (itos.items() if isinstance(itos, dict) else enumerate(itos))}
             return dict(encoding="characters", vocab_size=int(meta["vocab_size"]), eot_token=None, itos=itos)
         except Exception as e:  # a damaged pickle may raise anything
             raise ValueError(f"cannot read {path}: {e!r}") from None

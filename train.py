@@ -1,17 +1,15 @@
 """
 Train a GPT on one GPU (or CPU).
 
-    python train.py config/fineweb_125m.py --batch_size=16
-    python train.py config/fineweb_125m.py --batch_size=16 --init_from=resume
+    python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32
+    python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32 --init_from=resume
 
 Reads token files from data/<dataset> and writes three files into out_dir: ckpt.pt (the newest complete state, to resume
 from), best.pt (the weights with the lowest validation loss) and metrics.jsonl (every figure of the log).
 Ctrl-C or SIGTERM finishes the update in flight, saves, and prints the command that continues.
 """
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -41,7 +39,7 @@ class TrainConfig(Config):
     always_save_checkpoint: bool = key(True, "False: after an evaluation save only if the validation loss fell")
     # evaluation and log
     eval_interval: int = key(2000, "iterations between evaluations, after which ckpt.pt is saved", low=1)
-    eval_iters: int = key(200, "evaluation size, in dozens of sequences of each split", low=1)
+    eval_iters: int = key(200, "evaluation size, in dozens of sequences of each split, if it has them", low=1)
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines; each costs one wait for the GPU", low=1)
     wandb_log: bool = key(False, "log to Weights & Biases too (pip install wandb)")
@@ -122,8 +120,13 @@ def as_batch(tokens, device):
     return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
 
+def to_device(batch, device):
+    """Returns the tensors of as_batch on device; the copy is asynchronous where that is safe, from pinned memory."""
+    return (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
+
+
 @torch.no_grad()
-def estimate_loss(model, windows, count, batch_size, device, autocast):
+def estimate_loss(model, windows, count, batch_size, device, dtype):
     """Returns the mean loss, a float, over count windows of a split: the same ones each time, whatever the batch_size,
     without touching any random state. One sync, at the end."""
     chosen, total = windows.spread(count), torch.zeros((), device=device)
@@ -132,8 +135,8 @@ def estimate_loss(model, windows, count, batch_size, device, autocast):
         some = chosen[first : first + batch_size]
         x, y = as_batch(windows.read(np.resize(some, batch_size)), device)
         y[len(some) :] = -1  # a last, short batch is filled up with rows that do not count: one shape, one graph
-        with autocast():
-            _, loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        with hardware.autocast(device, dtype):
+            _, loss = model(*to_device((x, y), device))
         total += loss.float() * len(some)
     model.train()
     return total.item() / len(chosen)
@@ -147,7 +150,9 @@ def with_architecture(cfg, model_args, path):
     if differing:
         listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
         raise ValueError(f"{path} is of another model: {listed}; leave these out, or start anew in another --out_dir")
-    return dataclasses.replace(cfg, **saved)
+    changed = dataclasses.replace(cfg, **saved)
+    changed.given = cfg.given
+    return changed
 
 
 def duration(seconds):
@@ -169,8 +174,7 @@ def ask_to_stop(number, frame):
 
 if __name__ == "__main__":
     cfg = from_command_line(TrainConfig, __doc__)
-    sys.stdout.reconfigure(line_buffering=True)  # a log that goes to a file is never behind
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this trainer uses one GPU; start it with python train.py, not with torchrun")
     if cfg.init_from.startswith("gpt2"):
         raise ValueError(
@@ -178,8 +182,10 @@ if __name__ == "__main__":
         )
     if "backend" in cfg.given:
         print(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
-    if cfg.decay_lr and cfg.warmup_iters >= min(cfg.max_iters, cfg.lr_decay_iters) > 0:
-        print(f"note: with warmup_iters={cfg.warmup_iters} the learning rate is still rising when this run ends")
+    if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
+        print(f"note: the learning rate still rises when this run ends: warmup_iters={cfg.warmup_iters}")
+    elif cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
+        print(f"note: after warmup_iters={cfg.warmup_iters} it drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}")
 
     # -------------------------------------------------------------------------
     # machine
@@ -196,9 +202,6 @@ if __name__ == "__main__":
     torch.manual_seed(cfg.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as nanoGPT
-    autocast = contextlib.nullcontext
-    if dtype != "float32":
-        autocast = functools.partial(torch.autocast, device.type, getattr(torch, dtype))
 
     # -------------------------------------------------------------------------
     # what to continue from
@@ -207,12 +210,12 @@ if __name__ == "__main__":
     state = None
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(ckpt_path)):
         state = checkpoint.load(ckpt_path)
-        if "optimizer" not in state:
+        if not {"optimizer", "iter_num", "best_val_loss"} <= state.keys():
             raise ValueError(f"{ckpt_path} holds weights only, no optimizer state to resume from")
         cfg = with_architecture(cfg, state["model_args"], ckpt_path)
         if state["iter_num"] > cfg.max_iters:
             raise ValueError(f"{ckpt_path} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}")
-    elif os.path.exists(ckpt_path):
+    elif os.path.exists(ckpt_path) and not cfg.eval_only:
         print(f"{ckpt_path} of an earlier run will be overwritten; --init_from=resume would continue it")
 
     # -------------------------------------------------------------------------
@@ -242,8 +245,8 @@ if __name__ == "__main__":
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     iter_num, best_val_loss = 0, math.inf
     if state:
-        model.load_state_dict(state["model"])
-        checkpoint.restore_optimizer(optimizer, state["optimizer"])
+        checkpoint.restore_model(model, state, ckpt_path)
+        checkpoint.restore_optimizer(optimizer, state["optimizer"], ckpt_path)
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         if "rng" in state:  # nanoGPT keeps none
@@ -272,17 +275,13 @@ if __name__ == "__main__":
         f"{cfg.max_iters * sequences_per_iter / len(train_data):.2f} epochs of {len(train_data):,} windows"
     )
     print(
-        f"evaluation: 12 * {cfg.eval_iters} = {eval_windows:,} windows of each split (train has {len(train_data):,}, "
-        f"val {len(val_data):,}) every {cfg.eval_interval:,} iterations"
+        f"evaluation: 12 * {cfg.eval_iters} = {eval_windows:,} windows of train and val, which have "
+        f"{len(train_data):,} and {len(val_data):,}, every {cfg.eval_interval:,} iterations"
     )
 
     # -------------------------------------------------------------------------
     # logs
 
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    metrics_path = os.path.join(cfg.out_dir, "metrics.jsonl")
-    checkpoint.rewind_metrics(metrics_path, iter_num)
-    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)  # line by line
     wandb = None
     if cfg.wandb_log:
         try:
@@ -290,11 +289,19 @@ if __name__ == "__main__":
         except ImportError:
             raise ValueError("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False") from None
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=dataclasses.asdict(cfg))
+    metrics_path = os.devnull  # eval_only leaves the folder of a run, which may be going on, as it is
+    if not cfg.eval_only:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        metrics_path = os.path.join(cfg.out_dir, "metrics.jsonl")
+        checkpoint.rewind_metrics(metrics_path, iter_num)
+    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)  # line by line
 
     def record(kind, **figures):
-        metrics.write(json.dumps(dict(kind=kind, iter=iter_num) | figures) + "\n")
-        if wandb and kind in ("iter", "eval"):
-            wandb.log(dict(iter=iter_num) | figures)
+        """Writes one line of metrics.jsonl; JSON has no infinity, which fp16's first gradient norms may be: null."""
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in figures.items()}
+        metrics.write(json.dumps(dict(kind=kind, iter=iter_num) | finite) + "\n")
+        if wandb and kind in ("iter", "eval"):  # train_loss is train/loss there, as in nanoGPT
+            wandb.log(dict(iter=iter_num) | {name.replace("_", "/"): x for name, x in figures.items()})
 
     record("resume" if iter_num else "config", config=dataclasses.asdict(cfg), torch=torch.__version__)
 
@@ -314,11 +321,15 @@ if __name__ == "__main__":
         print("compiling the model (about a minute)")
         start = time.perf_counter()
         model.compile(dynamic=False)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a pass outside the run and its clock
-            x, y = (t.to(device) for t in upcoming.result())
-            with autocast():
-                _, loss = model(x, y)
-            scaler.scale(loss).backward()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a pass outside the run, its clock
+                with hardware.autocast(device, dtype):  # and its random numbers
+                    _, loss = model(*to_device(upcoming.result(), device))
+                scaler.scale(loss).backward()
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:  # a page of torch's, of many kinds
+            raise ValueError(f"torch.compile failed: {str(e).partition(chr(10))[0]}; try --compile=False") from e
         optimizer.zero_grad(set_to_none=True)
         hardware.synchronize(device)
         print(f"compiled in {time.perf_counter() - start:.1f}s")
@@ -339,7 +350,7 @@ if __name__ == "__main__":
             pause, improved = time.perf_counter(), False
             if due:
                 train_loss, val_loss = (
-                    estimate_loss(model, data, eval_windows, cfg.batch_size, device, autocast)
+                    estimate_loss(model, data, eval_windows, cfg.batch_size, device, dtype)
                     for data in (train_data, val_data)
                 )
                 bar.write(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
@@ -354,9 +365,9 @@ if __name__ == "__main__":
                 rest = dict(
                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=checkpoint.get_rng(device)
                 )
-                checkpoint.save(ckpt_path, weights | rest)
                 if improved:
-                    checkpoint.save(best_path, weights)
+                    checkpoint.save(best_path, weights)  # first: ckpt.pt already says how good these weights are
+                checkpoint.save(ckpt_path, weights | rest)
                 bar.write(f"saving checkpoint to {cfg.out_dir}")
                 record("checkpoint", best_val_loss=best_val_loss)
             window_start += time.perf_counter() - pause
@@ -368,10 +379,10 @@ if __name__ == "__main__":
             group["lr"] = lr
         step_loss.zero_()
         for _ in range(cfg.gradient_accumulation_steps):
-            x, y = (t.to(device, non_blocking=True) for t in upcoming.result())
+            x, y = to_device(upcoming.result(), device)
             micro_batch += 1
             upcoming = loader.submit(load, micro_batch)
-            with autocast():
+            with hardware.autocast(device, dtype):
                 _, loss = model(x, y)
             loss = loss / cfg.gradient_accumulation_steps  # micro-batches are equal in size: the sum is the step's mean
             step_loss += loss.detach()  # stays on the device: reading it here would wait for the GPU
@@ -390,9 +401,9 @@ if __name__ == "__main__":
             left = cfg.max_iters - 1 - iter_num
             eta = left * dt + math.ceil(left / cfg.eval_interval) * eval_seconds
             tflops = model.flops_per_token() * tokens_per_iter / dt / 1e12
-            mfu = model.estimate_mfu(sequences_per_iter, dt, peak) if peak else None
+            mfu = 100 * model.estimate_mfu(sequences_per_iter, dt, peak) if peak else None
             bar.write(
-                f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f'{mfu:.2%}' if peak else 'n/a'}, "
+                f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f'{mfu:.2f}%' if peak else 'n/a'}, "
                 f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {norm:.3f}, lr {lr:.2e}, "
                 f"eta {duration(eta)}"
             )
@@ -402,7 +413,7 @@ if __name__ == "__main__":
 
     bar.close()
     loader.shutdown(cancel_futures=True)
-    if stop_signals and not done:
+    if stop_signals and not done and not cfg.eval_only:
         argv = [arg for arg in sys.argv if not arg.startswith("--init_from=")] + ["--init_from=resume"]
         print(f"stopped at iteration {iter_num}; continue with: {shlex.join(['python', *argv])}")
         sys.exit(128 + stop_signals[0])

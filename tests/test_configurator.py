@@ -58,6 +58,7 @@ def test_values_keep_their_type_and_may_hold_an_equals_sign():
     assert configure(Toy, ["--name=42"]).name == "42"
     assert configure(Toy, ["--name="]).name == ""
     assert configure(Toy, ["--name='x'"]).name == "x"
+    assert configure(Toy, ['--name="Yes," he said. "No."']).name == '"Yes," he said. "No."'
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_values_keep_their_type_and_may_hold_an_equals_sign():
         ("--fast", "--fast: write --fast=True"),
         ("--no-fast", "--no-fast: write --fast=False"),
         ("--steps", "--steps: write --steps=VALUE"),
+        ("--step", "--step: unknown key 'step'; did you mean 'steps'?; keys are written --key=value"),
         ("absent.py", "cannot read the config file absent.py: No such file or directory"),
     ],
 )
@@ -190,13 +192,13 @@ def test_help_lists_every_key_and_a_wrong_key_exits_with_2(script):
         assert f"--{field.name}={field.default!r}" in shown.stdout and field.metadata["text"] in shown.stdout
     wrong = subprocess.run([sys.executable, script, "--devise=cpu"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and not wrong.stdout
-    assert (
-        wrong.stderr.splitlines()[0] == "--devise: unknown key 'devise'; did you mean 'device'?" or cls is PrepareConfig
-    )
+    hint = "" if cls is PrepareConfig else "; did you mean 'device'?"
+    assert wrong.stderr.splitlines()[0] == f"--devise: unknown key 'devise'{hint}"
 
 
-def test_usage_shows_choices():
-    assert "which (a, b)" in usage(Toy, "Doc.", "toy.py")
+def test_usage_shows_choices_and_limits():
+    shown = usage(Toy, "Doc.", "toy.py")
+    assert "which ('a', 'b')" in shown and "fraction [>= 0, < 1]" in shown
 
 
 words = st.one_of(st.text(max_size=12), st.sampled_from(["--", "--steps", "5", "--fast", "=", "-", "--no-name"]))
@@ -215,7 +217,7 @@ def test_no_argument_list_raises_anything_but_a_config_error(argv):
 
 @given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text())
 def test_what_python_prints_is_what_is_set(i, x, flag, text):
-    if not (i >= 1 and 0 <= x < 1) or "\0" in text or (text[:1] == text[-1:] and text[:1] in "'\"" and len(text) > 1):
+    if not (i >= 1 and 0 <= x < 1) or "\0" in text or text.startswith(("'", '"')):
         return
     config = configure(Toy, [f"--steps={i}", f"--rate={x}", f"--fast={flag}", f"--name={text}"])
     assert (config.steps, config.rate, config.fast, config.name) == (i, x, flag, text)

@@ -72,6 +72,8 @@ def test_a_card_has_its_datasheet_peak(name, sm_count, expected):
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 188, 503.8, "rtx 6000 ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 188, 438.9, "rtx 6000 ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 188, None, "rtx 6000 ada"),
+        ("NVIDIA RTX PRO 4000 Blackwell SFF Edition", 70, None, "rtx pro 4000 blackwell"),
+        ("NVIDIA GeForce RTX 2060 SUPER", 34, None, "rtx 2060"),
         ("NVIDIA RTX 5000 Ada Generation", 100, 261.1, "quadro rtx 5000"),
         ("NVIDIA RTX PRO 5000 Blackwell", 110, None, "rtx 5000 ada"),
         ("AMD Instinct MI300A", 228, 980.6, "mi300x"),
@@ -106,6 +108,11 @@ def test_a_part_of_a_gpu_has_that_part_of_its_peak():
     peak, phrase = peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 14, "bfloat16")
     assert peak == pytest.approx(312e12 * 14 / 108) and "14 of 108 SMs" in phrase
     assert tflops("GRID A100-10C", 27) == 78.0
+
+
+def test_more_sms_than_the_row_has_are_another_card_and_an_estimate_is_called_one():
+    assert tflops("NVIDIA GeForce RTX 2060", 34, "float16") is None  # the 12 GB card
+    assert peak_flops("NVIDIA GB10", 48, "bfloat16")[1].endswith(", an estimate")
 
 
 def test_cards_that_share_a_name_are_told_apart_by_their_sms():

@@ -5,6 +5,7 @@ Run: pytest tests/test_shards.py
 """
 
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -65,11 +66,21 @@ def test_all_three_formats_are_read(tmp_path):
 
 def test_headered_shards_come_before_npy_before_raw(tmp_path):
     IDS[:100].tofile(tmp_path / "train.bin")
+    IDS[:100].tofile(tmp_path / "val.bin")
     assert find_shards(tmp_path, "train")[0].count == 100
     np.save(tmp_path / "b_train_000001.npy", IDS[:200])
     assert find_shards(tmp_path, "train")[0].count == 200
     write_shard(tmp_path / "c_train_000001.bin", IDS[:300])
     assert find_shards(tmp_path, "train")[0].count == 300
+    with pytest.raises(FileNotFoundError, match="has no val tokens.*in the format of the other split"):
+        find_shards(tmp_path, "val")
+
+
+def test_a_split_is_recognised_whatever_else_is_in_the_name(tmp_path):
+    for name in ("medieval_train_000001.bin", "pretrain_val_000000.bin"):
+        write_shard(tmp_path / name, IDS)
+    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "train")] == ["medieval_train_000001.bin"]
+    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "val")] == ["pretrain_val_000000.bin"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +195,7 @@ for first in range(0, 200_000 - 1, 100):
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(out.stdout) < 60  # MB; the whole file has been read
+    assert float(out.stdout) < (60 if sys.platform != "darwin" else 60 * 1024)  # MB; macOS counts in bytes
 
 
 # -----------------------------------------------------------------------------
@@ -195,7 +206,10 @@ def test_the_tokenizer_is_read_from_meta_json_or_meta_pkl_or_is_gpt2s(tmp_path):
     assert read_tokenizer(tmp_path) == dict(encoding="gpt2", vocab_size=50257, eot_token=50256)
     meta = dict(vocab_size=3, itos={0: "a", 1: "b", 2: "\n"}, stoi={"a": 0, "b": 1, "\n": 2})
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    tokenizer = read_tokenizer(tmp_path)
+    for itos in (["a", "b", "\n"], meta["itos"]):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta | dict(itos=itos)))
+        tokenizer = read_tokenizer(tmp_path)
+        assert tokenizer["itos"] == meta["itos"]
     assert tokenizer == dict(encoding="characters", vocab_size=3, eot_token=None, itos=meta["itos"])
     (tmp_path / "meta.json").write_text(json.dumps(dict(encoding="bytes", vocab_size=257, eot_token=256, more=1)))
     assert read_tokenizer(tmp_path) == dict(encoding="bytes", vocab_size=257, eot_token=256)
@@ -215,7 +229,9 @@ def test_a_meta_pkl_cannot_run_code_and_a_damaged_one_is_named(tmp_path, monkeyp
     assert not (tmp_path / "exploited").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"encoding": "bytes"}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"encoding": "bytes"}', '{"encoding": "bytes", "vocab_size": "x", "eot_token": 1}']
+)
 def test_a_damaged_meta_json_is_named(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match="meta.json is damaged"):

@@ -80,7 +80,7 @@ def test_tokens_per_second_and_mfu_follow_from_the_time(run, byte_data, tiny, tm
     for line in lines:
         flops = (6 * n + 12 * 2 * 32 * 16) * 128
         assert line["tflops"] == pytest.approx(flops / line["dt"] / 1e12)
-        assert line["mfu"] == pytest.approx(line["tflops"])
+        assert line["mfu"] == pytest.approx(100 * line["tflops"])  # percent of 1 TFLOP/s
 
 
 def test_the_logged_time_leaves_evaluation_out(run, byte_data, tiny, tmp_path):
@@ -216,7 +216,6 @@ def test_auto_starts_anew_or_resumes(run, byte_data, tiny):
 
 
 def test_best_weights_are_kept_apart_from_the_newest(run, byte_data, tiny, tmp_path):
-    shutil.copy(byte_data / "fineweb_val_000000.bin", byte_data / "kept")
     run("train.py", *tiny, "--max_iters=6")
     best = weights(tmp_path / "out", "best.pt")
     assert same(best, weights(tmp_path / "out"))
@@ -230,10 +229,13 @@ def test_best_weights_are_kept_apart_from_the_newest(run, byte_data, tiny, tmp_p
 
 def test_eval_only_evaluates_a_resumed_model_and_leaves_it_alone(run, byte_data, tiny, tmp_path):
     run("train.py", *tiny, "--max_iters=5")
-    before = (tmp_path / "out/ckpt.pt").read_bytes()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     out = run("train.py", *tiny, "--init_from=resume", "--eval_only=True")
     assert [int(it) for it, *_ in STEP.findall(out.stdout)] == [5] and not losses(out)
-    assert (tmp_path / "out/ckpt.pt").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    out = run("train.py", *tiny, "--eval_only=True")  # of a model from scratch, beside what is there
+    assert [int(it) for it, *_ in STEP.findall(out.stdout)] == [0] and "overwritten" not in out.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data, tiny):
@@ -373,8 +375,16 @@ def test_a_missing_compiler_is_explained(run, byte_data, tiny):
 
 
 def test_several_gpus_are_not_taken_silently(run, byte_data, tiny):
-    assert "this trainer uses one GPU" in run("train.py", *tiny, status=1, RANK="0").stderr
-    assert "backend='gloo' has no effect" in run("train.py", *tiny, "--backend=gloo", "--max_iters=0").stdout
+    assert "this trainer uses one GPU" in run("train.py", *tiny, status=1, WORLD_SIZE="2").stderr
+    out = run("train.py", *tiny, "--backend=gloo", "--max_iters=0", RANK="0", WORLD_SIZE="1")
+    assert "backend='gloo' has no effect" in out.stdout
+
+
+def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tiny):
+    out = run("train.py", *tiny, "--warmup_iters=50", "--max_iters=1")
+    assert "note: the learning rate still rises when this run ends: warmup_iters=50" in out.stdout
+    out = run("train.py", *tiny, "--warmup_iters=5", "--lr_decay_iters=4", "--max_iters=6")
+    assert "note: after warmup_iters=5 it drops to min_lr: lr_decay_iters=4" in out.stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4 cut short"])
@@ -383,6 +393,34 @@ def test_a_damaged_checkpoint_is_one_line(run, byte_data, tiny, tmp_path, conten
     (tmp_path / "out/ckpt.pt").write_bytes(content)
     out = run("train.py", *tiny, "--init_from=resume", status=1)
     assert "cannot read the checkpoint out/ckpt.pt" in out.stderr
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=1")
+    path = tmp_path / "out/ckpt.pt"
+    raw = bytearray(path.read_bytes())
+    weight = checkpoint.load(path)["model"]["transformer.h.0.mlp.c_fc.weight"].numpy().tobytes()
+    raw[raw.index(weight) + 7] ^= 1
+    path.write_bytes(raw)
+    out = run("train.py", *tiny, "--init_from=resume", status=1)
+    assert "cannot read the checkpoint out/ckpt.pt" in out.stderr and "checksum" in out.stderr
+
+
+def test_a_checkpoint_that_contradicts_itself_is_one_line(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=1")
+    path = tmp_path / "out/ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # what nanoGPT kept there before torch 2.0
+    torch.save(state, path)
+    run("train.py", *tiny, "--init_from=resume", "--eval_only=True")
+    state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
+    torch.save(state, path)
+    assert "is not AdamW's in two groups" in run("train.py", *tiny, "--init_from=resume", status=1).stderr
+    del state["model"]["lm_head.weight"]
+    torch.save(state, path)
+    message = "the weights in out/ckpt.pt do not fit its model_args: Missing key"
+    assert message in run("train.py", *tiny, "--init_from=resume", status=1).stderr
+    assert message in run("sample.py", "--device=cpu", status=1).stderr
 
 
 def test_weights_only_are_no_state_to_resume_from(run, byte_data, tiny, tmp_path):
