@@ -132,8 +132,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # a meta device has none
-        if autocast and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        if kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream: autocast alone would keep it, and its memory traffic, in fp32
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
