@@ -16,7 +16,6 @@ import heapq
 import itertools
 import json
 import os
-import platform
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -275,10 +274,10 @@ if __name__ == "__main__":
     out_dir = cfg.out_dir or ("data/stdlib" if stdlib else "data/fineweb")
     prefix = "stdlib" if stdlib else "fineweb"
     encode, vocab_size, eot = find_encoder(cfg.encoding)
-    if stdlib:
-        source = f"standard library of Python {platform.python_version()}"
-    else:
-        source = cfg.input or f"{cfg.repo} {cfg.subset} {cfg.split}"
+    source = f"{cfg.repo} {cfg.subset} {cfg.split}"
+    if cfg.input:
+        files = find_files(cfg.input)
+        source = f"{cfg.input}: {len(files)} files, {sum(map(os.path.getsize, files)):,} bytes"
     options = ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens")
     meta = dict(format=1, encoding=cfg.encoding, vocab_size=vocab_size, eot_token=eot, source=source)
     meta |= {name: getattr(cfg, name) for name in options}

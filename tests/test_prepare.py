@@ -53,7 +53,8 @@ def test_every_document_lands_whole_in_one_split(run, tmp_path):
     ]
     assert all((tmp_path / "out" / name).stat().st_size == 1024 + 2 * 5000 for name in names[: count - 1])
     meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert (meta["encoding"], meta["vocab_size"], meta["eot_token"], meta["source"]) == ("bytes", 257, 256, "a.jsonl")
+    assert (meta["encoding"], meta["vocab_size"], meta["eot_token"]) == ("bytes", 257, 256)
+    assert meta["source"] == f"a.jsonl: 1 files, {(tmp_path / 'a.jsonl').stat().st_size:,} bytes"
     for split in found:
         assert meta[split]["tokens"] == n[split] and meta[split]["documents"] == len(found[split])
     assert f"train: {n['train']:,} tokens of {len(found['train'])} documents in {count} shards, out" in out.stdout
@@ -69,6 +70,8 @@ def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
     refused = prepare(run, "--input=a.jsonl", "--val_tokens=500", status=1)
     assert "out was prepared otherwise (val_tokens: 1000000 there, 500 now)" in refused.stderr
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[1:])
+    assert "out was prepared otherwise (source: " in prepare(run, "--input=a.jsonl", status=1).stderr
     (tmp_path / "out/meta.json").unlink()
     assert "shards of an unfinished or foreign run" in prepare(run, "--input=a.jsonl", status=1).stderr
 
