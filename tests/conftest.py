@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import shards
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import shards  # noqa: E402  (the line above makes it importable)
-
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # enough for models of this size, and the sums are the same each time
 torch.set_num_threads(1)
 TEXT = "pack my box with jugs now. " * 400  # 27 letters: in windows of 16, each comes at every position

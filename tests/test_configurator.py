@@ -154,6 +154,7 @@ def test_every_config_of_ours_loads_and_its_token_arithmetic_holds(path):
     product = config.batch_size * config.gradient_accumulation_steps * config.block_size
     sizes = f"{config.batch_size} * {config.gradient_accumulation_steps} * {config.block_size}"
     text = path.read_text()
+    compile(path.read_bytes(), path, "exec")  # as Python's own tools read it, coding cookies and all
     assert f"# {sizes} = {product:,} tokens per iteration" in text
     total = config.max_iters * product
     assert f"{config.max_iters:,} iterations of {product:,}" in text
