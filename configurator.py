@@ -95,7 +95,7 @@ def a(kind):
 
 def unknown(name, fields):
     near = difflib.get_close_matches(name, fields, n=1)
-    return f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown key {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 # -----------------------------------------------------------------------------
@@ -159,7 +159,8 @@ def malformed(argument, following, fields):
             return f"{argument} {following}: write --{bare}={following}", True
         return f"{argument}: write --{bare.removeprefix('no_')}={not off}", False
     if bare not in fields:
-        return f"{argument}: {unknown(bare, fields)}; keys are written --key=value", False
+        has_value = following is not None and not following.startswith("-") and not following.endswith(".py")
+        return f"{argument}: {unknown(bare, fields)}; keys are written --key=value", has_value
     if following is None or following.startswith("--"):
         return f"{argument}: write --{bare}=VALUE", False
     return f"{argument} {following}: write --{bare}={following}", True

@@ -71,13 +71,13 @@ def test_values_keep_their_type_and_may_hold_an_equals_sign():
         ("--rate=nan", "--rate: rate needs a finite number, not nan"),
         ("--fast=1", "--fast: fast needs a bool, not '1'; write True or False"),
         ("--kind=c", "--kind: kind must be 'a' or 'b', not 'c'"),
-        ("--stepz=3", "--stepz: unknown key 'stepz'; did you mean 'steps'?"),
+        ("--stepz=3", "--stepz: unknown key 'stepz' (did you mean 'steps'?)"),
         ("steps=3", "steps=3: write --steps=3"),
         ("-steps=3", "-steps=3: write --steps=3"),
         ("--fast", "--fast: write --fast=True"),
         ("--no-fast", "--no-fast: write --fast=False"),
         ("--steps", "--steps: write --steps=VALUE"),
-        ("--step", "--step: unknown key 'step'; did you mean 'steps'?; keys are written --key=value"),
+        ("--step", "--step: unknown key 'step' (did you mean 'steps'?); keys are written --key=value"),
         ("absent.py", "cannot read the config file absent.py: No such file or directory"),
     ],
 )
@@ -86,9 +86,10 @@ def test_a_wrong_argument_is_explained(argument, message):
 
 
 def test_a_value_after_a_space_is_one_problem_not_two():
-    assert errors(["--steps", "5", "--fast", "False"]) == [
+    assert errors(["--steps", "5", "--fast", "False", "--step", "5"]) == [
         "--steps 5: write --steps=5",
         "--fast False: write --fast=False",
+        "--step: unknown key 'step' (did you mean 'steps'?); keys are written --key=value",
     ]
 
 
@@ -96,10 +97,10 @@ def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path):
     path = write(tmp_path, "import math\n\nsteps = 'ten'\nrat = 0.1\n_scratch = 5\nfast = 1\n")
     assert errors([path, "--kind=z", "--nam=x"]) == [
         f"{path}:3: steps needs an int, not 'ten' (a str)",
-        f"{path}:4: unknown key 'rat'; did you mean 'rate'?",
+        f"{path}:4: unknown key 'rat' (did you mean 'rate'?)",
         f"{path}:6: fast needs a bool, not 1 (an int)",
         "--kind: kind must be 'a' or 'b', not 'z'",
-        "--nam: unknown key 'nam'; did you mean 'name'?",
+        "--nam: unknown key 'nam' (did you mean 'name'?)",
     ]
 
 
@@ -193,7 +194,7 @@ def test_help_lists_every_key_and_a_wrong_key_exits_with_2(script):
         assert f"--{field.name}={field.default!r}" in shown.stdout and field.metadata["text"] in shown.stdout
     wrong = subprocess.run([sys.executable, script, "--devise=cpu"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and not wrong.stdout
-    hint = "" if cls is PrepareConfig else "; did you mean 'device'?"
+    hint = "" if cls is PrepareConfig else " (did you mean 'device'?)"
     assert wrong.stderr.splitlines()[0] == f"--devise: unknown key 'devise'{hint}"
 
 
