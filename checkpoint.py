@@ -17,9 +17,14 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 
 
 def save(path, state):
-    """Writes the dict state to path. Until the new file is whole and on disk, the one that was there stays."""
-    with atomic_file(path) as f:
-        torch.save(state, f)
+    """Writes the dict state to path. Until the new file is whole and on disk, the one that was there stays.
+
+    Raises OSError, as for any file, if the disk is full or the folder cannot be written."""
+    try:
+        with atomic_file(path) as f:
+            torch.save(state, f)
+    except RuntimeError as e:  # what torch makes of an OSError in the middle of its own format
+        raise OSError(f"cannot write {path}: {e.__context__ or e}") from e
 
 
 def load(path):

@@ -228,6 +228,8 @@ def report(kind, error, trace):
     """An excepthook: a mistake of the user's is one line on stderr, a fault deep inside a library a traceback."""
     frame = traceback.extract_tb(trace)[-1:]
     ours = frame and os.path.dirname(os.path.abspath(frame[0].filename)) == os.path.dirname(os.path.abspath(__file__))
+    if issubclass(kind, BrokenPipeError):
+        return  # whoever read the output, `head` perhaps, has had enough
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     elif issubclass(kind, OSError) or (issubclass(kind, ValueError) and ours):

@@ -220,6 +220,18 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
+@contextlib.contextmanager
+def compiling():
+    """A context for the first pass through a compiled model: what torch raises there, of many kinds and with a page of
+    traceback, becomes a ValueError of one line."""
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise ValueError(f"torch.compile failed: {str(e).partition(chr(10))[0]}; try --compile=False") from e
+
+
 def compile_obstacle(device, include=None):
     """Returns why torch.compile cannot work here and what to install, or None. include: the folder of Python.h.
 

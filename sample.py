@@ -98,6 +98,9 @@ if __name__ == "__main__":
 
     idx = torch.tensor([prompt], device=device)
     with hardware.autocast(device, dtype):
+        if cfg.compile:
+            with hardware.compiling(), torch.no_grad():
+                model(idx[:, -model.config.block_size :])
         for _ in range(cfg.num_samples):
             out = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, stop_token)
             print(decode(out[0].tolist()))

@@ -76,7 +76,7 @@ class TrainConfig(Config):
     dtype: str = key(
         "", "dtype of matmuls; empty: what suits the device", choices=("", "bfloat16", "float16", "float32")
     )
-    compile: bool = key(True, "torch.compile the model: a minute at the start for about twice the speed on a GPU")
+    compile: bool = key(True, "torch.compile the model: some time at the start, faster from there on")
     peak_flops: float = key(
         0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak from hardware.py", low=0
     )
@@ -318,18 +318,14 @@ if __name__ == "__main__":
     upcoming = loader.submit(load, micro_batch)
 
     if cfg.compile:
-        print("compiling the model (about a minute)")
+        print("compiling the model (may take a minute)")
         start = time.perf_counter()
         model.compile(dynamic=False)
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a pass outside the run, its clock
-                with hardware.autocast(device, dtype):  # and its random numbers
-                    _, loss = model(*to_device(upcoming.result(), device))
-                scaler.scale(loss).backward()
-        except (ValueError, torch.OutOfMemoryError):
-            raise
-        except Exception as e:  # a page of torch's, of many kinds
-            raise ValueError(f"torch.compile failed: {str(e).partition(chr(10))[0]}; try --compile=False") from e
+        # one pass that is not part of the run, its clock or its random numbers
+        with hardware.compiling(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with hardware.autocast(device, dtype):
+                _, loss = model(*to_device(upcoming.result(), device))
+            scaler.scale(loss).backward()
         optimizer.zero_grad(set_to_none=True)
         hardware.synchronize(device)
         print(f"compiled in {time.perf_counter() - start:.1f}s")

@@ -395,6 +395,26 @@ def test_a_damaged_checkpoint_is_one_line(run, byte_data, tiny, tmp_path, conten
     assert "cannot read the checkpoint out/ckpt.pt" in out.stderr
 
 
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=1")
+    before = (tmp_path / "out/ckpt.pt").read_bytes()
+    limited = f"ulimit -f {len(before) // 2048}; exec {sys.executable} {ROOT / 'train.py'} {' '.join(tiny)}"
+    command = ["bash", "-c", limited + " --init_from=resume"]
+    out = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr.splitlines()[-1].startswith("error: cannot write out/")
+    assert "File too large" in out.stderr and "Traceback" not in out.stderr
+    assert (tmp_path / "out/ckpt.pt").read_bytes() == before
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_compiler_that_does_not_work_is_one_line(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=1")
+    broken = dict(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), status=1)
+    for script, argv in (("train.py", tiny), ("sample.py", ["--device=cpu"])):
+        out = run(script, *argv, "--compile=True", **broken)
+        assert re.search(r"^error: torch.compile failed: .*C\+\+ compiler.*; try --compile=False$", out.stderr, re.M)
+
+
 def test_a_flipped_bit_in_a_checkpoint_is_found(run, byte_data, tiny, tmp_path):
     run("train.py", *tiny, "--max_iters=1")
     path = tmp_path / "out/ckpt.pt"
