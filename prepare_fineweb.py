@@ -8,18 +8,33 @@ Turn text into token shards that train.py reads.
 Writes fineweb_val_000000.bin, fineweb_train_000001.bin, ... in llm.c's format, and meta.json last. A document is the
 end-of-text token followed by the tokens of its text; it may run on into the next shard. Validation takes whole
 documents from all over the source, chosen by a hash of their text: the same text gives the same split.
+It can be killed at any moment: the same command goes on after the last whole shard, and the files become the same,
+byte for byte, as those of a run that was left alone, whatever the number of workers.
 """
 
+import codecs
+import contextlib
+import functools
 import glob
 import hashlib
 import heapq
+import io
 import itertools
 import json
+import multiprocessing
 import os
+import re
+import shutil
+import signal
+import sys
 import sysconfig
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -28,11 +43,15 @@ import shards
 from configurator import Config, from_command_line, key
 
 EOT = "<|endoftext|>"
+ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
+CHUNK = 2**20  # characters that go to a worker together: 0.1 s of its time, which makes the way there and back cheap
+LONGEST = 2**22  # characters; a longer document goes through in parts, so that memory does not depend on the input
+PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
 
 @dataclass
 class PrepareConfig(Config):
-    input: str = key("", "stdlib, or a file, folder or glob (several: comma) of .txt, .jsonl, .parquet; empty: the hub")
+    input: str = key("", f"stdlib, or files, folders, globs (comma between) of {' '.join(ENDINGS)}; empty: the hub")
     repo: str = key("HuggingFaceFW/fineweb-edu", "dataset on the Hugging Face hub, or a local folder of one")
     subset: str = key("sample-10BT", "its subset; may be empty")
     split: str = key("train", "its split")
@@ -47,6 +66,8 @@ class PrepareConfig(Config):
         1_000_000, "tokens for validation, at least; a source below ten times that gives a tenth", low=1
     )
     max_tokens: int = key(0, "stop after so many tokens; 0: take everything", low=0)
+    workers: int = key(0, "processes that tokenize; 0: one for each core", low=0)
+    skip_bad_files: bool = key(False, "go on after a file that cannot be read, without the rest of it")
 
     def problems(self):
         if self.val_tokens > self.shard_tokens:
@@ -55,7 +76,7 @@ class PrepareConfig(Config):
 
 
 # -----------------------------------------------------------------------------
-# text in
+# files: which there are
 
 
 def find_files(source):
@@ -73,79 +94,233 @@ def find_files(source):
     found = []
     for part in [source] if os.path.exists(source) else source.split(","):
         if os.path.isdir(part):
-            patterns = [f"{glob.escape(part)}/**/*.{ending}" for ending in ("txt", "jsonl", "parquet")]
-            matching = sum((glob.glob(pattern, recursive=True) for pattern in patterns), [])
+            names = glob.glob(f"{glob.escape(part)}/**/*", recursive=True)
+            matching = [name for name in names if name.endswith(ENDINGS) and os.path.isfile(name)]
         else:
             names = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
             matching = [name for name in names if os.path.isfile(name)]
         if not matching:
-            raise FileNotFoundError(f"--input={part}: no such file, and no .txt, .jsonl or .parquet file there")
+            raise FileNotFoundError(f"--input={part}: no such file, and no {', '.join(ENDINGS)} file there")
         found += sorted(matching)
     return found
 
 
-def read_text(path, divide):
-    """Yields the documents of a plain text file: parts between <|endoftext|> if it holds any, else as divide says."""
-    with open(path, "rb") as f:
-        raw = f.read()
+def find_hub_files(repo, subset, split):
+    """Returns the addresses of a dataset's files, pinned to its present revision; the datasets library knows where they
+    are. Raises ValueError if there is no such dataset, or it has other kinds of files than are read here."""
+    import datasets
+
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
+        builder = datasets.load_dataset_builder(repo, subset or None)  # tries for half a minute to reach the hub
+    except Exception as e:  # a wrong name, no network, ...
+        raise ValueError(f"cannot open {repo} {subset} (--repo, --subset): {first_line(e)}") from e
+    found = builder.config.data_files or {}
+    if split not in found:
         raise ValueError(
-            f"{path} is not UTF-8 text: {e.reason} at byte {e.start}; convert it or leave it out"
-        ) from None
-    if EOT in text:
-        yield from text.split(EOT)
-    elif divide == "blank_line":
-        yield from text.replace("\r\n", "\n").split("\n\n")
-    elif divide == "line":
-        yield from text.splitlines()
+            f"{repo} {subset} has no split {split!r} (--split); it has {', '.join(map(str, found)) or 'no files'}"
+        )
+    if not all(name.endswith(ENDINGS) for name in found[split]):
+        raise ValueError(f"{repo} {subset} has files like {found[split][0]}; read are {', '.join(ENDINGS)}")
+    return list(found[split])
+
+
+def text_bytes(path):
+    """Returns the size of the text in a local file, in bytes, about: for the estimates of time and disk."""
+    size = os.path.getsize(path)
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
+            footer = pyarrow.parquet.read_metadata(path)
+            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+            return sum(max(g.column(i).total_uncompressed_size for i in range(g.num_columns)) for g in groups)
+    return 4 * size if path.endswith((".gz", ".zst")) else size
+
+
+# -----------------------------------------------------------------------------
+# text in: readers yield (text, ends); ends is False where the document goes on in the next text
+
+
+def open_file(path):
+    """Opens a file, local or on the hub, for reading bytes, decompressed if its name ends in .gz or .zst."""
+    if "://" in path:
+        import fsspec
+
+        raw = fsspec.open(path, "rb").open()
     else:
-        yield text
+        raw = open(path, "rb")
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1])
+    if not codec:
+        return raw
+    import pyarrow  # comes with datasets; Python itself reads .zst from 3.14 on only
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
+
+
+def read_text(path, divide):
+    """Yields the documents of a text file: parts between <|endoftext|> if it holds any, else as `divide` says."""
+    separator, held, offset = EOT, "", 0
+    newlines = lambda text: text  # noqa: E731
+    if divide != "file" and not contains(path, EOT.encode()):
+        separator = {"blank_line": "\n\n", "line": "\n"}[divide]
+        newlines = io.IncrementalNewlineDecoder(None, translate=True).decode  # \r\n and \r become \n
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    with open_file(path) as f:
+        for block in itertools.chain(iter(lambda: f.read(CHUNK), b""), [b""]):
+            try:
+                held += newlines(utf8.decode(block, final=not block))
+            except UnicodeDecodeError as e:
+                position = offset + len(block) - len(e.object) + e.start
+                raise ValueError(f"not UTF-8 text: {e.reason} at byte {position}") from None
+            offset += len(block)
+            *whole, held = held.split(separator)
+            yield from ((text, True) for text in whole)
+            while len(held) > LONGEST + len(separator):  # so that no half of a separator is cut off
+                end = safe_cut(held)
+                yield held[:end], False
+                held = held[end:]
+    if held:
+        yield held, True
+
+
+def contains(path, wanted):
+    before = b""
+    with open_file(path) as f:
+        while block := f.read(CHUNK):
+            if wanted in before + block:
+                return True
+            before = (before + block)[-len(wanted) :]
+    return False
 
 
 def read_jsonl(path, text_key):
-    """Yields the text_key of each line's JSON object."""
-    with open(path, "rb") as f:
+    """Yields the text_key of each line's JSON object; null is an empty text."""
+    with open_file(path) as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as e:
-                raise ValueError(f"{path}:{number} is not JSON: {e}") from None
-            if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+                raise ValueError(f"line {number} is not JSON: {e}") from None
+            text = row.get(text_key, 0) if isinstance(row, dict) else 0
+            if not isinstance(text, str | None):
                 there = ", ".join(row) if isinstance(row, dict) else f"only {type(row).__name__}"
-                raise ValueError(f"{path}:{number} has no text under {text_key!r} (--text_key); it has {there}")
-            yield row[text_key]
+                raise ValueError(f"line {number} has no text under {text_key!r} (--text_key); it has {there}")
+            yield text or "", True
 
 
-def read_dataset(text_key, **arguments):
-    """Yields the text_key column of a dataset that the datasets library streams: local Parquet or the hub's."""
-    import datasets
+def read_parquet(path, text_key):
+    """Yields the text_key column; null is an empty text. A few rows at a time: a row group may be all of the file."""
+    import pyarrow.parquet
 
-    name = arguments.get("data_files") or arguments["path"]
-    try:
-        for row in datasets.load_dataset(streaming=True, **arguments):
-            if not isinstance(row.get(text_key), str):
-                raise ValueError(f"no text under {text_key!r} (--text_key); it has {', '.join(row)}")
-            yield row[text_key]
-    except Exception as e:  # of many kinds: a damaged file, a name that the hub does not know, the network
-        raise ValueError(f"cannot read {name}: {str(e).partition(chr(10))[0] or type(e).__name__}") from e
+    with open_file(path) as f:
+        table = pyarrow.parquet.ParquetFile(f, buffer_size=2**20)
+        if text_key not in table.schema_arrow.names:
+            raise ValueError(f"no text under {text_key!r} (--text_key); it has {', '.join(table.schema_arrow.names)}")
+        for rows in table.iter_batches(16, columns=[text_key]):
+            for text in rows[text_key].to_pylist():
+                if not isinstance(text, str | None):
+                    raise ValueError(f"{text_key!r} (--text_key) holds {type(text).__name__}, not text")
+                yield text or "", True
 
 
-def documents(cfg):
-    """Yields every text of the source in order."""
-    if not cfg.input:
-        yield from read_dataset(cfg.text_key, path=cfg.repo, name=cfg.subset or None, split=cfg.split)
-        return
-    for path in find_files(cfg.input):
-        if path.endswith(".parquet"):
-            yield from read_dataset(cfg.text_key, path="parquet", data_files=path, split="train")
-        elif path.endswith(".jsonl"):
-            yield from read_jsonl(path, cfg.text_key)
-        else:
-            yield from read_text(path, cfg.txt_documents)
+def retrying(rows):
+    """Yields what rows() yields. Where that fails for a reason that may pass, calls it again after a pause and leaves
+    out what has been yielded already. Raises ConnectionError after the last pause."""
+    done, pauses = 0, iter(PAUSES)
+    while True:
+        try:
+            for row in itertools.islice(rows(), done, None):
+                yield row
+                done, pauses = done + 1, iter(PAUSES)
+            return
+        except (ValueError, FileNotFoundError, ImportError):  # a wrong name, a damaged file
+            raise
+        except Exception as e:  # each library below has network errors of its own
+            why, pause = first_line(e), next(pauses, None)
+            if pause is None:
+                raise ConnectionError(f"the hub cannot be reached ({why}); the same command continues later") from e
+            print(f"the hub cannot be reached ({why}); trying again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+
+
+def first_line(error):
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+SAFE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")  # before " a" after a letter, after a line
+
+
+def safe_cut(text):
+    """Returns a place of at most LONGEST where cutting changes no token: tiktoken's patterns all end a piece there.
+    In 100,000 characters without such a place the text is cut anywhere."""
+    places = [match.start() for match in SAFE.finditer(text, LONGEST - 100_000, LONGEST)]
+    return places[-1] if places else LONGEST
+
+
+class Part(NamedTuple):
+    text: str
+    begins: bool  # a document begins here
+    whole: bool  # and ends here too
+
+
+def read_parts(path, cfg):
+    """Yields the Parts of the documents of one file."""
+    if path.endswith(".parquet"):
+        read = functools.partial(read_parquet, path, cfg.text_key)
+    elif path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        read = functools.partial(read_jsonl, path, cfg.text_key)
+    else:
+        read = functools.partial(read_text, path, cfg.txt_documents)
+    begins = True
+    for text, ends in retrying(read) if "://" in path else read():
+        while len(text) > LONGEST:
+            end = safe_cut(text)
+            yield Part(text[:end], begins, False)
+            text, begins = text[end:], False
+        yield Part(text, begins, begins and ends)
+        begins = ends
+
+
+class Position(NamedTuple):
+    """How far the source has been read, and what was left out on the way."""
+
+    file: int = 0
+    part: int = 0
+    empty: int = 0
+    bad_files: int = 0
+
+
+def read_chunks(files, cfg, position):
+    """Yields (position, parts): about CHUNK characters of text, and where to go on reading after them."""
+    chunk, size = [], 0
+    _, skip, empty, bad_files = position
+    for number in range(position.file, len(files)):
+        done = 0
+        try:
+            for part in read_parts(files[number], cfg):
+                done += 1
+                if done <= skip:
+                    continue
+                if part.whole and (not part.text or part.text.isspace()):
+                    empty += 1
+                    continue
+                chunk.append(part)
+                size += len(part.text)
+                if size >= CHUNK:
+                    yield Position(number, done, empty, bad_files), chunk
+                    chunk, size = [], 0
+        except ConnectionError:
+            raise
+        except Exception as e:  # of many kinds, from decompression to Parquet
+            what = f"cannot read {files[number]} after {done:,} documents: {first_line(e)}"
+            if not cfg.skip_bad_files:
+                raise ValueError(f"{what}. Mend it or go on without it: --skip_bad_files=True") from e
+            print(f"{what}. Going on with the next file", file=sys.stderr)
+            bad_files += 1
+        skip = 0
+    yield Position(len(files), 0, empty, bad_files), chunk
 
 
 # -----------------------------------------------------------------------------
@@ -153,119 +328,237 @@ def documents(cfg):
 
 
 def find_encoder(encoding):
-    """Returns (encode, vocab_size, eot_token): encode(text) gives the NumPy tokens of one document, the end-of-text
-    token first. "<|endoftext|>" inside the text is text like any other there."""
+    """Returns (encode, vocab_size, eot_token); encode(text) gives the tokens of a text, NumPy. "<|endoftext|>" in it is
+    text like any other there."""
     if encoding == "bytes":
-        vocab_size, eot = 257, 256
+        return (lambda text: np.frombuffer(text.encode(), dtype=np.uint8)), 257, 256
+    bpe = shards.load_bpe(encoding)
+    return (lambda text: bpe.encode_to_numpy(text, disallowed_special=())), bpe.n_vocab, bpe.eot_token
 
-        def tokens_of(text):
-            return np.frombuffer(text.encode(), dtype=np.uint8)
-    else:
-        bpe = shards.load_bpe(encoding)
-        vocab_size, eot = bpe.n_vocab, bpe.eot_token
 
-        def tokens_of(text):
-            return bpe.encode_to_numpy(text, disallowed_special=())
+def token_dtype(vocab_size):
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
-    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
 
-    def encode(text):
+class Encoded(NamedTuple):
+    tokens: np.ndarray  # of all parts, one after another
+    parts: list  # of (begins, whole, tokens, bytes of text, hash of the text)
+
+
+def encode_parts(parts, encode, vocab_size, eot):
+    """Returns the Encoded of a chunk; every document begins with the end-of-text token."""
+    arrays, rows, end_of_text = [], [], np.array([eot])
+    for text, begins, whole in parts:
         try:
-            tokens = tokens_of(text)
+            raw = text.encode()
         except UnicodeEncodeError:  # a lone surrogate, which JSON can hold: U+FFFD, as tiktoken's own encode() does
-            tokens = tokens_of(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return np.concatenate([[eot], tokens]).astype(dtype)
-
-    return encode, vocab_size, eot
-
-
-def encode_all(texts, encode):
-    """Yields (text, tokens) in order. The encoders, which release the GIL, run on all cores, some texts ahead."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        texts = iter(texts)
-        while batch := list(itertools.islice(texts, 512)):
-            yield from zip(batch, pool.map(encode, batch), strict=True)
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            raw = text.encode()
+        tokens = encode(text)
+        arrays += [end_of_text, tokens] if begins else [tokens]
+        digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+        rows.append((begins, whole, len(tokens) + begins, len(raw), digest))
+    tokens = np.concatenate(arrays, dtype=token_dtype(vocab_size), casting="unsafe")
+    return Encoded(tokens, rows)
 
 
-def split_off(encoded, val_tokens, max_tokens):
-    """Yields ('train', tokens) and, at the end, ('val', tokens) of each document.
+def start_worker(encoding):
+    """Runs first in each worker process."""
+    global encoder
+    # a stop comes to all processes at once, and the main one has to tell of it before it misses its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(1)))
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    encoder = find_encoder(encoding)
+
+
+def leave_with_parent():
+    """A worker whose parent was killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def encode_in_worker(parts):
+    return encode_parts(parts, *encoder)
+
+
+def encode_chunks(chunks, encoding, workers):
+    """Yields (position, Encoded) of each chunk, in order. The workers are two chunks each ahead of what is yielded.
+
+    Processes, because tiktoken in threads gains little; spawned, because that works alike on every system."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (encoding,))
+    waiting = deque()
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers, until start_worker has run
+        for _ in range(workers):
+            pool.submit(os.getpid)  # starts a process, while this one opens the first file
+        signal.signal(signal.SIGINT, before)
+        for position, parts in chunks:
+            if parts:
+                waiting.append((position, pool.submit(encode_in_worker, parts)))
+            while len(waiting) > 2 * workers:
+                position, encoded = waiting.popleft()
+                yield position, encoded.result()
+        for last, encoded in waiting:
+            yield last, encoded.result()
+        yield position, Encoded(np.empty(0, np.uint16), [])  # what came after the last text: empty documents, bad files
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process was killed, perhaps for want of memory; the same command continues, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -----------------------------------------------------------------------------
+# validation, and what is known so far
+
+
+@dataclass
+class Progress:
+    """All that decides how a preparation goes on. Between two chunks of text; kept on disk after each whole shard."""
+
+    position: Position = Position()
+    counts: dict = field(default_factory=lambda: dict(tokens=0, documents=0, bytes=0))  # train and val together
+    heap: list = field(default_factory=list)  # validation: (-hash, document number, bytes, tokens)
+    files: dict = field(default_factory=dict)  # whole train shards, as in meta.json
+    tail: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))  # tokens of the train shard under way
+
+    def save(self, path, settings):
+        """Writes it to path, with the settings, which are plain values, that it belongs to."""
+        tokens = [self.tail, *(entry[3] for entry in self.heap)]
+        facts = dict(position=self.position, counts=self.counts, files=self.files, settings=settings)
+        facts["heap"] = [(*entry[:3], len(entry[3])) for entry in self.heap]
+        with shards.atomic_file(path) as f:
+            np.savez(f, facts=json.dumps(facts), tokens=np.concatenate(tokens), tail=len(self.tail))
+
+    @classmethod
+    def load(cls, path):
+        """Returns (Progress, settings) of save. Raises ValueError for a file that is damaged."""
+        try:
+            with np.load(path) as saved:
+                facts, tokens, tail = json.loads(str(saved["facts"])), saved["tokens"], int(saved["tail"])
+            lengths = [entry.pop() for entry in facts["heap"]]
+            parts = np.split(tokens, np.cumsum([tail, *lengths]))
+            heap = [(*entry, part) for entry, part in zip(facts["heap"], parts[1:-1], strict=True)]
+            return cls(Position(*facts["position"]), facts["counts"], heap, facts["files"], parts[0]), facts["settings"]
+        except Exception as e:  # NumPy and zipfile raise many kinds
+            raise ValueError(f"{path} is damaged ({first_line(e)}); delete its folder and begin again") from None
+
+
+def choose(progress, encoded, val_tokens, max_tokens):
+    """Returns the tokens of an encoded chunk that go to training, up to max_tokens of both splits in all.
 
     Validation keeps the documents with the smallest hashes: a heap of at least val_tokens tokens (a tenth of what has
     been seen, while that is less), out of which a smaller hash pushes the largest. So it is a sample of the whole
-    source without knowing its size beforehand. A document in the heap reaches training late, or never.
+    source without knowing its size beforehand. A document in the heap reaches training late, or never. One that came
+    in parts always goes to training: it alone would be more than the usual validation.
     """
-    heap, held, seen = [], 0, 0
-    for number, (text, tokens) in enumerate(encoded):
-        digest = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-        heapq.heappush(heap, (-digest, number, tokens))
-        held += len(tokens)
-        seen += len(tokens)
-        while len(heap) > 1 and held - len(heap[0][2]) >= min(val_tokens, seen // 10):
-            tokens = heapq.heappop(heap)[2]
-            held -= len(tokens)
-            yield "train", tokens
-        if max_tokens and seen >= max_tokens:
+    heap, counts, train = progress.heap, progress.counts, []
+    held, end = sum(len(entry[3]) for entry in heap), 0
+    for begins, whole, n, n_bytes, digest in encoded.parts:
+        if max_tokens and counts["tokens"] >= max_tokens:
             break
-    for _, _, tokens in sorted(heap, key=lambda entry: entry[1]):
-        yield "val", tokens
+        tokens, end = encoded.tokens[end : end + n], end + n
+        counts["tokens"] += n
+        counts["documents"] += begins
+        counts["bytes"] += n_bytes
+        wanted = min(val_tokens, counts["tokens"] // 10)
+        if not whole or (held >= wanted and heap and -digest < heap[0][0]):
+            train.append(tokens)
+            continue
+        heapq.heappush(heap, (-digest, counts["documents"], n_bytes, tokens.copy()))
+        held += n
+        while len(heap) > 1 and held - len(heap[0][3]) >= wanted:
+            train.append(heapq.heappop(heap)[3])
+            held -= len(train[-1])
+    return np.concatenate(train) if train else np.empty(0, encoded.tokens.dtype)
 
 
-def write_shards(pieces, out_dir, prefix, shard_tokens, bar):
-    """Writes the (split, tokens) pieces as shards; returns {split: {"tokens": n, "documents": n, "shards": n}}.
-    Raises ValueError if training does not get the larger part."""
-    counts = {split: dict(tokens=0, documents=0, shards=0) for split in ("train", "val")}
-    waiting = {"train": [], "val": []}
-
-    def flush(split, everything):
-        tokens = np.concatenate(waiting[split])
-        while len(tokens) >= shard_tokens or (everything and len(tokens)):
-            number = counts[split]["shards"] + (split == "train")
-            path = os.path.join(out_dir, f"{prefix}_{split}_{number:06d}.bin")
-            shards.write_shard(path, tokens[:shard_tokens])
-            counts[split]["shards"] += 1
-            tokens = tokens[shard_tokens:]
-        waiting[split] = [tokens]
-
-    for split, tokens in pieces:
-        waiting[split].append(tokens)
-        counts[split]["tokens"] += len(tokens)
-        counts[split]["documents"] += 1
-        bar.update(len(tokens))
-        if counts[split]["tokens"] // shard_tokens > counts[split]["shards"]:
-            flush(split, everything=False)
-    train, val = counts["train"]["tokens"], counts["val"]["tokens"]
-    if train <= val:
-        raise ValueError(
-            f"{train:,} tokens to train on and {val:,} to validate: validation takes whole documents, and these are "
-            f"too few, or one is huge. Separate them by {EOT}, or use --txt_documents=blank_line"
-        )
-    for split in waiting:
-        flush(split, everything=True)
-    return counts
+# -----------------------------------------------------------------------------
+# the folder
 
 
-def check_target(out_dir, meta):
-    """Returns True if out_dir holds exactly what would be written. Raises ValueError if it holds something else."""
+def differences(there, now):
+    return "; ".join(
+        f"{name}: {there.get(name)!r} there, {now[name]!r} now" for name in now if there.get(name) != now[name]
+    )
+
+
+def prepared_already(out_dir, settings):
+    """Returns True if out_dir holds all that would be written. Raises ValueError if it holds something else."""
     path = os.path.join(out_dir, "meta.json")
+    if not os.path.exists(path):
+        return False
+    try:
+        with open(path, encoding="utf-8") as f:
+            there = dict(json.load(f))
+        files = {name: int(n["tokens"]) for name, n in there.get("files", {}).items()}
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
+    if differing := differences(there, settings):
+        raise ValueError(f"{out_dir} was prepared otherwise ({differing}); choose another --out_dir or delete it")
+    for name, tokens in files.items():
+        if shards.read_header(os.path.join(out_dir, name)).count != tokens:
+            raise ValueError(f"{out_dir}/{name} is not the one that meta.json names; delete {out_dir} and begin again")
+    return True
+
+
+def unfinished(out_dir, path, settings):
+    """Returns the Progress that the file at path kept, and its settings; a new one if nothing is lost by that. Raises
+    ValueError if out_dir holds shards that are not from a run with these settings."""
+    there = glob.glob(f"{glob.escape(out_dir)}/*_[0-9]*.bin")
     if os.path.exists(path):
-        try:
-            with open(path, encoding="utf-8") as f:
-                there = dict(json.load(f))
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
-        differing = [
-            f"{name}: {there.get(name)!r} there, {meta[name]!r} now" for name in meta if there.get(name) != meta[name]
-        ]
-        if differing:
+        progress, kept = Progress.load(path)
+        differing = differences(kept, settings)
+        if not differing:
+            return progress, kept
+        if there:
             raise ValueError(
-                f"{out_dir} was prepared otherwise ({'; '.join(differing)}); choose another --out_dir or delete it"
+                f"{out_dir} holds an unfinished run of another kind ({differing}); give its options to continue it, "
+                f"or choose another --out_dir, or delete it"
             )
-        return True
-    if glob.glob(f"{glob.escape(out_dir)}/*_[0-9]*.bin"):
-        raise ValueError(
-            f"{out_dir} holds shards of an unfinished or foreign run; delete them or choose another --out_dir"
+    elif there:
+        raise ValueError(f"{out_dir} holds shards of another origin; delete them or choose another --out_dir")
+    return Progress(), settings
+
+
+@contextlib.contextmanager
+def removed_if_useless(path, progress):
+    """Removes the file of a progress that fails before its first whole shard: there is nothing to continue."""
+    try:
+        yield
+    except BaseException:
+        if not progress.files:
+            os.remove(path)
+        raise
+
+
+def expected_tokens(cfg, text_size, tokens, n_bytes):
+    """Returns how many tokens the source gives in all, about; 0 if that is unknown. text_size is that of local files,
+    and n_bytes of it have made tokens so far."""
+    if text_size:
+        found = text_size * tokens / n_bytes if tokens else text_size / (1 if cfg.encoding == "bytes" else 4.4)
+    else:
+        named = re.search(r"(\d+)BT$", cfg.subset)  # FineWeb's samples: sample-10BT has 10 billion GPT-2 tokens
+        found = int(named[1]) * 1e9 if named else 0
+    return int(min(found or cfg.max_tokens, cfg.max_tokens or found))
+
+
+def check_space(out_dir, tokens, itemsize):
+    """Raises OSError if so many tokens do not fit on the disk of out_dir."""
+    free, needed = shutil.disk_usage(out_dir).free, tokens * itemsize
+    if needed > free:
+        raise OSError(
+            f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB free; make "
+            f"room, choose another --out_dir, or take less with --max_tokens"
         )
-    return False
+
+
+def leave(number, frame):
+    """Signal handler for Ctrl-C and SIGTERM: unwinds, so that workers and temporary files go too."""
+    print("\nstopped; the same command continues after the last whole shard", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
@@ -273,41 +566,105 @@ if __name__ == "__main__":
     stdlib = cfg.input == "stdlib"
     out_dir = cfg.out_dir or ("data/stdlib" if stdlib else "data/fineweb")
     prefix = "stdlib" if stdlib else "fineweb"
-    encode, vocab_size, eot = find_encoder(cfg.encoding)
-    source = f"{cfg.repo} {cfg.subset} {cfg.split}"
-    if cfg.input:
-        files = find_files(cfg.input)
-        source = f"{cfg.input}: {len(files)} files, {sum(map(os.path.getsize, files)):,} bytes"
-    options = ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens")
-    meta = dict(format=1, encoding=cfg.encoding, vocab_size=vocab_size, eot_token=eot, source=source)
-    meta |= {name: getattr(cfg, name) for name in options}
     train_command = f"python train.py config/{'quickstart' if stdlib else 'fineweb_125m'}.py"
     if cfg.out_dir:
         train_command += f" --dataset={out_dir}"
-    if check_target(out_dir, meta):
+
+    # -------------------------------------------------------------------------
+    # what is asked for, and what is there
+
+    _, vocab_size, eot = find_encoder(cfg.encoding)
+    dtype = token_dtype(vocab_size)
+    source, files = f"{cfg.repo} {cfg.subset} {cfg.split}", []
+    if cfg.input:
+        files = find_files(cfg.input)
+        sizes = [os.path.getsize(path) for path in files]
+        names = hashlib.sha256(json.dumps([files, sizes]).encode()).hexdigest()[:16]
+        source = f"{cfg.input}: {len(files)} files, {sum(sizes):,} bytes, sha256 of names and sizes {names}"
+    options = ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens")
+    settings = dict(format=1, encoding=cfg.encoding, vocab_size=vocab_size, eot_token=eot, source=source)
+    settings |= {name: getattr(cfg, name) for name in options}
+    progress_path = os.path.join(out_dir, "unfinished.npz")
+    if prepared_already(out_dir, settings):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(progress_path)  # where the run was killed just before doing so itself
         print(f"{out_dir} is prepared already. Next: {train_command}")
         raise SystemExit
     os.makedirs(out_dir, exist_ok=True)
+    progress, kept = unfinished(out_dir, progress_path, settings)
+    if not cfg.input:  # the hub's files as they were at the start, whatever has been changed there since
+        files = kept.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
+        kept = settings | dict(hub_files=files)
+    for partial in glob.glob(f"{glob.escape(out_dir)}/*.tmp"):
+        os.remove(partial)
+    progress.save(progress_path, kept)
 
+    # -------------------------------------------------------------------------
+    # a chunk of text at a time, from the source to the disk
+
+    workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    text_size = sum(map(text_bytes, files)) if cfg.input else 0
+    counts, before = progress.counts, progress.counts["tokens"]
+    expected = expected_tokens(cfg, text_size, counts["tokens"], counts["bytes"])
+    check_space(out_dir, expected - before, dtype.itemsize)
+    if before:
+        print(f"continuing {out_dir} after {before:,} tokens in {len(progress.files)} whole shards")
     start = time.perf_counter()
-    empty = 0
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
+    with (
+        removed_if_useless(progress_path, progress),
+        shards.ShardWriter(out_dir, prefix, "train", cfg.shard_tokens, progress.files) as train,
+        shards.ShardWriter(out_dir, prefix, "val", cfg.shard_tokens, {}) as val,
+        tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True, initial=before) as bar,  # on a terminal
+        contextlib.closing(encode_chunks(read_chunks(files, cfg, progress.position), cfg.encoding, workers)) as chunks,
+    ):
+        train.write(progress.tail)
+        for progress.position, encoded in chunks:
+            tokens, whole = choose(progress, encoded, cfg.val_tokens, cfg.max_tokens), len(progress.files)
+            train.write(tokens)
+            bar.total = expected_tokens(cfg, text_size, counts["tokens"], counts["bytes"]) or None
+            bar.update(counts["tokens"] - bar.n)
+            if len(progress.files) > whole:
+                progress.tail = tokens[len(tokens) - train.open_tokens :]
+                progress.save(progress_path, kept)
+                check_space(out_dir, (bar.total or 0) - counts["tokens"], dtype.itemsize)
+            if cfg.max_tokens and counts["tokens"] >= cfg.max_tokens:
+                break
 
-    def texts():
-        global empty
-        for text in documents(cfg):
-            if text.strip():
-                yield text
-            else:
-                empty += 1
+        held = sorted(progress.heap, key=lambda entry: entry[1])  # in the order of the source
+        n_val = dict(tokens=sum(len(e[3]) for e in held), documents=len(held), bytes=sum(e[2] for e in held))
+        n_train = {name: counts[name] - n_val[name] for name in counts}
+        if n_train["tokens"] <= n_val["tokens"]:
+            raise ValueError(
+                f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes whole "
+                f"documents, and these are too few, or one is huge. Separate them by {EOT}, or use "
+                f"--txt_documents=blank_line"
+            )
+        for entry in held:
+            val.write(entry[3])
+        val.finish()
+        train.finish()
 
-    with tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True) as bar:  # on a terminal
-        pieces = split_off(encode_all(texts(), encode), cfg.val_tokens, cfg.max_tokens)
-        counts = write_shards(pieces, out_dir, prefix, cfg.shard_tokens, bar)
+    # -------------------------------------------------------------------------
+    # meta.json last: with it the folder is complete
+
+    position = progress.position
+    meta = settings | dict(train=n_train, val=n_val, files=val.files | train.files)
+    meta |= dict(empty_documents=position.empty, bad_files=position.bad_files)
     with shards.atomic_file(os.path.join(out_dir, "meta.json")) as f:
-        f.write(json.dumps(meta | counts | dict(empty_documents=empty), indent=1).encode())
+        f.write(json.dumps(meta, indent=1).encode())
+    os.remove(progress_path)
     seconds = time.perf_counter() - start
-    for split, n in counts.items():
-        print(f"{split}: {n['tokens']:,} tokens of {n['documents']:,} documents in {n['shards']} shards, {out_dir}")
-    rate = sum(n["tokens"] for n in counts.values()) / seconds
-    print(f"took {seconds:.1f}s, {rate:,.0f} tokens/s; {empty} empty documents were skipped")
+    for n, writer in ((n_train, train), (n_val, val)):
+        print(
+            f"{writer.split}: {n['tokens']:,} tokens of {n['documents']:,} documents, {n['bytes']:,} bytes of text, in "
+            f"{len(writer.files)} shards"
+        )
+    print(
+        f"skipped: {position.empty:,} empty documents, {position.bad_files:,} files that could not be read to their end"
+    )
+    size = sum(os.path.getsize(os.path.join(out_dir, name)) for name in meta["files"])
+    rate = (counts["tokens"] - before) / seconds
+    print(f"wrote {size / 1e6:,.1f} MB to {out_dir} in {seconds:.1f} s, {rate:,.0f} tokens/s")
     print(f"next: {train_command}")

@@ -9,6 +9,7 @@ last, its targets all but the first. Windows never cross from one file into the 
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import pickle
@@ -33,13 +34,18 @@ class Shard:
 # files
 
 
+def shard_header(dtype, count):
+    """Returns the bytes that stand before the tokens in a shard of count tokens of dtype, uint16 or uint32."""
+    magic = {np.dtype("<u2"): 20240520, np.dtype("<u4"): 20240801}[dtype]
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, FORMATS[magic][0], count
+    return header.tobytes()
+
+
 def write_shard(path, tokens):
     """Writes tokens, a 1-D uint16 or uint32 array, to path in llm.c's format; there is never half a file under path."""
-    magic = {np.dtype("<u2"): 20240520, np.dtype("<u4"): 20240801}[tokens.dtype]
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, FORMATS[magic][0], len(tokens)
     with atomic_file(path) as f:
-        f.write(header.tobytes())
+        f.write(shard_header(tokens.dtype, len(tokens)))
         f.write(tokens)
 
 
@@ -50,13 +56,76 @@ def atomic_file(path):
     try:
         with open(partial, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
+            sync_and_rename(f, path)
     except BaseException:
         if os.path.exists(partial):
             os.remove(partial)
         raise
+
+
+def sync_and_rename(f, path):
+    """Makes the open file f, so far under a temporary name, the file at path: first to disk, then the name."""
+    f.flush()
+    os.fsync(f.fileno())
+    f.close()
+    os.replace(f.name, path)
+
+
+class ShardWriter:
+    """Writes the tokens of one split, as they come, into shards of shard_tokens each; the last may be shorter.
+
+    files, a dict, gets {name: {"tokens": n, "sha256": hex}} of each shard that is whole and on disk; what it holds
+    at the start is there already. open_tokens is the number of tokens in the shard under way, which has a temporary
+    name and is removed on leaving the `with`.
+    """
+
+    def __init__(self, folder, prefix, split, shard_tokens, files):
+        self.folder, self.prefix, self.split, self.shard_tokens = folder, prefix, split, shard_tokens
+        self.files, self.open_tokens, self.file = files, 0, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file:
+            with contextlib.suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
+                self.file.close()
+            os.remove(self.file.name)
+
+    def path(self):
+        number = len(self.files) + (self.split == "train")  # as llm.c numbers them: val is 0, train starts at 1
+        return os.path.join(self.folder, f"{self.prefix}_{self.split}_{number:06d}.bin")
+
+    def write(self, tokens):
+        """Appends tokens, a 1-D uint16 or uint32 array. Raises OSError, for a full disk for example."""
+        while len(tokens):
+            if not self.file:
+                self.file = open(f"{self.path()}.tmp", "wb")
+                self.file.write(bytes(HEADER_BYTES))
+            some, tokens = np.split(tokens, [self.shard_tokens - self.open_tokens])
+            self.file.write(some)
+            self.open_tokens += len(some)
+            self.dtype = some.dtype
+            if self.open_tokens == self.shard_tokens:
+                self.finish()
+
+    def finish(self):
+        """Ends the shard under way, if there is one."""
+        if self.file:
+            path = self.path()
+            self.file.seek(0)
+            self.file.write(shard_header(self.dtype, self.open_tokens))
+            sync_and_rename(self.file, path)
+            self.files[os.path.basename(path)] = dict(tokens=self.open_tokens, sha256=file_sha256(path))
+            self.open_tokens, self.file = 0, None
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_header(path):

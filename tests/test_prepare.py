@@ -1,20 +1,39 @@
 """
 Preparing text: what is read, what is written, and what is said when it cannot be.
-References: a plain loop over the same texts; tiktoken itself. Run: pytest tests/test_prepare.py
+References: a plain loop over the same texts; tiktoken itself; a run that nobody killed. Run:
+pytest tests/test_prepare.py
 """
 
+import gzip
+import hashlib
 import json
 import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
-from test_shards import tokens_in
+import tiktoken_ext.openai_public
+from conftest import ENV, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 import prepare_fineweb
-from prepare_fineweb import find_files, read_text, split_off
+import shards
+from prepare_fineweb import Part, Progress, choose, encode_parts, find_encoder, find_files, read_text, safe_cut
 
 TEXTS = [f"Document {i}: " + "some words, ünd möre. " * (1 + i % 7) for i in range(200)]
+
+
+def tokens_in(folder, split):
+    """All tokens of a split, read without the project's own reader."""
+    return np.concatenate([np.fromfile(path, np.uint16)[512:] for path in sorted(folder.glob(f"*{split}*.bin"))])
 
 
 def documents_in(folder, eot=256):
@@ -54,10 +73,15 @@ def test_every_document_lands_whole_in_one_split(run, tmp_path):
     assert all((tmp_path / "out" / name).stat().st_size == 1024 + 2 * 5000 for name in names[: count - 1])
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     assert (meta["encoding"], meta["vocab_size"], meta["eot_token"]) == ("bytes", 257, 256)
-    assert meta["source"] == f"a.jsonl: 1 files, {(tmp_path / 'a.jsonl').stat().st_size:,} bytes"
+    assert meta["source"].startswith(f"a.jsonl: 1 files, {(tmp_path / 'a.jsonl').stat().st_size:,} bytes, ")
     for split in found:
-        assert meta[split]["tokens"] == n[split] and meta[split]["documents"] == len(found[split])
-    assert f"train: {n['train']:,} tokens of {len(found['train'])} documents in {count} shards, out" in out.stdout
+        n_bytes = sum(map(len, found[split]))
+        assert meta[split] == dict(tokens=n[split], documents=len(found[split]), bytes=n_bytes)
+        assert f"{split}: {n[split]:,} tokens of {len(found[split])} documents, {n_bytes:,} bytes" in out.stdout
+    assert sorted(meta["files"]) == names[:-1]
+    for name, about in meta["files"].items():
+        raw = (tmp_path / "out" / name).read_bytes()
+        assert about == dict(tokens=(len(raw) - 1024) // 2, sha256=hashlib.sha256(raw).hexdigest())
     assert "next: python train.py config/fineweb_125m.py --dataset=out" in out.stdout
 
 
@@ -72,8 +96,11 @@ def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp
     assert "out was prepared otherwise (val_tokens: 1000000 there, 500 now)" in refused.stderr
     write_jsonl(tmp_path / "a.jsonl", TEXTS[1:])
     assert "out was prepared otherwise (source: " in prepare(run, "--input=a.jsonl", status=1).stderr
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "out/fineweb_val_000000.bin").write_bytes(b"")
+    assert "does not start with llm.c's shard header" in prepare(run, "--input=a.jsonl", status=1).stderr
     (tmp_path / "out/meta.json").unlink()
-    assert "shards of an unfinished or foreign run" in prepare(run, "--input=a.jsonl", status=1).stderr
+    assert "out holds shards of another origin" in prepare(run, "--input=a.jsonl", status=1).stderr
 
 
 def test_text_jsonl_and_parquet_may_be_mixed_in_a_folder(run, tmp_path):
@@ -82,10 +109,14 @@ def test_text_jsonl_and_parquet_may_be_mixed_in_a_folder(run, tmp_path):
     datasets.Dataset.from_dict({"text": TEXTS[50:100]}).to_parquet(tmp_path / "in/deep/b.parquet")
     for i, text in enumerate(TEXTS[100:150]):
         (tmp_path / f"in/{i:03d}.txt").write_text(text)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[150:180]).encode()
+    (tmp_path / "in/c.jsonl.gz").write_bytes(gzip.compress(lines[:999]) + gzip.compress(lines[999:]))
+    separated = "<|endoftext|>".join(TEXTS[180:]).encode()
+    (tmp_path / "in/d.txt.zst").write_bytes(pyarrow.compress(separated, codec="zstd", asbytes=True))
     (tmp_path / "in/ignored.py").write_text("not a text")
-    prepare(run, "--input=in", HF_HOME=str(tmp_path / "hf"))
+    prepare(run, "--input=in")
     found = documents_in(tmp_path / "out")
-    assert sorted(found["train"] + found["val"]) == sorted(list(text.encode()) for text in TEXTS[:150])
+    assert sorted(found["train"] + found["val"]) == sorted(list(text.encode()) for text in TEXTS)
 
 
 def test_a_dataset_of_the_hubs_kind_is_streamed(run, tmp_path):
@@ -134,19 +165,32 @@ def test_files_come_in_a_fixed_order(tmp_path, monkeypatch):
 def test_plain_text_is_divided_into_documents(tmp_path, content, divide, expected):
     path = tmp_path / "a.txt"
     path.write_bytes(content.encode())
-    assert list(read_text(path, divide)) == expected
+    assert list(read_text(str(path), divide)) == [(text, True) for text in expected]
+
+
+def split(texts, val_tokens, chunk=7):
+    """Returns the documents of each split, as bytes, chosen without files and processes."""
+    progress, train = Progress(), []
+    for first in range(0, len(texts), chunk):
+        parts = [Part(text, True, True) for text in texts[first : first + chunk]]
+        train += choose(progress, encode_parts(parts, *find_encoder("bytes")), val_tokens, 0).tolist()
+    whole = " ".join("|" if i == 256 else str(i) for i in train).split("|")
+    return [bytes(map(int, part.split())) for part in whole[1:]], [bytes(e[3][1:].tolist()) for e in progress.heap]
 
 
 def test_a_tenth_of_a_small_source_goes_to_validation():
-    encoded = [(text, np.zeros(10)) for text in TEXTS]
-    splits = [split for split, _ in split_off(encoded, 1000, 0)]
-    assert splits.count("val") == 20 and splits.count("train") == 180
+    train, val = split([f"{i:09d}" for i in range(200)], 1000)
+    assert (len(train), len(val)) == (180, 20)
+    train, val = split([f"{i:09d}" for i in range(200)], 100)
+    assert (len(train), len(val)) == (190, 10)
 
 
-def test_which_documents_validate_depends_on_their_text_not_on_the_run():
-    encoded = [(text, np.full(10, i)) for i, text in enumerate(TEXTS)]
-    chosen = [[int(t[0]) for split, t in split_off(e, 100, 0) if split == "val"] for e in (encoded, encoded[::-1])]
-    assert sorted(chosen[0]) == sorted(chosen[1]) and len(chosen[0]) == 10
+def test_which_documents_validate_is_decided_by_hashes():
+    texts = [f"{i:09d}" for i in range(200)]
+    (_, val), (_, reverse), (_, other) = split(texts, 100), split(texts[::-1], 100), split(texts, 100, chunk=50)
+    smallest = sorted(map(str.encode, texts), key=lambda text: hashlib.blake2b(text, digest_size=8).digest())[:10]
+    assert set(val) == set(other)  # however they are cut into chunks
+    assert len(set(val) & set(smallest)) >= 8 and len(set(reverse) & set(smallest)) >= 8  # the start weighs less
 
 
 def test_short_first_documents_and_one_that_outweighs_the_rest(run, tmp_path):
@@ -164,9 +208,11 @@ def test_a_name_that_the_dataset_does_not_know_is_one_line(run, tmp_path):
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "repo/train.parquet")
     hub = dict(HF_HOME=str(tmp_path / "hf"), status=1)
     out = prepare(run, "--repo=repo", "--subset=", "--split=trian", **hub)
-    assert "cannot read repo: " in out.stderr and "trian" in out.stderr and len(out.stderr.splitlines()) == 1
+    assert "repo  has no split 'trian' (--split); it has train" in out.stderr and len(out.stderr.splitlines()) == 1
     out = prepare(run, "--repo=repo", "--subset=", "--text_key=body", **hub)
     assert "no text under 'body' (--text_key); it has text" in out.stderr
+    out = prepare(run, "--repo=nowhere", "--subset=", HF_HUB_OFFLINE="1", **hub)
+    assert "cannot open nowhere  (--repo, --subset): Couldn't reach" in out.stderr
 
 
 def test_a_damaged_meta_json_is_named(run, tmp_path):
@@ -195,29 +241,49 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
     "content, argv, message",
     [
         (b"", ["--input=none.txt"], "--input=none.txt: no such file"),
-        (b"ok \xff", ["--input=a.txt"], "a.txt is not UTF-8 text: invalid start byte at byte 3"),
+        (b"ok \xff", ["--input=a.txt"], "a.txt after 0 documents: not UTF-8 text: invalid start byte at byte 3"),
         (
             b"one document",
             ["--input=a.txt"],
             "0 tokens to train on and 13 to validate: validation takes whole documents",
         ),
         (b"  \n", ["--input=a.txt"], "0 tokens to train on and 0 to validate"),
-        (b'{"text": "x"}\n{"text": ', ["--input=a.jsonl"], "a.jsonl:2 is not JSON"),
+        (b'{"text": "x"}\n{"text": ', ["--input=a.jsonl"], "a.jsonl after 1 documents: line 2 is not JSON"),
         (
             b'{"body": "x", "id": 3}',
             ["--input=a.jsonl"],
-            "a.jsonl:1 has no text under 'text' (--text_key); it has body, id",
+            "line 1 has no text under 'text' (--text_key); it has body, id",
         ),
-        (b"PAR1 damaged", ["--input=a.parquet"], "cannot read a.parquet: "),
+        (b'["x"]', ["--input=a.jsonl"], "line 1 has no text under 'text' (--text_key); it has only list"),
+        (b"PAR1 damaged", ["--input=a.parquet"], "cannot read a.parquet after 0 documents: "),
+        (gzip.compress(b"x" * 999)[:-9], ["--input=a.txt.gz"], "a.txt.gz after 0 documents: Truncated compressed"),
+        (b"not compressed", ["--input=a.txt.zst"], "cannot read a.txt.zst after 0 documents: "),
         (b"x", ["--input=a.txt", "--encoding=gpt3"], "encoding='gpt3' is not known; use one of bytes, "),
     ],
 )
 def test_a_mistake_is_one_line(run, tmp_path, content, argv, message):
     (tmp_path / argv[0].removeprefix("--input=")).write_bytes(content) if "none" not in argv[0] else None
-    out = run("prepare_fineweb.py", "--encoding=bytes", *argv, status=1)
-    said = [line for line in out.stderr.splitlines() if not line.startswith("Failed to read schema")]  # datasets' own
-    assert len(said) == 1 and message in said[0]
-    assert not (tmp_path / "data/fineweb/meta.json").exists()
+    out = prepare(run, *argv, status=1)
+    assert len(out.stderr.splitlines()) == 1 and message in out.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_bad_files_are_passed_over_when_asked(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in/a.jsonl", TEXTS[:50])
+    (tmp_path / "in/b.jsonl").write_text(json.dumps({"text": "the last good line"}) + "\n{")
+    (tmp_path / "in/c.parquet").write_bytes(b"PAR1")
+    write_jsonl(tmp_path / "in/d.jsonl", ["", " \n", None, *TEXTS[50:]])
+    assert "b.jsonl after 1 documents" in prepare(run, "--input=in", status=1).stderr
+    out = prepare(run, "--input=in", "--skip_bad_files=True")
+    assert [line.partition(" after")[0] for line in out.stderr.splitlines()] == [
+        "cannot read in/b.jsonl",
+        "cannot read in/c.parquet",
+    ]
+    assert "skipped: 3 empty documents, 2 files" in out.stdout
+    found = documents_in(tmp_path / "out")
+    expected = [list(text.encode()) for text in [*TEXTS, "the last good line"]]
+    assert sorted(found["train"] + found["val"]) == sorted(expected)
 
 
 def test_contradicting_options_are_wrong_usage(run):
@@ -227,10 +293,210 @@ def test_contradicting_options_are_wrong_usage(run):
     )
 
 
+# -----------------------------------------------------------------------------
+# nasty text
+
+
+def encoded(*texts, encoding="bytes"):
+    return encode_parts([Part(text, True, True) for text in texts], *find_encoder(encoding)).tokens
+
+
 def test_bytes_are_uint16_after_an_end_of_text_token():
-    assert prepare_fineweb.find_encoder("bytes")[0]("é").tolist() == [256, 0xC3, 0xA9]
-    assert prepare_fineweb.find_encoder("bytes")[0]("é").dtype == np.uint16
+    assert encoded("é").tolist() == [256, 0xC3, 0xA9] and encoded("é").dtype == np.uint16
 
 
 def test_a_lone_surrogate_becomes_the_replacement_character():
-    assert prepare_fineweb.find_encoder("bytes")[0]("\ud800x").tolist() == [256, 0xEF, 0xBF, 0xBD, ord("x")]
+    assert encoded("\ud800x").tolist() == [256, 0xEF, 0xBF, 0xBD, ord("x")]
+
+
+any_text = st.text(st.characters(codec=None, exclude_categories=()), max_size=30)  # surrogates and NULs too
+nasty = any_text | st.sampled_from(
+    ["<|endoftext|>", "\r\n", "\ufeff", "\x00", " \n\n ", "\ud83d\ude00", "\u2028", "_é'S"]
+)
+
+
+@given(st.lists(st.lists(nasty, max_size=5).map("".join), max_size=5))
+def test_any_text_becomes_its_bytes(texts):
+    expected = b"".join(
+        b"|" + text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() for text in texts
+    )
+    got = encode_parts([Part(text, True, True) for text in texts], *find_encoder("bytes")) if texts else None
+    assert got is None or bytes(ord("|") if i == 256 else i for i in got.tokens.tolist()) == expected
+
+
+@given(st.lists(nasty, max_size=9).map("".join), st.sampled_from(["file", "blank_line", "line"]), st.integers(1, 40))
+def test_text_files_are_divided_alike_however_they_are_read(tmp_path_factory, text, divide, block):
+    """Blocks of a few bytes cut characters, line ends and separators at every place."""
+    path = tmp_path_factory.mktemp("divided") / "a.txt"
+    raw = text.encode("utf-8", "replace")
+    path.write_bytes(raw)
+    text = raw.decode("utf-8-sig")
+    if divide != "file" and "<|endoftext|>" not in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        expected = text.split("\n\n" if divide == "blank_line" else "\n")
+    else:
+        expected = text.split("<|endoftext|>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_fineweb, "CHUNK", block)
+        found = [text for text, ends in read_text(str(path), divide)]
+    assert found == expected[: len(expected) - (not expected[-1])]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base"])
+@given(
+    st.lists(nasty | st.sampled_from(["word", " word", " ", "\n", ".", "1", "don't", "漢"]), max_size=12).map("".join)
+)
+def test_cutting_a_long_text_changes_no_token(name, text):
+    """tiktoken cuts a text into pieces by a pattern before it merges bytes: no piece may cross the place of a cut."""
+    import regex
+
+    with pytest.MonkeyPatch.context() as patch:  # the pattern without the vocabulary, which would be downloaded
+        patch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+        patch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
+        pattern = regex.compile(getattr(tiktoken_ext.openai_public, name)()["pat_str"])
+    for match in prepare_fineweb.SAFE.finditer(text):
+        before, after = text[: match.start()], text[match.start() :]
+        assert pattern.findall(text) == pattern.findall(before) + pattern.findall(after), (before, after)
+
+
+def test_a_long_text_is_cut_at_a_word_or_anywhere_if_it_has_none(monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "LONGEST", 200_000)
+    text = "some words " * 20_000
+    assert 199_980 < safe_cut(text) <= 200_000 and text[safe_cut(text) :].startswith(" ")
+    assert safe_cut("x" * 300_000) == 200_000
+
+
+def test_fifty_megabytes_on_one_line_in_any_kind_of_file(run, tmp_path):
+    line = "all work and no play makes a dull line. " * 1_250_000
+    others = [f"another text, number {i}" for i in range(5000)]
+    write_jsonl(tmp_path / "a.jsonl", [*others, line])
+    (tmp_path / "b.txt").write_text("\n".join([*others, line]))
+    datasets.Dataset.from_dict({"text": [*others, line]}).to_parquet(tmp_path / "c.parquet")
+    expected = np.bincount(np.frombuffer("".join([*others, line]).encode(), np.uint8))
+    for name in ("a.jsonl", "b.txt", "c.parquet"):
+        prepare(run, f"--input={name}", "--txt_documents=line", f"--out_dir={name}.out", "--shard_tokens=20000000")
+        train, val = (tokens_in(tmp_path / f"{name}.out", split) for split in ("train", "val"))
+        ids = np.concatenate([train, val])
+        assert len(val) < 20_000 and sum(ids == 256) == 5001  # the long one trains, and is one document
+        assert np.array_equal(np.bincount(ids[ids < 256]), expected)
+
+
+# -----------------------------------------------------------------------------
+# killed, stopped, out of room: the files become those of a run that was left alone
+
+
+@pytest.fixture
+def big_source(tmp_path):
+    """20,000 texts in three files, some 22 MB; returns the arguments that prepare them into 11 shards."""
+    noise = random.Random(7)
+    for name in ("a", "b", "c"):
+        texts = ["".join(noise.choices("abcdefgh ", k=noise.randrange(2, 60))) * 36 for _ in range(6500)]
+        write_jsonl(tmp_path / f"{name}.jsonl", [*texts, ""])
+    return ["--input=a.jsonl,b.jsonl,c.jsonl", "--shard_tokens=2000000", "--val_tokens=300000", "--workers=2"]
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def start(tmp_path, *argv, **options):
+    command = [sys.executable, str(ROOT / "prepare_fineweb.py"), "--encoding=bytes", *argv]
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=ENV, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **options
+    )
+
+
+def shards_in(folder):
+    return len(list(folder.glob("*train*.bin")))
+
+
+def test_killed_anywhere_it_continues_to_the_same_files(run, tmp_path, big_source):
+    prepare(run, *big_source)
+    expected, kills = contents(tmp_path / "out"), 0
+    moments = random.Random(11)
+    while not (tmp_path / "again/meta.json").exists():
+        process = start(tmp_path, *big_source, "--out_dir=again", "--workers=3" if kills % 2 else "--workers=1")
+        before = shards_in(tmp_path / "again")
+        while kills < 6 and process.poll() is None and shards_in(tmp_path / "again") < before + 1:
+            time.sleep(0.01)
+        if kills < 6 and process.poll() is None:
+            time.sleep(moments.uniform(0, 0.1))
+            process.kill()
+            kills += 1
+        out, err = process.communicate()
+        assert "Error" not in err and shards_in(tmp_path / "again") >= before  # Python warns of leaked semaphores
+    assert kills >= 4 and contents(tmp_path / "again") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_source, number):
+    process = start(tmp_path, *big_source, "--out_dir=out", start_new_session=True)
+    while not shards_in(tmp_path / "out"):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # all processes, as a terminal does
+    out, err = process.communicate()
+    assert process.returncode == 128 + number
+    assert err.strip() == "stopped; the same command continues after the last whole shard" and not out
+    for _ in range(100):  # the workers are gone; a Z would be waiting for whoever adopted it
+        states = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
+        alive = [line for line in states if line.split()[0] == str(process.pid) and "Z" not in line]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert not alive
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "unfinished.npz" in names and not any(name.endswith(".tmp") for name in names)
+    refused = prepare(run, *big_source, "--val_tokens=200000", status=1).stderr
+    assert "unfinished run of another kind (val_tokens: 300000 there, 200000 now)" in refused
+    assert "continuing out after " in prepare(run, *big_source).stdout
+    prepare(run, *big_source, "--out_dir=again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_a_full_disk_ends_it_cleanly_and_more_room_continues_it(run, tmp_path, big_source):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))  # noqa: E731
+    process = start(tmp_path, *big_source, "--out_dir=out", "--shard_tokens=3000000", preexec_fn=limit)
+    out, err = process.communicate()
+    assert process.returncode == 1 and "File too large" in err and len(err.splitlines()) == 1
+    assert list((tmp_path / "out").iterdir()) == []
+    prepare(run, *big_source)
+
+
+def test_a_source_that_cannot_fit_on_the_disk_is_refused_at_the_start(run, tmp_path):
+    with open(tmp_path / "a.txt", "wb") as f:
+        f.truncate(10**13)  # takes no room itself
+    err = prepare(run, "--input=a.txt", status=1).stderr
+    assert "about 20,000.0 GB are still to be written, and out has " in err and "--max_tokens" in err
+
+
+def test_a_worker_that_is_killed_ends_it_with_one_line(run, tmp_path, big_source):
+    process = start(tmp_path, *big_source, "--out_dir=out")
+    while not shards_in(tmp_path / "out"):
+        time.sleep(0.01)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
+    ).stdout
+    os.kill(int(workers.split()[0]), signal.SIGKILL)
+    out, err = process.communicate()
+    assert (
+        process.returncode == 1 and err.startswith("error: a worker process was killed") and len(err.splitlines()) == 1
+    )
+    assert "continuing out after " in prepare(run, *big_source).stdout
+
+
+def test_a_damaged_state_is_named(run, tmp_path, big_source):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/unfinished.npz").write_bytes(b"PK")
+    assert "out/unfinished.npz is damaged" in prepare(run, *big_source, status=1).stderr
+
+
+def test_shards_of_uint32_where_ids_need_it(tmp_path):
+    with shards.ShardWriter(tmp_path, "fineweb", "train", 3, {}) as writer:
+        writer.write(np.array([1, 70_000, 3, 4], dtype=np.uint32))
+        writer.finish()
+    first, second = shards.find_shards(tmp_path, "train")
+    assert (first.count, second.count, first.dtype) == (3, 1, np.uint32) and prepare_fineweb.token_dtype(
+        100_277
+    ) == np.uint32
+    assert np.fromfile(first.path, "<i4", 6).tolist() == [20240801, 7, 3, 0, 0, 0]
+    assert [np.fromfile(shard.path, "<u4")[256:].tolist() for shard in (first, second)] == [[1, 70_000, 3], [4]]
