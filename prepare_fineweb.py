@@ -23,16 +23,15 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -358,56 +357,63 @@ def encode_parts(parts, encode, vocab_size, eot):
         arrays += [end_of_text, tokens] if begins else [tokens]
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
         rows.append((begins, whole, len(tokens) + begins, len(raw), digest))
-    tokens = np.concatenate(arrays, dtype=token_dtype(vocab_size), casting="unsafe")
-    return Encoded(tokens, rows)
+    dtype = token_dtype(vocab_size)
+    return Encoded(np.concatenate(arrays, dtype=dtype, casting="unsafe") if arrays else np.empty(0, dtype), rows)
 
 
-def start_worker(encoding):
-    """Runs first in each worker process."""
-    global encoder
-    # a stop comes to all processes at once, and the main one has to tell of it before it misses its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(1)))
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+def work(pipe, encoding):
+    """What a worker process does: a chunk in, its Encoded out, until the other end is closed or its process dead."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # which come to all processes at once: the main one decides
+        signal.signal(number, signal.SIG_IGN)
     encoder = find_encoder(encoding)
-
-
-def leave_with_parent():
-    """A worker whose parent was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_in_worker(parts):
-    return encode_parts(parts, *encoder)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send(encode_parts(pipe.recv(), *encoder))
 
 
 def encode_chunks(chunks, encoding, workers):
-    """Yields (position, Encoded) of each chunk, in order. The workers are two chunks each ahead of what is yielded.
+    """Yields (position, Encoded) of each chunk, in order. What is read runs two chunks a worker ahead of that.
 
-    Processes, because tiktoken in threads gains little; spawned, because that works alike on every system."""
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (encoding,))
-    waiting = deque()
+    Processes, because tiktoken in threads gains little, spawned, because that works alike on every system; each has a
+    pipe and a thread here that waits for it, so that one that is killed is noticed, whatever it was doing.
+    """
+    context, idle, processes, waiting = multiprocessing.get_context("spawn"), queue.SimpleQueue(), [], deque()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers, until they do so themselves
+    for _ in range(workers):
+        pipe, its_end = context.Pipe()
+        processes.append((context.Process(target=work, args=(its_end, encoding), daemon=True), pipe))
+        processes[-1][0].start()
+        its_end.close()
+        idle.put(pipe)
+    signal.signal(signal.SIGINT, before)
+
+    def encode(parts):
+        pipe = idle.get()
+        try:
+            pipe.send(parts)
+            encoded = pipe.recv()
+        except (EOFError, OSError):
+            raise OSError(
+                "a worker process died, perhaps for want of memory; the same command continues, with fewer --workers"
+            ) from None
+        finally:
+            idle.put(pipe)
+        return encoded
+
+    pool = ThreadPoolExecutor(workers)
     try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers, until start_worker has run
-        for _ in range(workers):
-            pool.submit(os.getpid)  # starts a process, while this one opens the first file
-        signal.signal(signal.SIGINT, before)
         for position, parts in chunks:
-            if parts:
-                waiting.append((position, pool.submit(encode_in_worker, parts)))
+            waiting.append((position, pool.submit(encode, parts)))
             while len(waiting) > 2 * workers:
                 position, encoded = waiting.popleft()
                 yield position, encoded.result()
-        for last, encoded in waiting:
-            yield last, encoded.result()
-        yield position, Encoded(np.empty(0, np.uint16), [])  # what came after the last text: empty documents, bad files
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker process was killed, perhaps for want of memory; the same command continues, with fewer --workers"
-        ) from None
+        for position, encoded in waiting:
+            yield position, encoded.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        for process, pipe in processes:
+            pipe.close()
+            process.join()
 
 
 # -----------------------------------------------------------------------------
@@ -504,32 +510,35 @@ def prepared_already(out_dir, settings):
     return True
 
 
+def shards_in(folder):
+    return glob.glob(f"{glob.escape(folder)}/*_[0-9]*.bin")
+
+
 def unfinished(out_dir, path, settings):
     """Returns the Progress that the file at path kept, and its settings; a new one if nothing is lost by that. Raises
     ValueError if out_dir holds shards that are not from a run with these settings."""
-    there = glob.glob(f"{glob.escape(out_dir)}/*_[0-9]*.bin")
     if os.path.exists(path):
         progress, kept = Progress.load(path)
         differing = differences(kept, settings)
         if not differing:
             return progress, kept
-        if there:
+        if shards_in(out_dir):
             raise ValueError(
                 f"{out_dir} holds an unfinished run of another kind ({differing}); give its options to continue it, "
                 f"or choose another --out_dir, or delete it"
             )
-    elif there:
+    elif shards_in(out_dir):
         raise ValueError(f"{out_dir} holds shards of another origin; delete them or choose another --out_dir")
     return Progress(), settings
 
 
 @contextlib.contextmanager
-def removed_if_useless(path, progress):
-    """Removes the file of a progress that fails before its first whole shard: there is nothing to continue."""
+def removed_if_useless(path):
+    """Removes the file of a progress that ends before there is a whole shard beside it: nothing is to be continued."""
     try:
         yield
     except BaseException:
-        if not progress.files:
+        if not shards_in(os.path.dirname(path)):
             os.remove(path)
         raise
 
@@ -557,6 +566,8 @@ def check_space(out_dir, tokens, itemsize):
 
 def leave(number, frame):
     """Signal handler for Ctrl-C and SIGTERM: unwinds, so that workers and temporary files go too."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once, which loses nothing more
+        signal.signal(each, signal.SIG_DFL)
     print("\nstopped; the same command continues after the last whole shard", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -613,7 +624,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
     with (
-        removed_if_useless(progress_path, progress),
+        removed_if_useless(progress_path),
         shards.ShardWriter(out_dir, prefix, "train", cfg.shard_tokens, progress.files) as train,
         shards.ShardWriter(out_dir, prefix, "val", cfg.shard_tokens, {}) as val,
         tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True, initial=before) as bar,  # on a terminal

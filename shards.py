@@ -90,7 +90,8 @@ class ShardWriter:
         if self.file:
             with contextlib.suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
                 self.file.close()
-            os.remove(self.file.name)
+            with contextlib.suppress(FileNotFoundError):  # a signal came just after the renaming
+                os.remove(self.file.name)
 
     def path(self):
         number = len(self.files) + (self.split == "train")  # as llm.c numbers them: val is 0, train starts at 1
