@@ -132,6 +132,7 @@ def text_bytes(path):
         with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
             footer = pyarrow.parquet.read_metadata(path)
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+            # the largest column is the text
             return sum(max(g.column(i).total_uncompressed_size for i in range(g.num_columns)) for g in groups)
     return 4 * size if path.endswith((".gz", ".zst")) else size
 
@@ -427,13 +428,16 @@ class Progress:
     position: Position = Position()
     counts: dict = field(default_factory=lambda: dict(tokens=0, documents=0, bytes=0))  # train and val together
     heap: list = field(default_factory=list)  # validation: (-hash, document number, bytes, tokens)
+    held: int = 0  # tokens in it
+    eligible: int = 0  # tokens of all documents that were short enough for it
     files: dict = field(default_factory=dict)  # whole train shards, as in meta.json
     tail: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))  # tokens of the train shard under way
 
     def save(self, path, settings):
         """Writes it to path, with the settings, which are plain values, that it belongs to."""
         tokens = [self.tail, *(entry[3] for entry in self.heap)]
-        facts = dict(position=self.position, counts=self.counts, files=self.files, settings=settings)
+        facts = dict(position=self.position, counts=self.counts, eligible=self.eligible, files=self.files)
+        facts["settings"] = settings
         facts["heap"] = [(*entry[:3], len(entry[3])) for entry in self.heap]
         with shards.atomic_file(path) as f:
             np.savez(f, facts=json.dumps(facts), tokens=np.concatenate(tokens), tail=len(self.tail))
@@ -447,7 +451,9 @@ class Progress:
             lengths = [entry.pop() for entry in facts["heap"]]
             parts = np.split(tokens, np.cumsum([tail, *lengths]))
             heap = [(*entry, part) for entry, part in zip(facts["heap"], parts[1:-1], strict=True)]
-            return cls(Position(*facts["position"]), facts["counts"], heap, facts["files"], parts[0]), facts["settings"]
+            position, held = Position(*facts["position"]), sum(lengths)
+            progress = cls(position, facts["counts"], heap, held, facts["eligible"], facts["files"], parts[0])
+            return progress, facts["settings"]
         except Exception as e:  # NumPy and zipfile raise many kinds
             raise ValueError(f"{path} is damaged ({first_line(e)}); delete its folder and begin again") from None
 
@@ -455,13 +461,12 @@ class Progress:
 def choose(progress, encoded, val_tokens, max_tokens):
     """Returns the tokens of an encoded chunk that go to training, up to max_tokens of both splits in all.
 
-    Validation keeps the documents with the smallest hashes: a heap of at least val_tokens tokens (a tenth of what has
-    been seen, while that is less), out of which a smaller hash pushes the largest. So it is a sample of the whole
-    source without knowing its size beforehand. A document in the heap reaches training late, or never. One that came
-    in parts always goes to training: it alone would be more than the usual validation.
+    Validation keeps the documents with the smallest hashes: a heap of at least val_tokens tokens, out of which a
+    smaller hash pushes the largest. So it is a sample of the whole source without knowing its size beforehand. A
+    document in the heap reaches training late, or never. One that came in parts always goes to training: it alone
+    would be more than the usual validation.
     """
-    heap, counts, train = progress.heap, progress.counts, []
-    held, end = sum(len(entry[3]) for entry in heap), 0
+    heap, counts, train, end = progress.heap, progress.counts, [], 0
     for begins, whole, n, n_bytes, digest in encoded.parts:
         if max_tokens and counts["tokens"] >= max_tokens:
             break
@@ -469,16 +474,32 @@ def choose(progress, encoded, val_tokens, max_tokens):
         counts["tokens"] += n
         counts["documents"] += begins
         counts["bytes"] += n_bytes
-        wanted = min(val_tokens, counts["tokens"] // 10)
-        if not whole or (held >= wanted and heap and -digest < heap[0][0]):
+        progress.eligible += n * whole
+        if not whole or (heap and progress.held >= val_tokens and -digest < heap[0][0]):
             train.append(tokens)
-            continue
-        heapq.heappush(heap, (-digest, counts["documents"], n_bytes, tokens.copy()))
-        held += n
-        while len(heap) > 1 and held - len(heap[0][3]) >= wanted:
-            train.append(heapq.heappop(heap)[3])
-            held -= len(train[-1])
-    return np.concatenate(train) if train else np.empty(0, encoded.tokens.dtype)
+        else:
+            heapq.heappush(heap, (-digest, counts["documents"], n_bytes, tokens.copy()))
+            progress.held += n
+            train += push_out(progress, val_tokens)
+    return np.concatenate([*train, encoded.tokens[:0]])
+
+
+def push_out(progress, wanted):
+    """Takes the documents with the largest hashes out of the heap while `wanted` tokens remain, and returns their
+    tokens. Equal texts leave together: the same document is never in both splits."""
+    heap, out = progress.heap, []
+    while heap:
+        equal = [heapq.heappop(heap)]
+        while heap and heap[0][0] == equal[0][0]:
+            equal.append(heapq.heappop(heap))
+        size = sum(len(entry[3]) for entry in equal)
+        if not heap or progress.held - size < wanted:
+            for entry in equal:
+                heapq.heappush(heap, entry)
+            break
+        progress.held -= size
+        out += [entry[3] for entry in equal]
+    return out
 
 
 # -----------------------------------------------------------------------------
@@ -643,6 +664,8 @@ if __name__ == "__main__":
             if cfg.max_tokens and counts["tokens"] >= cfg.max_tokens:
                 break
 
+        for tokens in push_out(progress, min(cfg.val_tokens, progress.eligible // 10)):
+            train.write(tokens)
         held = sorted(progress.heap, key=lambda entry: entry[1])  # in the order of the source
         n_val = dict(tokens=sum(len(e[3]) for e in held), documents=len(held), bytes=sum(e[2] for e in held))
         n_train = {name: counts[name] - n_val[name] for name in counts}

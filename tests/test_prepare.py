@@ -37,6 +37,7 @@ from prepare_fineweb import (
     encode_parts,
     find_encoder,
     find_files,
+    push_out,
     read_text,
     retrying,
     safe_cut,
@@ -188,6 +189,8 @@ def split(texts, val_tokens, chunk=7):
     for first in range(0, len(texts), chunk):
         parts = [Part(text, True, True) for text in texts[first : first + chunk]]
         train += choose(progress, encode_parts(parts, *find_encoder("bytes")), val_tokens, 0).tolist()
+    for tokens in push_out(progress, min(val_tokens, progress.eligible // 10)):
+        train += tokens.tolist()
     whole = " ".join("|" if i == 256 else str(i) for i in train).split("|")
     return [bytes(map(int, part.split())) for part in whole[1:]], [bytes(e[3][1:].tolist()) for e in progress.heap]
 
@@ -199,16 +202,22 @@ def test_a_tenth_of_a_small_source_goes_to_validation():
     assert (len(train), len(val)) == (190, 10)
 
 
-def test_which_documents_validate_is_decided_by_hashes():
+def test_validation_is_the_documents_with_the_smallest_hashes_in_whatever_order_they_come():
     texts = [f"{i:09d}" for i in range(200)]
-    (_, val), (_, reverse), (_, other) = split(texts, 100), split(texts[::-1], 100), split(texts, 100, chunk=50)
     smallest = sorted(map(str.encode, texts), key=lambda text: hashlib.blake2b(text, digest_size=8).digest())[:10]
-    assert set(val) == set(other)  # however they are cut into chunks
-    assert len(set(val) & set(smallest)) >= 8 and len(set(reverse) & set(smallest)) >= 8  # the start weighs less
+    for order, chunk in ((texts, 7), (texts, 50), (texts[::-1], 7)):
+        train, val = split(order, 100, chunk)
+        assert sorted(val) == sorted(smallest) and sorted(train + val) == sorted(map(str.encode, texts))
+
+
+def test_a_text_that_comes_often_is_never_in_both_splits():
+    texts = [f"{i % 40:09d}" for i in range(400)]
+    train, val = split(texts, 150)
+    assert not set(train) & set(val) and len(train) + len(val) == 400 and len(val) == 20
 
 
 def test_short_first_documents_and_one_that_outweighs_the_rest(run, tmp_path):
-    (tmp_path / "a.txt").write_text("a\n" + "a longer line\n" * 50)
+    (tmp_path / "a.txt").write_text("a\n" + "".join(f"a longer line {i:02d}\n" for i in range(50)))
     prepare(run, "--input=a.txt", "--txt_documents=line")
     found = documents_in(tmp_path / "out")
     assert len(found["train"]) + len(found["val"]) == 51 and 4 <= len(found["val"]) <= 8
