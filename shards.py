@@ -268,8 +268,9 @@ def load_bpe(encoding):
     try:
         return tiktoken.get_encoding(encoding)
     except OSError as e:  # requests' errors are OSErrors
+        files = "the two files vocab.bpe and encoder.json" if encoding == "gpt2" else "the file of merges"
         raise ValueError(
-            f"cannot download tiktoken's files for {encoding!r} ({type(e).__name__}). On a machine with a network run "
+            f"cannot download tiktoken's {encoding!r}, {files} ({type(e).__name__}). On a machine with a network run "
             f"TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding('{encoding}')\", "
             f"copy DIR here and set TIKTOKEN_CACHE_DIR to it"
         ) from None

@@ -4,6 +4,7 @@ References: a plain loop over the same texts; tiktoken itself; a run that nobody
 pytest tests/test_prepare.py
 """
 
+import ast
 import gzip
 import hashlib
 import http.server
@@ -18,12 +19,14 @@ import sys
 import threading
 import time
 import urllib.parse
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow
 import pytest
 import tiktoken_ext.openai_public
+import torch
 from conftest import ENV, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -620,6 +623,22 @@ def test_a_damaged_state_is_named(run, tmp_path, big_source):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/unfinished.npz").write_bytes(b"PK")
     assert "out/unfinished.npz is damaged" in prepare(run, *big_source, status=1).stderr
+
+
+@pytest.mark.parametrize("variable, script", [("LLM_C", "train_gpt2.py"), ("MODDED_NANOGPT", "train_gpt.py")])
+def test_the_loaders_of_others_read_the_shards(run, tmp_path, variable, script):
+    if variable not in os.environ:
+        pytest.skip(f"set {variable} to a checkout")
+    tree = ast.parse(Path(os.environ[variable], script).read_text())
+    load = next(node for node in tree.body if getattr(node, "name", "") == "_load_data_shard")
+    names = dict(np=np, torch=torch, Path=Path)
+    exec(ast.unparse(load).replace("pin_memory=True", "pin_memory=False"), names)  # pinning needs a GPU
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    prepare(run, "--input=a.jsonl", "--shard_tokens=5000", "--val_tokens=1000")
+    for split in ("train", "val"):
+        files = sorted((tmp_path / "out").glob(f"fineweb_{split}_*.bin"))  # their pattern too
+        theirs = np.concatenate([np.asarray(names["_load_data_shard"](path)) for path in files])
+        assert np.array_equal(theirs, tokens_in(tmp_path / "out", split))
 
 
 def test_shards_of_uint32_where_ids_need_it(tmp_path):
