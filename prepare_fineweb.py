@@ -45,6 +45,7 @@ EOT = "<|endoftext|>"
 ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
 CHUNK = 2**20  # characters that go to a worker together: 0.1 s of its time, which makes the way there and back cheap
 LONGEST = 2**22  # characters; a longer document goes through in parts, so that memory does not depend on the input
+PIECE = 2**18  # characters that tiktoken gets at a time; it takes some 50 bytes for each in a run without a space
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
 
@@ -176,7 +177,7 @@ def read_text(path, divide):
             *whole, held = held.split(separator)
             yield from ((text, True) for text in whole)
             while len(held) > LONGEST + len(separator):  # so that no half of a separator is cut off
-                end = safe_cut(held)
+                end = safe_cut(held, LONGEST)
                 yield held[:end], False
                 held = held[end:]
     if held:
@@ -252,11 +253,20 @@ def first_line(error):
 SAFE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")  # before " a" after a letter, after a line
 
 
-def safe_cut(text):
-    """Returns a place of at most LONGEST where cutting changes no token: tiktoken's patterns all end a piece there.
+def safe_cut(text, longest):
+    """Returns a place of at most `longest` where cutting changes no token: tiktoken's patterns all end a piece there.
     In 100,000 characters without such a place the text is cut anywhere."""
-    places = [match.start() for match in SAFE.finditer(text, LONGEST - 100_000, LONGEST)]
-    return places[-1] if places else LONGEST
+    places = [match.start() for match in SAFE.finditer(text, longest - 100_000, longest)]
+    return places[-1] if places else longest
+
+
+def pieces(text, longest):
+    """Yields the text in pieces of at most `longest` characters."""
+    while len(text) > longest:
+        end = safe_cut(text, longest)
+        yield text[:end]
+        text = text[end:]
+    yield text
 
 
 class Part(NamedTuple):
@@ -275,11 +285,11 @@ def read_parts(path, cfg):
         read = functools.partial(read_text, path, cfg.txt_documents)
     begins = True
     for text, ends in retrying(read) if "://" in path else read():
-        while len(text) > LONGEST:
-            end = safe_cut(text)
-            yield Part(text[:end], begins, False)
-            text, begins = text[end:], False
-        yield Part(text, begins, begins and ends)
+        *others, last = pieces(text, LONGEST)
+        for piece in others:
+            yield Part(piece, begins, False)
+            begins = False
+        yield Part(last, begins, begins and ends)
         begins = ends
 
 
@@ -354,10 +364,10 @@ def encode_parts(parts, encode, vocab_size, eot):
         except UnicodeEncodeError:  # a lone surrogate, which JSON can hold: U+FFFD, as tiktoken's own encode() does
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             raw = text.encode()
-        tokens = encode(text)
-        arrays += [end_of_text, tokens] if begins else [tokens]
+        encoded = [encode(piece) for piece in pieces(text, PIECE)]
+        arrays += [end_of_text, *encoded] if begins else encoded
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
-        rows.append((begins, whole, len(tokens) + begins, len(raw), digest))
+        rows.append((begins, whole, sum(map(len, encoded)) + begins, len(raw), digest))
     dtype = token_dtype(vocab_size)
     return Encoded(np.concatenate(arrays, dtype=dtype, casting="unsafe") if arrays else np.empty(0, dtype), rows)
 

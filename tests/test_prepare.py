@@ -40,10 +40,10 @@ from prepare_fineweb import (
     encode_parts,
     find_encoder,
     find_files,
+    pieces,
     push_out,
     read_text,
     retrying,
-    safe_cut,
 )
 
 TEXTS = [f"Document {i}: " + "some words, ünd möre. " * (1 + i % 7) for i in range(200)]
@@ -496,11 +496,12 @@ def test_cutting_a_long_text_changes_no_token(name, text):
         assert pattern.findall(text) == pattern.findall(before) + pattern.findall(after), (before, after)
 
 
-def test_a_long_text_is_cut_at_a_word_or_anywhere_if_it_has_none(monkeypatch):
-    monkeypatch.setattr(prepare_fineweb, "LONGEST", 200_000)
-    text = "some words " * 20_000
-    assert 199_980 < safe_cut(text) <= 200_000 and text[safe_cut(text) :].startswith(" ")
-    assert safe_cut("x" * 300_000) == 200_000
+def test_a_long_text_is_cut_at_a_word_or_anywhere_if_it_has_none():
+    text = "some words " * 60_000
+    first, *others = cut = list(pieces(text, 200_000))
+    assert "".join(cut) == text and 199_980 < len(first) <= 200_000
+    assert len(cut) == 4 and all(piece.startswith(" ") for piece in others)
+    assert list(map(len, pieces("x" * 300_000, 200_000))) == [200_000, 100_000]
 
 
 def test_fifty_megabytes_on_one_line_in_any_kind_of_file(run, tmp_path):

@@ -109,5 +109,8 @@ def test_an_out_dir_of_nanogpts_kind_falls_back_to_gpt2(trained, tmp_path):
         TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"), https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9"
     )
     out = trained("sample.py", "--device=cpu", status=1, **offline)
-    assert "tiktoken's 'gpt2', the two files vocab.bpe and encoder.json" in out.stderr and "TIKTOKEN_CACHE_DIR" in out.stderr
+    assert (
+        "tiktoken's 'gpt2', the two files vocab.bpe and encoder.json" in out.stderr
+        and "TIKTOKEN_CACHE_DIR" in out.stderr
+    )
     assert "names no tokenizer; taking gpt2, as data/gone suggests" in out.stderr
