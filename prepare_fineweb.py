@@ -14,6 +14,7 @@ byte for byte, as those of a run that was left alone, whatever the number of wor
 
 import codecs
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -564,13 +565,17 @@ def unfinished(out_dir, path, settings):
 
 
 @contextlib.contextmanager
-def removed_if_useless(path):
-    """Removes the file of a progress that ends before there is a whole shard beside it: nothing is to be continued."""
+def ending_well(progress_path):
+    """Removes the file of a progress that ends before there is a whole shard beside it, so that there is nothing to
+    continue; and says what to do about a full disk."""
+    folder = os.path.dirname(progress_path)
     try:
         yield
-    except BaseException:
-        if not shards_in(os.path.dirname(path)):
-            os.remove(path)
+    except BaseException as e:
+        if not shards_in(folder):
+            os.remove(progress_path)
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(f"cannot write to {folder}: {e.strerror}; with more room the same command continues") from e
         raise
 
 
@@ -591,7 +596,7 @@ def check_space(out_dir, tokens, itemsize):
     if needed > free:
         raise OSError(
             f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB free; make "
-            f"room, choose another --out_dir, or take less with --max_tokens"
+            f"room and give the same command, or choose another --out_dir, or take less with --max_tokens"
         )
 
 
@@ -605,6 +610,8 @@ def leave(number, frame):
 
 if __name__ == "__main__":
     cfg = from_command_line(PrepareConfig, __doc__)
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
     stdlib = cfg.input == "stdlib"
     out_dir = cfg.out_dir or ("data/stdlib" if stdlib else "data/fineweb")
     prefix = "stdlib" if stdlib else "fineweb"
@@ -637,25 +644,23 @@ if __name__ == "__main__":
     if not cfg.input:  # the hub's files as they were at the start, whatever has been changed there since
         files = kept.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
         kept = settings | dict(hub_files=files)
+    text_size = sum(map(text_bytes, files)) if cfg.input else 0
+    counts, before = progress.counts, progress.counts["tokens"]
+    expected = expected_tokens(cfg, text_size, counts["tokens"], counts["bytes"])
+    check_space(out_dir, expected - before, dtype.itemsize)
     for partial in glob.glob(f"{glob.escape(out_dir)}/*.tmp"):
         os.remove(partial)
     progress.save(progress_path, kept)
+    if before:
+        print(f"continuing {out_dir} after {before:,} tokens in {len(progress.files)} whole shards")
 
     # -------------------------------------------------------------------------
     # a chunk of text at a time, from the source to the disk
 
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    text_size = sum(map(text_bytes, files)) if cfg.input else 0
-    counts, before = progress.counts, progress.counts["tokens"]
-    expected = expected_tokens(cfg, text_size, counts["tokens"], counts["bytes"])
-    check_space(out_dir, expected - before, dtype.itemsize)
-    if before:
-        print(f"continuing {out_dir} after {before:,} tokens in {len(progress.files)} whole shards")
     start = time.perf_counter()
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
     with (
-        removed_if_useless(progress_path),
+        ending_well(progress_path),
         shards.ShardWriter(out_dir, prefix, "train", cfg.shard_tokens, progress.files) as train,
         shards.ShardWriter(out_dir, prefix, "val", cfg.shard_tokens, {}) as val,
         tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True, initial=before) as bar,  # on a terminal

@@ -591,13 +591,16 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_a_full_disk_ends_it_cleanly_and_more_room_continues_it(run, tmp_path, big_source):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))  # noqa: E731
-    process = start(tmp_path, *big_source, "--out_dir=out", "--shard_tokens=3000000", preexec_fn=limit)
-    out, err = process.communicate()
-    assert process.returncode == 1 and "File too large" in err and len(err.splitlines()) == 1
+def test_a_full_disk_ends_it_cleanly_and_with_more_room_the_same_command_goes_on(run, tmp_path, big_source):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))  # noqa: E731
+    process = start(tmp_path, *big_source, "--out_dir=out", preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err == "error: cannot write to out: File too large; with more room the same command continues\n"
     assert list((tmp_path / "out").iterdir()) == []
     prepare(run, *big_source)
+    prepare(run, *big_source, "--out_dir=again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 def test_a_source_that_cannot_fit_on_the_disk_is_refused_at_the_start(run, tmp_path):
