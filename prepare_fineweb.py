@@ -375,7 +375,7 @@ def encode_parts(parts, encode, vocab_size, eot):
 
 def work(pipe, encoding):
     """What a worker process does: a chunk in, its Encoded out, until the other end is closed or its process dead."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # which come to all processes at once: the main one decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # for Windows, where it is not inherited
         signal.signal(number, signal.SIG_IGN)
     encoder = find_encoder(encoding)
     with contextlib.suppress(EOFError, OSError):
@@ -390,14 +390,16 @@ def encode_chunks(chunks, encoding, workers):
     pipe and a thread here that waits for it, so that one that is killed is noticed, whatever it was doing.
     """
     context, idle, processes, waiting = multiprocessing.get_context("spawn"), queue.SimpleQueue(), [], deque()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers, until they do so themselves
+    # a stop comes to all processes at once: the workers inherit that they ignore it, the main one decides
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
     for _ in range(workers):
         pipe, its_end = context.Pipe()
         processes.append((context.Process(target=work, args=(its_end, encoding), daemon=True), pipe))
         processes[-1][0].start()
         its_end.close()
         idle.put(pipe)
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before:
+        signal.signal(number, handler)
 
     def encode(parts):
         pipe = idle.get()
@@ -600,18 +602,21 @@ def check_space(out_dir, tokens, itemsize):
         )
 
 
-def leave(number, frame):
-    """Signal handler for Ctrl-C and SIGTERM: unwinds, so that workers and temporary files go too."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once, which loses nothing more
+stop_signals = []
+
+
+def ask_to_stop(number, frame):
+    """Signal handler for Ctrl-C and SIGTERM: the loop leaves after its chunk. A second one ends the process at once,
+    while it waits for the hub perhaps, which loses nothing more."""
+    stop_signals.append(number)
+    for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
-    print("\nstopped; the same command continues after the last whole shard", file=sys.stderr)
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
     cfg = from_command_line(PrepareConfig, __doc__)
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
     stdlib = cfg.input == "stdlib"
     out_dir = cfg.out_dir or ("data/stdlib" if stdlib else "data/fineweb")
     prefix = "stdlib" if stdlib else "fineweb"
@@ -668,6 +673,10 @@ if __name__ == "__main__":
     ):
         train.write(progress.tail)
         for progress.position, encoded in chunks:
+            if stop_signals:
+                bar.close()
+                print("stopped; the same command continues after the last whole shard", file=sys.stderr)
+                sys.exit(128 + stop_signals[0])
             tokens, whole = choose(progress, encoded, cfg.val_tokens, cfg.max_tokens), len(progress.files)
             train.write(tokens)
             bar.total = expected_tokens(cfg, text_size, counts["tokens"], counts["bytes"]) or None
