@@ -30,6 +30,12 @@ import tiktoken
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+def cpu_name():
+    with open("/proc/cpuinfo") as f:
+        names = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def texts_of(paths):
     for path in paths:
         for rows in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
@@ -123,9 +129,7 @@ if __name__ == "__main__":
         print(f"{what:40}{statistics.median(row[name] for row in rounds):12,.0f}   {ratio:.2f}")
     print(f"peak memory of prepare_fineweb.py, all processes: {max(row['peak_bytes'] for row in rounds) / 1e6:,.0f} MB")
     if args.json:
-        machine = dict(
-            cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), python=platform.python_version()
-        )
+        machine = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version())
         machine |= dict(tiktoken=version("tiktoken"), pyarrow=version("pyarrow"), command=" ".join(sys.argv[1:]))
         with open(args.json, "w") as f:
             json.dump(dict(machine=machine, rounds=rounds), f, indent=1)
