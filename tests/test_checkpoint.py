@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 import hardware
@@ -221,3 +222,13 @@ def test_what_would_fit_by_hand():
     assert "enough for about 90M parameters" in few  # (1,500e6 - 64 * 916,992) / 16
     assert "1.26 GB for a sequence" in hardware.what_would_fit(1, config, "float32", None)
     assert "should fit, but does not" in hardware.what_would_fit(124_400_000, config, "bfloat16", 4e9)
+
+
+# -----------------------------------------------------------------------------
+# benchmarks/faults.py, which is run by hand for large numbers, with small ones
+
+
+def test_fuzzed_configurations_are_right_or_refused(tmp_path):
+    from benchmarks import faults
+
+    assert ROOT == faults.ROOT and faults.fuzz_configure(360, tmp_path) >= 300
