@@ -232,8 +232,8 @@ def report(kind, error, trace):
         return  # whoever read the output, `head` perhaps, has had enough
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-    elif issubclass(kind, OSError) or (issubclass(kind, ValueError) and ours):
-        print(f"error: {error}", file=sys.stderr)
+    elif issubclass(kind, OSError) or (issubclass(kind, ValueError) and ours) or kind.__name__ == "OutOfMemoryError":
+        print(f"error: {error}".partition("\n")[0], file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

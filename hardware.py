@@ -1,11 +1,13 @@
 """
-What this machine is: the device to train on, the dtype it is good at, and its peak FLOP/s, MFU's denominator.
+What this machine is: the device to train on, the dtype it is good at, its peak FLOP/s, MFU's denominator, and what to
+do when its memory runs out.
 
 Peaks are dense (no 2:4 sparsity), with FP32 accumulation, at the vendor's rated boost clock. A GeForce in a cool case
 clocks up to 10 % above its rating, so a good run may read over 80 % there.
 """
 
 import contextlib
+import gc
 import os
 import re
 import shutil
@@ -218,6 +220,66 @@ def synchronize(device):
     """Waits until all work given to device is done, so that a clock read next tells the truth."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def available_memory(device):
+    """Returns the bytes of device memory that this process holds or could still get; None where torch cannot tell."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def smaller_batch(batch_size, sequences):
+    """Returns (batch_size, gradient_accumulation_steps) for as many sequences an iteration: half the batch_size, which
+    must be at least 2, or if that does not divide them the next smaller number that does."""
+    smaller = next(b for b in range(batch_size // 2, 0, -1) if sequences % b == 0)
+    return smaller, sequences // smaller
+
+
+def no_room(model, cfg, device, dtype):
+    """Returns what to tell the user of train.py's cfg when memory has run out and batch_size is not to be lowered."""
+    text = f"out of memory with batch_size={cfg.batch_size}"
+    if cfg.batch_size > 1:
+        new, accumulation = smaller_batch(cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps)
+        flags = f"--batch_size={new} --gradient_accumulation_steps={accumulation}"
+        return f"{text}; {flags} is the same run in less memory, and --auto_fit=True finds that by itself"
+    params, available = model.get_num_params(non_embedding=False), available_memory(device)
+    return f"{text}; {what_would_fit(params, model.config, dtype, available)}"
+
+
+def what_would_fit(params, config, dtype, available):
+    """Returns by estimate what a model of so many parameters and that GPTConfig needs for one sequence, and what would
+    fit into available bytes of memory (None: unknown).
+
+    A parameter takes 16 bytes in fp32: weight, gradient and AdamW's two moments. A token takes 34 * n_embd bytes in a
+    block at 2 bytes a number, twice that in fp32 (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section
+    4.1, without the attention scores, which fused attention does not keep) and, assumed here, 12 bytes for each row of
+    the vocabulary: logits, their fp32 copy and gradient, all there at one time.
+    """
+    token = config.n_layer * 34 * config.n_embd * (2 if dtype == "float32" else 1) + 12 * config.vocab_size
+    fixed, sequence = 16 * params, config.block_size * token
+    text = (
+        f"by estimate it needs {fixed / 1e9:.2f} GB for {params / 1e6:.1f}M parameters and {sequence / 1e9:.2f} GB for "
+        f"a sequence of {config.block_size} tokens"
+    )
+    if available is None:
+        return f"{text}: use a smaller --block_size, --n_layer or --n_embd"
+    text += f", and {available / 1e9:.2f} GB are there"
+    if fixed + sequence <= available:
+        return f"{text}, so it should fit, but does not: try --compile=True, or a smaller --block_size"
+    if fixed + 64 * token > available:
+        most = max(available - 64 * token, 0) / 16
+        return f"{text}, enough for about {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
+    return f"{text}, enough for about --block_size={(available - fixed) // token // 64 * 64}"
+
+
+def forget_compiled(device):
+    """Gives unused memory back to the device, and makes torch.compile start anew: after several batch sizes it would
+    give up compiling (torch._dynamo.config.recompile_limit) and run without."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

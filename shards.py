@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,25 +51,42 @@ def write_shard(path, tokens):
 
 
 @contextlib.contextmanager
-def atomic_file(path):
-    """Opens a temporary file for writing bytes; on success it is synced to disk and renamed to path, else removed."""
+def atomic_file(path, previous=None):
+    """Opens a temporary file for writing bytes; on success it is synced to disk and renamed to path, else removed.
+
+    What was at path becomes previous, if that is given. At every moment one of the two is there, and whole."""
     partial = f"{path}.tmp"
     try:
         with open(partial, "wb") as f:
             yield f
-            sync_and_rename(f, path)
+            sync_and_rename(f, path, previous)
     except BaseException:
         if os.path.exists(partial):
             os.remove(partial)
         raise
 
 
-def sync_and_rename(f, path):
+def sync_and_rename(f, path, previous=None):
     """Makes the open file f, so far under a temporary name, the file at path: first to disk, then the name."""
     f.flush()
     os.fsync(f.fileno())
     f.close()
+    if previous and os.path.exists(path):
+        os.replace(path, previous)
     os.replace(f.name, path)
+    sync_folder(os.path.dirname(path) or ".")
+
+
+def sync_folder(folder):
+    """Puts the names in folder on disk, so that a power cut cannot undo a rename. Windows does so by itself; a file
+    system that cannot is no reason to fail: the file itself is there."""
+    if os.name == "posix":
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 class ShardWriter:
@@ -160,7 +178,10 @@ def read_raw(path):
     """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises ValueError at an odd number of bytes."""
     size = os.path.getsize(path)
     if size % 2:
-        raise ValueError(f"{path} has an odd number of bytes ({size:,}), so it is not uint16 tokens or was cut short")
+        raise ValueError(
+            f"{path} has an odd number of bytes ({size:,}), so it is not uint16 tokens or was cut short; copy or "
+            f"prepare it again"
+        )
     return Shard(path, np.dtype("<u2"), 0, size // 2)
 
 
@@ -194,6 +215,18 @@ def find_shards(folder, split):
         f"{folder} has no {split} tokens (looked for *{split}*_000001.bin, *{split}*_000001.npy and {split}.bin, "
         f"in the format of the other split); write them with python prepare_fineweb.py"
     )
+
+
+def fingerprint(shards, tokenizer):
+    """Returns {file name: what it holds} of the Shards and of their tokenizer, all strings, to be kept in a checkpoint.
+    Other data give another one, unless all names, lengths and first 4,096 tokens, which it reads, are the same."""
+    found = {}
+    for shard in shards:
+        data = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.count,)) if shard.count else np.empty(0)
+        crc = zlib.crc32(data[:4096].tobytes())
+        found[os.path.basename(shard.path)] = f"{shard.count:,} {shard.dtype.name} tokens (CRC {crc:08x} at its start)"
+    crc = zlib.crc32(json.dumps(tokenizer, sort_keys=True).encode())
+    return found | {"tokenizer": f"{tokenizer['encoding']} of {tokenizer['vocab_size']:,} ids (CRC {crc:08x})"}
 
 
 # -----------------------------------------------------------------------------

@@ -4,11 +4,12 @@ Train a GPT on one GPU (or CPU).
     python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32
     python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32 --init_from=resume
 
-Reads token files from data/<dataset> and writes three files into out_dir: ckpt.pt (the newest complete state, to resume
-from), best.pt (the weights with the lowest validation loss) and metrics.jsonl (every figure of the log).
-Ctrl-C or SIGTERM finishes the update in flight, saves, and prints the command that continues.
+Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newest complete state, to resume from) and
+ckpt_prev.pt (the one before it), best.pt (the weights with the lowest validation loss) and metrics.jsonl (every figure
+of the log). Ctrl-C or SIGTERM finishes the update in flight, saves, and prints the command that continues.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import hardware
 import shards
+from checkpoint import say
 from configurator import Config, from_command_line, key
 from model import GPT, GPTConfig
 
@@ -34,14 +36,16 @@ from model import GPT, GPTConfig
 @dataclass
 class TrainConfig(Config):
     # files
-    out_dir: str = key("out", "folder for ckpt.pt, best.pt and metrics.jsonl")
+    out_dir: str = key("out", "folder for ckpt.pt, ckpt_prev.pt, best.pt and metrics.jsonl")
     init_from: str = key("scratch", "scratch, resume (from out_dir/ckpt.pt) or auto (resume if there is a ckpt.pt)")
     always_save_checkpoint: bool = key(True, "False: after an evaluation save only if the validation loss fell")
+    checkpoint_interval: int = key(0, "iterations between saves of ckpt.pt; 0: after evaluations, see above", low=0)
+    allow_data_change: bool = key(False, "resume with other data or another tokenizer than before")
     # evaluation and log
-    eval_interval: int = key(2000, "iterations between evaluations, after which ckpt.pt is saved", low=1)
+    eval_interval: int = key(2000, "iterations between evaluations", low=1)
     eval_iters: int = key(200, "evaluation size, in dozens of sequences of each split, if it has them", low=1)
     eval_only: bool = key(False, "evaluate once and stop")
-    log_interval: int = key(1, "iterations between log lines; each costs one wait for the GPU", low=1)
+    log_interval: int = key(1, "iterations between log lines", low=1)
     wandb_log: bool = key(False, "log to Weights & Biases too (pip install wandb)")
     wandb_project: str = key("owt", "its project")
     wandb_run_name: str = key("gpt2", "its run name")
@@ -65,6 +69,7 @@ class TrainConfig(Config):
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0)
+    max_bad_steps: int = key(10, "updates in a row without a finite gradient, each skipped, that end the run", low=1)
     # learning rate schedule
     decay_lr: bool = key(True, "warm up, then decay along a cosine; False: learning_rate throughout")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
@@ -77,6 +82,7 @@ class TrainConfig(Config):
         "", "dtype of matmuls; empty: what suits the device", choices=("", "bfloat16", "float16", "float32")
     )
     compile: bool = key(True, "torch.compile the model: some time at the start, faster from there on")
+    auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(
         0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak from hardware.py", low=0
     )
@@ -142,17 +148,21 @@ def estimate_loss(model, windows, count, batch_size, device, dtype):
     return total.item() / len(chosen)
 
 
-def with_architecture(cfg, model_args, path):
-    """Returns cfg with the architecture of the checkpoint at path, whose model_args these are. Raises ValueError, with
-    all that differs, if the user has set another one."""
-    saved = {name: model_args[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
-    differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
-    if differing:
-        listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
-        raise ValueError(f"{path} is of another model: {listed}; leave these out, or start anew in another --out_dir")
-    changed = dataclasses.replace(cfg, **saved)
-    changed.given = cfg.given
-    return changed
+def resume_warnings(cfg, state):
+    """Returns what a run that resumes state does otherwise than the run that saved it: a learning rate that differs by
+    more than 1 % at that iteration, and another order of the data."""
+    it, then = state["iter_num"], dataclasses.asdict(cfg) | state.get("config", {})
+    old = dataclasses.replace(cfg, **{name: then[name] for name in dataclasses.asdict(cfg)})
+    now, was, found = get_lr(it, cfg), get_lr(it, old), []
+    if abs(now - was) > 0.01 * was:
+        found.append(f"the learning rate of iteration {it} is {now:.3e}, by the schedule so far it was to be {was:.3e}")
+    S, before = (c.batch_size * c.gradient_accumulation_steps for c in (cfg, old))
+    if "data" in state and (S, cfg.seed) != (before, old.seed):  # nanoGPT's batches are random anyway
+        found.append(
+            f"from here on the data comes in another order, some of it again or never: {S} sequences an iteration and "
+            f"seed {cfg.seed}, so far {before} and seed {old.seed}"
+        )
+    return found
 
 
 def duration(seconds):
@@ -169,7 +179,8 @@ def ask_to_stop(number, frame):
     if stop_signals:
         os._exit(128 + number)
     stop_signals.append(number)
-    print("\nstopping after this iteration; once more to leave without saving", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk. No print: the signal may have come in the middle of one
+        os.write(2, b"\nstopping after this iteration; once more to leave without saving\n")
 
 
 if __name__ == "__main__":
@@ -206,17 +217,16 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # what to continue from
 
-    ckpt_path, best_path = os.path.join(cfg.out_dir, "ckpt.pt"), os.path.join(cfg.out_dir, "best.pt")
-    state = None
-    if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(ckpt_path)):
-        state = checkpoint.load(ckpt_path)
-        if not {"optimizer", "iter_num", "best_val_loss"} <= state.keys():
-            raise ValueError(f"{ckpt_path} holds weights only, no optimizer state to resume from")
-        cfg = with_architecture(cfg, state["model_args"], ckpt_path)
+    state, files = None, checkpoint.RunFiles(cfg.out_dir)
+    if cfg.init_from == "resume" or (cfg.init_from == "auto" and files.exist()):
+        state, why = files.load()
+        if why:
+            say(f"warning: {why}; taking {files.newest} instead", sys.stderr)
+        cfg = checkpoint.with_architecture(cfg, state["model_args"], files.newest)
         if state["iter_num"] > cfg.max_iters:
-            raise ValueError(f"{ckpt_path} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}")
-    elif os.path.exists(ckpt_path) and not cfg.eval_only:
-        print(f"{ckpt_path} of an earlier run will be overwritten; --init_from=resume would continue it")
+            raise ValueError(f"{files.newest} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}")
+    elif files.exist() and not cfg.eval_only:
+        print(f"{files.ckpt} of an earlier run will be overwritten; --init_from=resume would continue it")
 
     # -------------------------------------------------------------------------
     # data
@@ -229,10 +239,16 @@ if __name__ == "__main__":
     if state:
         vocab_size = state["model_args"]["vocab_size"]
         if n_ids > vocab_size:
-            raise ValueError(f"{folder} has {n_ids} token ids, the model in {ckpt_path} only {vocab_size}")
+            raise ValueError(f"{folder} has {n_ids} token ids, the model in {files.newest} only {vocab_size}")
     train_data, val_data = (
         shards.Windows(shards.find_shards(folder, split), cfg.block_size, vocab_size) for split in ("train", "val")
     )
+    data = shards.fingerprint(train_data.shards + val_data.shards, tokenizer)
+    if state and (changes := checkpoint.data_changes(state, data)):
+        text = f"{folder} is not what {files.newest} was trained on: {changes}"
+        if not (cfg.allow_data_change or cfg.eval_only):
+            raise ValueError(f"{text}; to go on with it all the same: --allow_data_change=True")
+        say(f"warning: {text}", sys.stderr)
 
     # -------------------------------------------------------------------------
     # model and optimizer
@@ -243,23 +259,29 @@ if __name__ == "__main__":
     betas = (cfg.beta1, cfg.beta2)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    iter_num, best_val_loss = 0, math.inf
+    sequences_per_iter = cfg.batch_size * cfg.gradient_accumulation_steps
+    tokens_per_iter = sequences_per_iter * cfg.block_size
+    iter_num, best_val_loss, tokens_seen, earlier_seconds, bad_steps, bad_in_row = 0, math.inf, 0, 0.0, 0, 0
     if state:
-        checkpoint.restore_model(model, state, ckpt_path)
-        checkpoint.restore_optimizer(optimizer, state["optimizer"], ckpt_path)
+        checkpoint.restore_model(model, state, files.newest)
+        checkpoint.restore_optimizer(optimizer, state["optimizer"], files.newest)
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         if "rng" in state:  # nanoGPT keeps none
             checkpoint.set_rng(state["rng"], device)
         iter_num, best_val_loss = state["iter_num"], float(state["best_val_loss"])
-        print(f"resuming from {ckpt_path} at iteration {iter_num}, best val loss {best_val_loss:.4f}")
+        tokens_seen, earlier_seconds = state.get("tokens_seen", iter_num * tokens_per_iter), state.get("seconds", 0.0)
+        bad_steps, bad_in_row = state.get("bad_steps", 0), state.get("bad_in_row", 0)
+        print(f"resuming from {files.newest} at iteration {iter_num}, best val loss {best_val_loss:.4f}")
+        for warning in () if cfg.eval_only else resume_warnings(cfg, state):
+            say(f"warning: {warning}", sys.stderr)
         state = None  # frees its memory
+    else:
+        checkpoint.allocate_moments(optimizer)
 
     # -------------------------------------------------------------------------
     # numbers, with the products that make them
 
-    sequences_per_iter = cfg.batch_size * cfg.gradient_accumulation_steps
-    tokens_per_iter = sequences_per_iter * cfg.block_size
     eval_windows = 12 * cfg.eval_iters  # 12 is nanoGPT's default batch_size; a fixed number, so that losses compare
     print(f"data: {folder}, {train_data.tokens:,} train + {val_data.tokens:,} val tokens, {tokenizer['encoding']}")
     print(
@@ -278,6 +300,9 @@ if __name__ == "__main__":
         f"evaluation: 12 * {cfg.eval_iters} = {eval_windows:,} windows of train and val, which have "
         f"{len(train_data):,} and {len(val_data):,}, every {cfg.eval_interval:,} iterations"
     )
+    for split, windows in (("train", train_data), ("val", val_data)):
+        if len(windows) < eval_windows:
+            print(f"note: {split} has only {len(windows):,} windows; all of them are evaluated")
 
     # -------------------------------------------------------------------------
     # logs
@@ -292,9 +317,10 @@ if __name__ == "__main__":
     metrics_path = os.devnull  # eval_only leaves the folder of a run, which may be going on, as it is
     if not cfg.eval_only:
         os.makedirs(cfg.out_dir, exist_ok=True)
+        files.remove_partial()
         metrics_path = os.path.join(cfg.out_dir, "metrics.jsonl")
         checkpoint.rewind_metrics(metrics_path, iter_num)
-    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)  # line by line
+    metrics = checkpoint.Metrics(metrics_path)
 
     def record(kind, **figures):
         """Writes one line of metrics.jsonl; JSON has no infinity, which fp16's first gradient norms may be: null."""
@@ -317,101 +343,169 @@ if __name__ == "__main__":
     micro_batch = iter_num * cfg.gradient_accumulation_steps
     upcoming = loader.submit(load, micro_batch)
 
-    if cfg.compile:
-        print("compiling the model (may take a minute)")
-        start = time.perf_counter()
-        model.compile(dynamic=False)
-        # one pass that is not part of the run, its clock or its random numbers
-        with hardware.compiling(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with hardware.autocast(device, dtype):
-                _, loss = model(*to_device(upcoming.result(), device))
-            scaler.scale(loss).backward()
-        optimizer.zero_grad(set_to_none=True)
-        hardware.synchronize(device)
-        print(f"compiled in {time.perf_counter() - start:.1f}s")
+    # -------------------------------------------------------------------------
+    # what is saved: best.pt has the first part, ckpt.pt both
+
+    def weights(best_val_loss):
+        """The model before iteration iter_num, what it is, and how far the run has come."""
+        seconds = earlier_seconds + time.perf_counter() - run_start
+        progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, tokens_seen=tokens_seen, seconds=seconds)
+        described = dict(model_args=model_args, tokenizer=tokenizer, data=data, config=dataclasses.asdict(cfg))
+        return dict(model=model.state_dict(), bad_steps=bad_steps, bad_in_row=bad_in_row) | progress | described
+
+    def save_checkpoint():
+        metrics.sync()
+        rest = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng)
+        if files.save(weights(best_val_loss) | rest):
+            say(f"saving checkpoint to {cfg.out_dir}")
+            record("checkpoint", best_val_loss=best_val_loss)
 
     # -------------------------------------------------------------------------
-    # the loop: evaluate and save, update, log
+    # the loop: evaluate, save, update, log
 
+    if cfg.compile:
+        model.compile(dynamic=False)
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=None, dynamic_ncols=True, unit="it")  # on a terminal
     run_start = window_start = time.perf_counter()  # a window is what lies between two log lines
     window_iters, eval_seconds, step_loss = 0, 0.0, torch.zeros((), device=device)
+    first_iter, evaluated_iter, compiled = iter_num, None, not cfg.compile
     while True:
-        done = iter_num == cfg.max_iters
-        due = done or cfg.eval_only or iter_num % cfg.eval_interval == 0
-        if due or stop_signals:
-            hardware.synchronize(device)  # updates still in flight belong to the clock, what follows does not
-            pause, improved = time.perf_counter(), False
-            if due:
+        rng, out_of_memory = checkpoint.get_rng(device), False  # what the iteration begins with, should it begin again
+        try:
+            if not compiled:
+                say("compiling the model (may take a minute)")
+                start = time.perf_counter()
+                # one pass that is not part of the run, its clock or its random numbers
+                with hardware.compiling(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    with hardware.autocast(device, dtype):
+                        _, loss = model(*to_device(upcoming.result(), device))
+                    scaler.scale(loss).backward()
+                optimizer.zero_grad(set_to_none=True)
+                hardware.synchronize(device)
+                say(f"compiled in {time.perf_counter() - start:.1f}s")
+                window_start, compiled = time.perf_counter(), True
+
+            done, improved = iter_num == cfg.max_iters, False
+            # whoever asks to stop need not wait for an evaluation: the resumed run begins with it
+            due = done or cfg.eval_only or (iter_num % cfg.eval_interval == 0 and not stop_signals)
+            if due and evaluated_iter != iter_num:
+                hardware.synchronize(device)  # updates still in flight belong to the clock, what follows does not
+                start = time.perf_counter()
                 train_loss, val_loss = (
-                    estimate_loss(model, data, eval_windows, cfg.batch_size, device, dtype)
-                    for data in (train_data, val_data)
+                    estimate_loss(model, windows, eval_windows, cfg.batch_size, device, dtype)
+                    for windows in (train_data, val_data)
                 )
-                bar.write(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+                say(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
                 record("eval", train_loss=train_loss, val_loss=val_loss)
-                improved, best_val_loss = val_loss < best_val_loss, min(best_val_loss, val_loss)
-                eval_seconds = time.perf_counter() - pause
-            if cfg.eval_only:
-                break
-            if done or stop_signals or (iter_num and (improved or cfg.always_save_checkpoint)):
-                weights = dict(model=model.state_dict(), model_args=model_args, tokenizer=tokenizer)
-                weights |= dict(iter_num=iter_num, best_val_loss=best_val_loss, config=dataclasses.asdict(cfg))
-                rest = dict(
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=checkpoint.get_rng(device)
-                )
-                if improved:
-                    checkpoint.save(best_path, weights)  # first: ckpt.pt already says how good these weights are
-                checkpoint.save(ckpt_path, weights | rest)
-                bar.write(f"saving checkpoint to {cfg.out_dir}")
-                record("checkpoint", best_val_loss=best_val_loss)
-            window_start += time.perf_counter() - pause
-            if done or stop_signals:
+                evaluated_iter, improved = iter_num, val_loss < best_val_loss
+                eval_seconds = time.perf_counter() - start
+                if cfg.eval_only:
+                    break
+                # best.pt first: ckpt.pt says how good its weights are. Those of iteration 0 are not worth a file
+                if improved and (iter_num == 0 < cfg.max_iters or files.save_best(weights(val_loss))):
+                    best_val_loss = val_loss
+                window_start += time.perf_counter() - start
+
+            stopping = bool(stop_signals)  # read once: a signal that comes after this waits for the next iteration
+            every = cfg.checkpoint_interval
+            save_due = iter_num % every == 0 if every else due and (improved or cfg.always_save_checkpoint)
+            if (done or stopping or (save_due and iter_num)) and (improved or files.saved_iter != iter_num):
+                hardware.synchronize(device)
+                start = time.perf_counter()
+                save_checkpoint()
+                window_start += time.perf_counter() - start
+            if done or stopping:
                 break
 
-        lr = get_lr(iter_num, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        step_loss.zero_()
-        for _ in range(cfg.gradient_accumulation_steps):
-            x, y = to_device(upcoming.result(), device)
-            micro_batch += 1
+            lr = get_lr(iter_num, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            step_loss.zero_()
+            for _ in range(cfg.gradient_accumulation_steps):
+                x, y = to_device(upcoming.result(), device)
+                micro_batch += 1
+                upcoming = loader.submit(load, micro_batch)
+                with hardware.autocast(device, dtype):
+                    _, loss = model(x, y)
+                loss = loss / cfg.gradient_accumulation_steps  # micro-batches are equal in size: the sum is the mean
+                step_loss += loss.detach()  # stays on the device: reading it here would wait for the GPU
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        except torch.OutOfMemoryError:
+            out_of_memory = True  # dealt with below: in here the exception would keep the activations alive
+        if out_of_memory:
+            x = y = loss = norm = None  # and with them the activations
+            model.train()  # it may have been evaluating
+            optimizer.zero_grad(set_to_none=True)
+            checkpoint.set_rng(rng, device)
+            hardware.forget_compiled(device)
+            if iter_num > first_iter and files.saved_iter != iter_num:
+                save_checkpoint()
+            if cfg.batch_size == 1 or not cfg.auto_fit:
+                why = hardware.no_room(model, cfg, device, dtype)
+                raise ValueError(f"{why} ({files.kept}, this is iteration {iter_num})")
+            text = f"warning: out of memory with batch_size={cfg.batch_size}; from iteration {iter_num} on"
+            cfg.batch_size, cfg.gradient_accumulation_steps = hardware.smaller_batch(cfg.batch_size, sequences_per_iter)
+            text += f" batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
+            say(text, sys.stderr)
+            micro_batch = iter_num * cfg.gradient_accumulation_steps
             upcoming = loader.submit(load, micro_batch)
-            with hardware.autocast(device, dtype):
-                _, loss = model(x, y)
-            loss = loss / cfg.gradient_accumulation_steps  # micro-batches are equal in size: the sum is the step's mean
-            step_loss += loss.detach()  # stays on the device: reading it here would wait for the GPU
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        scaler.step(optimizer)
+            compiled, window_start, window_iters = not cfg.compile, time.perf_counter(), 0
+            continue
+
+        # Waits for the GPU, once an iteration: it then idles until the update has been launched. With fp16 an infinite
+        # gradient is the scaler's business, which skips the update and lowers its scale: there the loss decides.
+        bad = not math.isfinite((step_loss if scaler.is_enabled() else norm).item())
+        bad_steps, bad_in_row = bad_steps + bad, bad_in_row + 1 if bad else 0
+        if bad:
+            text = f"loss {step_loss.item():.4g} and gradient norm {norm.item():.4g} in iteration {iter_num}"
+            say(f"warning: {text}: its update is skipped ({bad_in_row} in a row)", sys.stderr)
+            record("bad_step", loss=step_loss.item(), norm=norm.item(), in_row=bad_in_row)
+        else:
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        tokens_seen += tokens_per_iter
         window_iters += 1
         bar.update()
 
         if iter_num % cfg.log_interval == 0 or iter_num == cfg.max_iters - 1:
-            loss = step_loss.item()  # the one sync of a log line
+            loss = step_loss.item()  # waits for the update, too: the clock tells the truth
             dt = (time.perf_counter() - window_start) / window_iters
             left = cfg.max_iters - 1 - iter_num
             eta = left * dt + math.ceil(left / cfg.eval_interval) * eval_seconds
             tflops = model.flops_per_token() * tokens_per_iter / dt / 1e12
             mfu = 100 * model.estimate_mfu(sequences_per_iter, dt, peak) if peak else None
-            bar.write(
+            say(
                 f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f'{mfu:.2f}%' if peak else 'n/a'}, "
                 f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {norm:.3f}, lr {lr:.2e}, "
                 f"eta {duration(eta)}"
             )
-            record("iter", loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm.item(), lr=lr)
+            record("iter", loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm.item(), lr=lr, tokens=tokens_seen)
             window_start, window_iters = time.perf_counter(), 0
+        if bad_in_row >= cfg.max_bad_steps:
+            raise ValueError(
+                f"no finite gradient in the {bad_in_row} iterations {iter_num - bad_in_row + 1} to {iter_num}; "
+                f"{files.kept}. Try a lower --learning_rate, --grad_clip=1.0 or --dtype=float32 from there"
+            )
         iter_num += 1
 
     bar.close()
     loader.shutdown(cancel_futures=True)
-    if stop_signals and not done and not cfg.eval_only:
+    if cfg.eval_only:
+        sys.exit()
+    if files.saved_iter != iter_num:
+        raise OSError(f"iteration {iter_num}, the last one, could not be saved; {files.kept}")
+    if not done:
         argv = [arg for arg in sys.argv if not arg.startswith("--init_from=")] + ["--init_from=resume"]
-        print(f"stopped at iteration {iter_num}; continue with: {shlex.join(['python', *argv])}")
+        say(f"stopped at iteration {iter_num}; continue with: {shlex.join(['python', *argv])}")
         sys.exit(128 + stop_signals[0])
-    seconds = time.perf_counter() - run_start
-    print(f"done: iteration {iter_num:,} after {duration(seconds)}, best val loss {best_val_loss:.4f}")
+    seconds = earlier_seconds + time.perf_counter() - run_start
+    skipped = f", {bad_steps} updates skipped" if bad_steps else ""
+    say(
+        f"done: iteration {iter_num:,} after {duration(seconds)}, {tokens_seen:,} tokens{skipped}, "
+        f"best val loss {best_val_loss:.4f}"
+    )

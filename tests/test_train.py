@@ -5,6 +5,7 @@ Run: pytest tests/test_train.py
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -247,6 +248,245 @@ def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data,
 
 
 # -----------------------------------------------------------------------------
+# killed, and faults on the way
+
+FAULTY = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, model, shards
+{{fault}}
+sys.argv[0] = {str(ROOT / "train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FORWARD = """
+forward, calls = model.GPT.forward, 0
+def faulty(self, idx, targets=None):
+    global calls
+    calls += self.training
+    if {condition}:
+        {fault}
+    return forward(self, idx, targets)
+model.GPT.forward = faulty
+"""
+NAN = "return None, forward(self, idx, targets)[1] * float('nan')"
+OOM = "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')"
+
+
+def run_with(fault, argv, cwd, status=0):
+    """Runs train.py after the lines `fault`, which break something; returns the process."""
+    command = [sys.executable, "-c", FAULTY.format(fault=fault), *argv]
+    process = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
+    assert process.returncode == status and "Traceback" not in process.stderr, process.stdout + process.stderr
+    return process
+
+
+# where the process kills itself
+KILLS = {
+    "while the file is half written": "shards.os.fsync = lambda f: kill('ckpt.pt.tmp')",
+    "when ckpt.pt has become ckpt_prev.pt": "shards.os.replace = lambda a, b: (replace(a, b), kill('ckpt_prev.pt'))",
+    "when the new ckpt.pt is there": "shards.sync_folder = lambda folder: kill('ckpt_prev.pt', 'ckpt.pt')",
+}
+
+
+def test_a_run_killed_while_it_saves_resumes_as_if_nothing_had_happened(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--dropout=0.2", "--checkpoint_interval=3", "--init_from=auto"]
+    whole = run("train.py", *argv, "--out_dir=whole")
+    for moment in KILLS:
+        fault = f"""
+import os, pathlib, signal
+replace, out = os.replace, pathlib.Path({moment!r})
+def kill(*there):  # in the save of iteration 6, when that of iteration 3 is there
+    if all((out / name).exists() for name in there) and '"checkpoint"' in (out / "metrics.jsonl").read_text():
+        os.kill(os.getpid(), signal.SIGKILL)
+{KILLS[moment]}
+"""
+        folder, argv[-1] = tmp_path / moment, f"--out_dir={moment}"
+        run_with(fault, [*argv, "--init_from=auto"], tmp_path, status=-signal.SIGKILL)
+        names = {path.name for path in folder.iterdir()}
+        between, over = moment.startswith("when ckpt.pt has"), moment.startswith("when the new")
+        assert ("ckpt.pt" in names, "ckpt.pt.tmp" in names) == (not between, not over)
+        second = run("train.py", *argv, "--init_from=auto")
+        file, at = "ckpt_prev.pt" if between else "ckpt.pt", 6 if over else 3
+        assert f"resuming from {moment}/{file} at iteration {at}," in second.stdout
+        assert (f"{moment}/ckpt.pt is missing; taking {moment}/ckpt_prev.pt instead" in second.stderr) == between
+        assert losses(second) == {it: loss for it, loss in losses(whole).items() if it >= at}
+        assert same(weights(folder), weights(tmp_path / "whole"))
+        for kind in ("iter", "eval"):
+            parts, reference = (metrics(out, kind) for out in (folder, tmp_path / "whole"))
+            assert [(x["iter"], x.get("loss")) for x in parts] == [(x["iter"], x.get("loss")) for x in reference]
+        assert not list(folder.glob("*.tmp"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, byte_data, tiny, tmp_path):
+    whole = run("train.py", *tiny, "--checkpoint_interval=4", "--out_dir=whole")
+    assert [line["iter"] for line in metrics(tmp_path / "whole", "checkpoint")] == [4, 8, 12]
+    assert [line["iter"] for line in metrics(tmp_path / "whole", "eval")] == [0, 6, 12]
+    run("train.py", *tiny, "--checkpoint_interval=4", "--max_iters=8", "--eval_interval=8")
+    path = tmp_path / "out/ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    before = (tmp_path / "out/ckpt_prev.pt").read_bytes()
+    out = run("train.py", *tiny, "--init_from=auto", "--checkpoint_interval=20")
+    assert re.search("^warning: cannot read .*ckpt.pt, damaged .*; taking out/ckpt_prev.pt instead$", out.stderr, re.M)
+    assert min(losses(out)) == 4 and losses(out)[11] == losses(whole)[11]
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert (tmp_path / "out/ckpt_prev.pt").read_bytes() == before  # the damaged one did not take its place
+
+
+def test_a_stop_without_room_to_save_says_so(byte_data, tiny, tmp_path):
+    limited = f"ulimit -f 20; exec {sys.executable} {ROOT / 'train.py'} {' '.join(tiny)} --max_iters=100000"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(["bash", "-c", limited], cwd=tmp_path, text=True, env=ENV, **pipes) as process:
+        while not process.stdout.readline().startswith("iter 3:"):
+            pass
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert re.fullmatch(r"error: iteration \d+, .* could not be saved; nothing of this run is saved yet", last)
+
+
+def test_a_bad_step_is_skipped_and_resuming_across_it_is_exact(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--dropout=0.2", "--batch_size=8", "--gradient_accumulation_steps=1"]
+    windows, bad = shards.Windows(shards.find_shards(byte_data, "train"), 16, 320), [2, 5, 6]
+    # the passes to break are known by the sum of their inputs, so that a resumed run meets them too
+    sums = [int(windows.read(windows.training(8 * it, 8, 1337))[:, :-1].sum()) for it in range(12)]
+    assert len(set(sums)) == 12
+    broken = [sums[it] for it in bad]
+    fault = FORWARD.format(condition=f"self.training and int(idx.sum()) in {broken}", fault=NAN)
+    out = run_with(fault, [*argv, "--out_dir=whole"], tmp_path)
+    found = metrics(tmp_path / "whole", "bad_step")
+    assert [(line["iter"], line["in_row"], line["norm"]) for line in found] == [
+        (2, 1, None),
+        (5, 1, None),
+        (6, 2, None),
+    ]
+    assert f"{len(bad)} updates skipped" in out.stdout and out.stderr.count("its update is skipped") == len(bad)
+    state = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)
+    assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {12 - len(bad)}
+    assert state["bad_steps"] == len(bad) and state["tokens_seen"] == 12 * 128
+    assert all(p.isfinite().all() for p in state["model"].values())
+    run_with(fault, [*argv, "--out_dir=parts", "--max_iters=6"], tmp_path)
+    run_with(fault, [*argv, "--out_dir=parts", "--init_from=resume"], tmp_path)
+    assert same(weights(tmp_path / "parts"), state["model"])
+    resumed = torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)
+    assert resumed["bad_steps"] == len(bad) and resumed["tokens_seen"] == 12 * 128
+    assert metrics(tmp_path / "parts", "bad_step") == found
+
+
+def test_a_run_that_has_blown_up_stops(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=6")
+    before = weights(tmp_path / "out")
+    argv = [*tiny, "--init_from=resume", "--decay_lr=False", "--learning_rate=1e30", "--max_bad_steps=3"]
+    out = run("train.py", *argv, status=1)
+    assert out.stderr.count("its update is skipped") == 3
+    last = out.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: no finite gradient in the 3 iterations 7 to 9; out/ckpt.pt holds iteration 6. Try a low"
+    )
+    assert same(weights(tmp_path / "out"), before)
+    # here the weights are infinite when the run is over: they do not replace the good ones
+    out = run("train.py", *argv, "--learning_rate=3e38", "--weight_decay=10.0", "--max_iters=7", status=1)
+    assert "moments that are not finite; out/ckpt.pt holds iteration 6" in out.stderr
+    assert same(weights(tmp_path / "out"), before)
+
+
+# -----------------------------------------------------------------------------
+# out of memory: there is none on a CPU, so a stand-in raises what torch raises on a GPU
+
+
+def test_a_batch_that_does_not_fit_becomes_smaller_micro_batches_of_the_same_run(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--dropout=0.2", "--max_iters=8"]
+    fault = FORWARD.format(condition="len(idx) > 2", fault=OOM)  # already in the evaluation before the first step
+    out = run_with(fault, [*argv, "--batch_size=9", "--gradient_accumulation_steps=2", "--out_dir=big"], tmp_path)
+    assert re.findall("out of memory with .*", out.stderr) == [
+        "out of memory with batch_size=9; from iteration 0 on batch_size=3, gradient_accumulation_steps=6",
+        "out of memory with batch_size=3; from iteration 0 on batch_size=1, gradient_accumulation_steps=18",
+    ]
+    run("train.py", *argv, "--batch_size=1", "--gradient_accumulation_steps=18", "--out_dir=small")
+    assert same(weights(tmp_path / "big"), weights(tmp_path / "small"))
+    for kind in ("iter", "eval"):
+        big, small = (metrics(tmp_path / folder, kind) for folder in ("big", "small"))
+        assert [(x["iter"], x.get("loss"), x.get("val_loss")) for x in big] == [
+            (x["iter"], x.get("loss"), x.get("val_loss")) for x in small
+        ]
+
+
+def test_memory_that_runs_out_later_is_saved_from_first(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--dropout=0.2", "--eval_interval=20"]
+    # the second micro-batch of iteration 5: the first one's gradients are there, and random numbers have been drawn
+    fault = FORWARD.format(condition="calls >= 12 and len(idx) > 2", fault=OOM)
+    out = run_with(fault, argv, tmp_path)
+    lines = (out.stdout + out.stderr).splitlines()
+    smaller = "from iteration 5 on batch_size=2, gradient_accumulation_steps=4"
+    assert f"warning: out of memory with batch_size=4; {smaller}" in lines
+    assert [line["iter"] for line in metrics(tmp_path / "out", "iter")] == list(range(12))
+    assert [line["iter"] for line in metrics(tmp_path / "out", "checkpoint")] == [5, 12]
+    (tmp_path / "small").mkdir()
+    shutil.copy(tmp_path / "out/ckpt_prev.pt", tmp_path / "small/ckpt.pt")
+    smaller = ("--batch_size=2", "--gradient_accumulation_steps=4", "--out_dir=small", "--init_from=resume")
+    assert min(losses(run("train.py", *argv, *smaller))) == 5
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "small"))
+
+
+def test_without_auto_fit_or_room_for_one_sequence_the_run_ends_with_what_to_do(byte_data, tiny, tmp_path):
+    fault = FORWARD.format(condition="calls >= 12", fault=OOM)
+    out = run_with(fault, [*tiny, "--auto_fit=False"], tmp_path, status=1)
+    assert out.stderr.splitlines()[-1] == (
+        "error: out of memory with batch_size=4; --batch_size=2 --gradient_accumulation_steps=4 is the same run in "
+        "less memory, and --auto_fit=True finds that by itself (out/ckpt.pt holds iteration 5, this is iteration 5)"
+    )
+    fault = FORWARD.format(condition="True", fault=OOM)
+    out = run_with(fault, [*tiny, "--batch_size=2", "--out_dir=new"], tmp_path, status=1)
+    first, error = out.stderr.splitlines()
+    assert "from iteration 0 on batch_size=1, gradient_accumulation_steps=4" in first
+    assert "batch_size=1; by estimate it needs 0.00 GB for 0.0M parameters" in error and "smaller --block_size" in error
+
+
+# -----------------------------------------------------------------------------
+# what a resumed run does otherwise
+
+
+def test_other_data_are_refused_unless_allowed(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=3")
+    shutil.copy(byte_data / "fineweb_train_000001.bin", byte_data / "fineweb_train_000004.bin")
+    resume = [*tiny, "--init_from=resume", "--max_iters=4"]
+    out = run("train.py", *resume, status=1)
+    assert (
+        "data/toy is not what out/ckpt.pt was trained on: fineweb_train_000004.bin: 3,600 uint16 tokens" in out.stderr
+    )
+    assert ", was missing; to go on with it all the same: --allow_data_change=True" in out.stderr
+    assert "warning: data/toy is not what" in run("train.py", *resume, "--allow_data_change=True").stderr
+    assert "warning" not in run("train.py", *resume).stderr  # these are its data now
+
+
+def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, tiny):
+    run("train.py", *tiny, "--max_iters=12")
+    out = run("train.py", *tiny, "--init_from=resume", "--max_iters=12")
+    assert "warning" not in out.stderr
+    argv = [*tiny, "--init_from=resume", "--max_iters=14", "--lr_decay_iters=24", "--batch_size=6", "--seed=5"]
+    argv += ["--min_lr=1e-3", "--eval_iters=100"]
+    # 12 of 24 iterations: (12 - 2) / (24 - 2) of the way down from 1e-2 to 1e-3, instead of the old min_lr of 6e-5
+    lr = 1e-3 + 0.5 * (1 + math.cos(math.pi * 10 / 22)) * (1e-2 - 1e-3)
+    out = run("train.py", *argv)
+    assert out.stderr.splitlines() == [
+        f"warning: the learning rate of iteration 12 is {lr:.3e}, by the schedule so far it was to be 6.000e-05",
+        "warning: from here on the data comes in another order, some of it again or never: 12 sequences an iteration "
+        "and seed 5, so far 8 and seed 1337",
+    ]
+    assert "note: val has only 62 windows; all of them are evaluated" in out.stdout
+
+
+def test_tokens_and_time_go_on_counting(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=6")
+    first = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    out = run("train.py", *tiny, "--init_from=resume")
+    second = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert (first["tokens_seen"], second["tokens_seen"]) == (6 * 128, 12 * 128)
+    assert second["seconds"] > first["seconds"] > 0 and ", 1,536 tokens, best val loss" in out.stdout
+    assert [line["tokens"] for line in metrics(tmp_path / "out", "iter")] == [128 * (it + 1) for it in range(12)]
+
+
+# -----------------------------------------------------------------------------
 # nanoGPT
 
 
@@ -401,8 +641,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(run, b
     limited = f"ulimit -f {len(before) // 2048}; exec {sys.executable} {ROOT / 'train.py'} {' '.join(tiny)}"
     command = ["bash", "-c", limited + " --init_from=resume"]
     out = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert out.returncode == 1 and out.stderr.splitlines()[-1].startswith("error: cannot write out/")
-    assert "File too large" in out.stderr and "Traceback" not in out.stderr
+    assert out.returncode == 1 and list(losses(out)) == list(range(1, 12))  # a failed save does not stop training
+    first, *_, last = out.stderr.splitlines()
+    assert re.match("warning: cannot save iteration 6: cannot write out/.*File too large.* out/ckpt.pt holds it", first)
+    assert last == "error: iteration 12, the last one, could not be saved; out/ckpt.pt holds iteration 1"
+    assert "Traceback" not in out.stderr
     assert (tmp_path / "out/ckpt.pt").read_bytes() == before
     assert not list((tmp_path / "out").glob("*.tmp"))
 

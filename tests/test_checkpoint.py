@@ -1,0 +1,234 @@
+"""
+The files of a run: whole or not there, whatever happens while they are written or to them afterwards.
+Reference: the states that went in. Run: pytest tests/test_checkpoint.py
+"""
+
+import errno
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+import hardware
+import shards
+from model import GPT, GPTConfig
+
+ARGS = dict(n_layer=1, n_head=1, n_embd=8, block_size=4, bias=False, vocab_size=16, dropout=0.0)
+
+
+def state(iter_num):
+    torch.manual_seed(iter_num)
+    model = GPT(GPTConfig(**ARGS))
+    optimizer = dict(state={0: dict(exp_avg=torch.rand(5))})
+    return dict(model=model.state_dict(), model_args=ARGS, optimizer=optimizer, iter_num=iter_num, best_val_loss=1.0)
+
+
+def resumed(folder):
+    """What a new process would resume from in folder: iteration, file name, and why it is not ckpt.pt, if it is not."""
+    files = checkpoint.RunFiles(str(folder))
+    loaded, why = files.load()
+    expected = state(loaded["iter_num"])
+    assert all(torch.equal(loaded["model"][name], p) for name, p in expected["model"].items())
+    return loaded["iter_num"], files.newest.removeprefix(f"{folder}/"), why
+
+
+def test_the_state_before_the_newest_is_kept(tmp_path):
+    files = checkpoint.RunFiles(str(tmp_path))
+    assert not files.exist()
+    for iter_num in (5, 10, 15):
+        assert files.save(state(iter_num)) and files.saved_iter == iter_num
+    assert checkpoint.load(files.ckpt)["iter_num"] == 15 and checkpoint.load(files.previous)["iter_num"] == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_prev.pt"]
+
+
+def test_a_new_run_does_not_keep_the_states_of_an_old_one(tmp_path):
+    old = checkpoint.RunFiles(str(tmp_path))
+    old.save(state(90)), old.save(state(95))
+    new = checkpoint.RunFiles(str(tmp_path))
+    new.save(state(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt"] and resumed(tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("broken", ["damaged", "missing"])
+def test_a_broken_ckpt_never_takes_the_place_of_the_good_one_before_it(tmp_path, broken):
+    files = checkpoint.RunFiles(str(tmp_path))
+    files.save(state(5)), files.save(state(10))
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-100]) if broken == "damaged" else path.unlink()
+    files = checkpoint.RunFiles(str(tmp_path))
+    loaded, why = files.load()
+    assert (
+        loaded["iter_num"] == 5 and files.saved_iter is None and files.kept.endswith("ckpt_prev.pt holds iteration 5")
+    )
+    assert ("damaged or not one of ours" if broken == "damaged" else f"{path} is missing") in why
+    files.save(state(11))
+    assert checkpoint.load(files.ckpt)["iter_num"] == 11 and checkpoint.load(files.previous)["iter_num"] == 5
+    files.save(state(12))
+    assert checkpoint.load(files.previous)["iter_num"] == 11
+
+
+def test_two_damaged_states_are_both_named(tmp_path):
+    files = checkpoint.RunFiles(str(tmp_path))
+    files.save(state(5)), files.save(state(10))
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cannot read the checkpoint .*ckpt.pt, .*cannot read .*ckpt_prev.pt, "):
+        files.load()
+
+
+def test_a_cut_or_flipped_ckpt_is_either_read_right_or_not_at_all(tmp_path):
+    files = checkpoint.RunFiles(str(tmp_path))
+    files.save(state(5)), files.save(state(10))
+    path, rng, seen = tmp_path / "ckpt.pt", random.Random(1), set()
+    raw = path.read_bytes()
+    for i in range(60):
+        flipped = bytearray(raw)
+        flipped[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped if i % 2 else raw[: rng.randrange(len(raw))])
+        iter_num, name, why = resumed(tmp_path)
+        assert (iter_num, name) == ((5, "ckpt_prev.pt") if why else (10, "ckpt.pt"))
+        seen.add(name)
+    assert "ckpt_prev.pt" in seen
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace ckpt_prev", "replace ckpt"])
+def test_a_write_that_fails_at_any_point_leaves_a_whole_state(tmp_path, monkeypatch, capsys, call):
+    files = checkpoint.RunFiles(str(tmp_path))
+    files.save(state(5)), files.save(state(10))
+
+    def fails(*paths):
+        if call == "fsync" or str(paths[1]).endswith(f"{call.split()[1]}.pt"):
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(*paths)
+
+    replace = shards.os.replace
+    monkeypatch.setattr(shards.os, call.split()[0], fails)
+    assert not files.save(state(15)) and "warning: cannot save iteration 15: " in capsys.readouterr().err
+    monkeypatch.undo()
+    assert resumed(tmp_path)[0] == 10 and not list(tmp_path.glob("*.tmp"))
+    assert files.save(state(20)) and resumed(tmp_path)[0] == 20
+    assert checkpoint.load(files.previous)["iter_num"] == 10
+
+
+def test_a_disk_without_room_is_noticed_before_writing(tmp_path, monkeypatch, capsys):
+    files, size = checkpoint.RunFiles(str(tmp_path)), sum(t.nbytes for t in checkpoint.tensors(state(1)))
+    disk = dict(free=size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), disk))
+    assert files.save(state(1)) and files.save(state(2))  # the tied matrix, counted twice in size, is written once
+    disk["free"] = 1000
+    assert not files.save_best(state(3))
+    assert "cannot save iteration 3: [Errno 28] 0.0 MB are needed, 0.0 MB are free" in capsys.readouterr().err
+    # ckpt_prev.pt makes room for a newer state, and ckpt.pt, which is whole, stays
+    assert not files.save(state(3)) and "deleting" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt"] and resumed(tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize("part, wrong", [("model", math.inf), ("model", math.nan), ("optimizer", -math.inf)])
+def test_what_is_not_finite_is_not_saved(tmp_path, part, wrong):
+    files, bad = checkpoint.RunFiles(str(tmp_path)), state(10)
+    files.save(state(5))
+    list(checkpoint.tensors(bad[part]))[0].view(-1)[3] = wrong
+    with pytest.raises(
+        ValueError, match="moments that are not finite; .*ckpt.pt holds iteration 5. Try a lower --lear"
+    ):
+        files.save(bad)
+    assert resumed(tmp_path) == (5, "ckpt.pt", None)
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    for name in ("ckpt.pt.tmp", "best.pt.tmp", "metrics.jsonl.tmp", "mine.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.RunFiles(str(tmp_path)).remove_partial()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.tmp"]
+
+
+def test_metrics_that_cannot_be_written_are_written_later(tmp_path, capsys):
+    metrics = checkpoint.Metrics(tmp_path / "metrics.jsonl")
+    metrics.write("1\n")
+    good, metrics.file = metrics.file, open("/dev/full", "ab", buffering=0)
+    metrics.write("2\n"), metrics.write("3\n")
+    metrics.file.close()
+    metrics.file = good
+    metrics.write("4\n")
+    metrics.sync()
+    good.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n3\n4\n"
+    assert capsys.readouterr().err.count("No space left on device; trying again with each line") == 1
+
+
+def test_moments_given_in_advance_change_nothing():
+    models = [GPT(GPTConfig(**ARGS)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu") for model in models]
+    checkpoint.allocate_moments(optimizers[1])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(3):
+            model(torch.arange(4)[None], torch.arange(4)[None])[1].backward()
+            optimizer.step()
+    first, second = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    assert all(torch.equal(first[i][name], second[i][name]) for i in first for name in first[i])
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_the_fingerprint_of_data_tells_other_data_apart(tmp_path):
+    tokenizer = dict(encoding="bytes", vocab_size=257, eot_token=256)
+    path = tmp_path / "a_train_000001.bin"
+
+    def of(tokens, **other):
+        shards.write_shard(path, torch.tensor(tokens, dtype=torch.uint16).numpy())
+        return json.loads(json.dumps(shards.fingerprint(shards.find_shards(tmp_path, "train"), tokenizer | other)))
+
+    known = of([1, 2, 3])
+    assert known == of([1, 2, 3]) and known[path.name].startswith("3 uint16 tokens (CRC ")
+    assert checkpoint.data_changes(dict(data=known), known) == checkpoint.data_changes({}, known) == ""
+    for other in (of([1, 2, 4]), of([1, 2, 3, 4])):
+        assert (
+            checkpoint.data_changes(dict(data=known), other)
+            == f"{path.name}: {other[path.name]}, was {known[path.name]}"
+        )
+    assert "tokenizer: gpt2 of" in checkpoint.data_changes(dict(data=known), of([1, 2, 3], encoding="gpt2"))
+    shutil.copy(path, tmp_path / "a_train_000002.bin")
+    assert "a_train_000002.bin: 3 uint16" in checkpoint.data_changes(dict(data=known), of([1, 2, 3]))
+    many = {f"{i}.bin": "x" for i in range(9)}
+    assert checkpoint.data_changes(dict(data={}), many).endswith("3.bin: x, was missing; and 5 more")
+    assert "000002.bin: missing, was 3" in checkpoint.data_changes(dict(data=of([1, 2, 3])), known)
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+@pytest.mark.parametrize(
+    "batch_size, sequences, expected",
+    [(12, 480, (6, 80)), (2, 2, (1, 2)), (5, 10, (2, 5)), (5, 15, (1, 15)), (9, 18, (3, 6)), (7, 7, (1, 7))],
+)
+def test_a_smaller_batch_divides_the_same_sequences(batch_size, sequences, expected):
+    assert hardware.smaller_batch(batch_size, sequences) == expected
+
+
+def test_what_would_fit_by_hand():
+    config = GPTConfig(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
+    # 16 * 124.4e6 = 1.99e9; a token takes 12 * 34 * 768 + 12 * 50,304 = 916,992 bytes, 1,024 of them 0.94e9
+    unknown = hardware.what_would_fit(124_400_000, config, "bfloat16", None)
+    assert "1.99 GB for 124.4M parameters and 0.94 GB for a sequence of 1024 tokens: use a smaller --block" in unknown
+    some = hardware.what_would_fit(124_400_000, config, "bfloat16", 2_500_000_000)
+    assert some.endswith("2.50 GB are there, enough for about --block_size=512")  # 509.6e6 / 916,992 = 555
+    few = hardware.what_would_fit(124_400_000, config, "bfloat16", 1_500_000_000)
+    assert "enough for about 90M parameters" in few  # (1,500e6 - 64 * 916,992) / 16
+    assert "1.26 GB for a sequence" in hardware.what_would_fit(1, config, "float32", None)
+    assert "should fit, but does not" in hardware.what_would_fit(124_400_000, config, "bfloat16", 4e9)
+
+
+# -----------------------------------------------------------------------------
+# benchmarks/faults.py, which is run by hand for large numbers, with small ones
+
+
+def test_fuzzed_configurations_are_right_or_refused(tmp_path):
+    from benchmarks import faults
+
+    assert ROOT == faults.ROOT and faults.fuzz_configure(360, tmp_path) >= 300
