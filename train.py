@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 import hardware
+import huggingface
 import shards
 from configurator import Config, from_command_line, key
 from model import GPT, GPTConfig
@@ -35,7 +36,10 @@ from model import GPT, GPTConfig
 class TrainConfig(Config):
     # files
     out_dir: str = key("out", "folder for ckpt.pt, best.pt and metrics.jsonl")
-    init_from: str = key("scratch", "scratch, resume (from out_dir/ckpt.pt) or auto (resume if there is a ckpt.pt)")
+    init_from: str = key(
+        "scratch",
+        "scratch; resume (out_dir/ckpt.pt); auto (resume if there is one); gpt2, ..., gpt2-xl; a GPT-2 folder",
+    )
     always_save_checkpoint: bool = key(True, "False: after an evaluation save only if the validation loss fell")
     # evaluation and log
     eval_interval: int = key(2000, "iterations between evaluations, after which ckpt.pt is saved", low=1)
@@ -91,8 +95,9 @@ class TrainConfig(Config):
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"set n_embd to {' or '.join(map(str, near))}, or change n_head"
             )
-        if self.init_from not in ("scratch", "resume", "auto") and not self.init_from.startswith("gpt2"):
-            found.append(f"init_from must be 'scratch', 'resume' or 'auto', not {self.init_from!r}")
+        names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
+        if self.init_from not in names and not os.path.isdir(self.init_from):
+            found.append(f"init_from must be {', '.join(map(repr, names))} or a folder, not {self.init_from!r}")
         return found
 
 
@@ -155,6 +160,17 @@ def with_architecture(cfg, model_args, path):
     return changed
 
 
+def tokens_per_byte(folder, split):
+    """Returns the tokens of a split per byte of its texts, in UTF-8, which make bits per byte of a loss; None if the
+    data's meta.json does not say, or there is none."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            counts = json.load(f)[split]
+        return counts["tokens"] / counts["bytes"]
+    except (FileNotFoundError, KeyError, ZeroDivisionError):
+        return None
+
+
 def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -176,10 +192,6 @@ if __name__ == "__main__":
     cfg = from_command_line(TrainConfig, __doc__)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this trainer uses one GPU; start it with python train.py, not with torchrun")
-    if cfg.init_from.startswith("gpt2"):
-        raise ValueError(
-            f"init_from={cfg.init_from!r}: starting from OpenAI's weights is not possible yet; use scratch"
-        )
     if "backend" in cfg.given:
         print(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
@@ -207,7 +219,7 @@ if __name__ == "__main__":
     # what to continue from
 
     ckpt_path, best_path = os.path.join(cfg.out_dir, "ckpt.pt"), os.path.join(cfg.out_dir, "best.pt")
-    state = None
+    state = pretrained = None
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(ckpt_path)):
         state = checkpoint.load(ckpt_path)
         if not {"optimizer", "iter_num", "best_val_loss"} <= state.keys():
@@ -217,6 +229,9 @@ if __name__ == "__main__":
             raise ValueError(f"{ckpt_path} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}")
     elif os.path.exists(ckpt_path) and not cfg.eval_only:
         print(f"{ckpt_path} of an earlier run will be overwritten; --init_from=resume would continue it")
+    if cfg.init_from not in ("scratch", "resume", "auto"):
+        pretrained = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout, block_size=cfg.block_size))
+        cfg = with_architecture(cfg, dataclasses.asdict(pretrained.config), cfg.init_from)
 
     # -------------------------------------------------------------------------
     # data
@@ -226,10 +241,15 @@ if __name__ == "__main__":
     n_ids = tokenizer["vocab_size"]
     # multiples of 64 suit the matmul kernels; a meta.pkl means nanoGPT's own data, whose models are not padded
     vocab_size = n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
-    if state:
-        vocab_size = state["model_args"]["vocab_size"]
+    if state or pretrained:
+        vocab_size = state["model_args"]["vocab_size"] if state else pretrained.config.vocab_size
         if n_ids > vocab_size:
-            raise ValueError(f"{folder} has {n_ids} token ids, the model in {ckpt_path} only {vocab_size}")
+            source = ckpt_path if state else cfg.init_from
+            raise ValueError(f"{folder} has {n_ids} token ids, the model in {source} only {vocab_size}")
+        if cfg.init_from in huggingface.PRETRAINED and tokenizer["encoding"] != "gpt2":
+            raise ValueError(
+                f"{folder} was made with the encoding {tokenizer['encoding']!r}, {cfg.init_from} with gpt2"
+            )
     train_data, val_data = (
         shards.Windows(shards.find_shards(folder, split), cfg.block_size, vocab_size) for split in ("train", "val")
     )
@@ -239,7 +259,8 @@ if __name__ == "__main__":
 
     model_args = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
     model_args["vocab_size"] = vocab_size
-    model = GPT(GPTConfig(**model_args, n_ids=n_ids)).to(device)
+    gelu = state.get("gelu", "none") if state else "none"  # not one of model_args, which nanoGPT's GPTConfig takes
+    model = (pretrained or GPT(GPTConfig(**model_args, n_ids=n_ids, gelu=gelu))).to(device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
@@ -258,6 +279,7 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # numbers, with the products that make them
 
+    val_tokens_per_byte = tokens_per_byte(folder, "val")
     sequences_per_iter = cfg.batch_size * cfg.gradient_accumulation_steps
     tokens_per_iter = sequences_per_iter * cfg.block_size
     eval_windows = 12 * cfg.eval_iters  # 12 is nanoGPT's default batch_size; a fixed number, so that losses compare
@@ -349,14 +371,17 @@ if __name__ == "__main__":
                     estimate_loss(model, data, eval_windows, cfg.batch_size, device, dtype)
                     for data in (train_data, val_data)
                 )
-                bar.write(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-                record("eval", train_loss=train_loss, val_loss=val_loss)
+                bpb = val_loss / math.log(2) * val_tokens_per_byte if val_tokens_per_byte else None
+                shown = f", {bpb:.4f} bits/byte" if bpb else ""
+                bar.write(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{shown}")
+                record("eval", train_loss=train_loss, val_loss=val_loss, val_bpb=bpb)
                 improved, best_val_loss = val_loss < best_val_loss, min(best_val_loss, val_loss)
                 eval_seconds = time.perf_counter() - pause
             if cfg.eval_only:
                 break
             if done or stop_signals or (iter_num and (improved or cfg.always_save_checkpoint)):
                 weights = dict(model=model.state_dict(), model_args=model_args, tokenizer=tokenizer)
+                weights |= dict(gelu=model.config.gelu)
                 weights |= dict(iter_num=iter_num, best_val_loss=best_val_loss, config=dataclasses.asdict(cfg))
                 rest = dict(
                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=checkpoint.get_rng(device)
