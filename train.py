@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import hardware
+import huggingface
 import shards
 from checkpoint import say
 from configurator import Config, from_command_line, key
@@ -37,7 +38,10 @@ from model import GPT, GPTConfig
 class TrainConfig(Config):
     # files
     out_dir: str = key("out", "folder for ckpt.pt, ckpt_prev.pt, best.pt and metrics.jsonl")
-    init_from: str = key("scratch", "scratch, resume (from out_dir/ckpt.pt) or auto (resume if there is a ckpt.pt)")
+    init_from: str = key(
+        "scratch",
+        "scratch; resume (out_dir/ckpt.pt); auto (resume if there is one); gpt2, ..., gpt2-xl; a GPT-2 folder",
+    )
     always_save_checkpoint: bool = key(True, "False: after an evaluation save only if the validation loss fell")
     checkpoint_interval: int = key(0, "iterations between saves of ckpt.pt; 0: after evaluations, see above", low=0)
     allow_data_change: bool = key(False, "resume with other data or another tokenizer than before")
@@ -97,8 +101,9 @@ class TrainConfig(Config):
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"set n_embd to {' or '.join(map(str, near))}, or change n_head"
             )
-        if self.init_from not in ("scratch", "resume", "auto") and not self.init_from.startswith("gpt2"):
-            found.append(f"init_from must be 'scratch', 'resume' or 'auto', not {self.init_from!r}")
+        names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
+        if self.init_from not in names and not os.path.isdir(self.init_from):
+            found.append(f"init_from must be {', '.join(map(repr, names))} or a folder, not {self.init_from!r}")
         return found
 
 
@@ -165,6 +170,17 @@ def resume_warnings(cfg, state):
     return found
 
 
+def tokens_per_byte(folder, split):
+    """Returns the tokens of a split per byte of its texts, in UTF-8, which make bits per byte of a loss; None if the
+    data's meta.json does not say, or there is none."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            counts = json.load(f)[split]
+        return counts["tokens"] / counts["bytes"]
+    except (FileNotFoundError, KeyError, ZeroDivisionError):
+        return None
+
+
 def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -187,10 +203,6 @@ if __name__ == "__main__":
     cfg = from_command_line(TrainConfig, __doc__)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this trainer uses one GPU; start it with python train.py, not with torchrun")
-    if cfg.init_from.startswith("gpt2"):
-        raise ValueError(
-            f"init_from={cfg.init_from!r}: starting from OpenAI's weights is not possible yet; use scratch"
-        )
     if "backend" in cfg.given:
         print(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
@@ -217,7 +229,7 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # what to continue from
 
-    state, files = None, checkpoint.RunFiles(cfg.out_dir)
+    state, pretrained, files = None, None, checkpoint.RunFiles(cfg.out_dir)
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and files.exist()):
         state, why = files.load()
         if why:
@@ -227,6 +239,9 @@ if __name__ == "__main__":
             raise ValueError(f"{files.newest} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}")
     elif files.exist() and not cfg.eval_only:
         print(f"{files.ckpt} of an earlier run will be overwritten; --init_from=resume would continue it")
+    if cfg.init_from not in ("scratch", "resume", "auto"):
+        pretrained = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout, block_size=cfg.block_size))
+        cfg = checkpoint.with_architecture(cfg, dataclasses.asdict(pretrained.config), cfg.init_from)
 
     # -------------------------------------------------------------------------
     # data
@@ -236,10 +251,15 @@ if __name__ == "__main__":
     n_ids = tokenizer["vocab_size"]
     # multiples of 64 suit the matmul kernels; a meta.pkl means nanoGPT's own data, whose models are not padded
     vocab_size = n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
-    if state:
-        vocab_size = state["model_args"]["vocab_size"]
+    if state or pretrained:
+        vocab_size = state["model_args"]["vocab_size"] if state else pretrained.config.vocab_size
         if n_ids > vocab_size:
-            raise ValueError(f"{folder} has {n_ids} token ids, the model in {files.newest} only {vocab_size}")
+            source = files.newest if state else cfg.init_from
+            raise ValueError(f"{folder} has {n_ids} token ids, the model in {source} only {vocab_size}")
+        if cfg.init_from in huggingface.PRETRAINED and tokenizer["encoding"] != "gpt2":
+            raise ValueError(
+                f"{folder} was made with the encoding {tokenizer['encoding']!r}, {cfg.init_from} with gpt2"
+            )
     train_data, val_data = (
         shards.Windows(shards.find_shards(folder, split), cfg.block_size, vocab_size) for split in ("train", "val")
     )
@@ -255,7 +275,8 @@ if __name__ == "__main__":
 
     model_args = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
     model_args["vocab_size"] = vocab_size
-    model = GPT(GPTConfig(**model_args, n_ids=n_ids)).to(device)
+    gelu = state.get("gelu", "none") if state else "none"  # not one of model_args, which nanoGPT's GPTConfig takes
+    model = (pretrained or GPT(GPTConfig(**model_args, n_ids=n_ids, gelu=gelu))).to(device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
@@ -282,6 +303,7 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # numbers, with the products that make them
 
+    val_tokens_per_byte = tokens_per_byte(folder, "val")
     eval_windows = 12 * cfg.eval_iters  # 12 is nanoGPT's default batch_size; a fixed number, so that losses compare
     print(f"data: {folder}, {train_data.tokens:,} train + {val_data.tokens:,} val tokens, {tokenizer['encoding']}")
     print(
@@ -350,7 +372,8 @@ if __name__ == "__main__":
         """The model before iteration iter_num, what it is, and how far the run has come."""
         seconds = earlier_seconds + time.perf_counter() - run_start
         progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, tokens_seen=tokens_seen, seconds=seconds)
-        described = dict(model_args=model_args, tokenizer=tokenizer, data=data, config=dataclasses.asdict(cfg))
+        described = dict(model_args=model_args, gelu=model.config.gelu, tokenizer=tokenizer, data=data)
+        described["config"] = dataclasses.asdict(cfg)
         return dict(model=model.state_dict(), bad_steps=bad_steps, bad_in_row=bad_in_row) | progress | described
 
     def save_checkpoint():
@@ -397,8 +420,10 @@ if __name__ == "__main__":
                     estimate_loss(model, windows, eval_windows, cfg.batch_size, device, dtype)
                     for windows in (train_data, val_data)
                 )
-                say(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-                record("eval", train_loss=train_loss, val_loss=val_loss)
+                bpb = val_loss / math.log(2) * val_tokens_per_byte if val_tokens_per_byte else None
+                shown = f", {bpb:.4f} bits/byte" if bpb else ""
+                say(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{shown}")
+                record("eval", train_loss=train_loss, val_loss=val_loss, val_bpb=bpb)
                 evaluated_iter, improved = iter_num, val_loss < best_val_loss
                 eval_seconds = time.perf_counter() - start
                 if cfg.eval_only:

@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pick
 
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768)
 TINY = dict(block_size=32, vocab_size=97, n_layer=3, n_head=4, n_embd=48)
@@ -209,6 +211,150 @@ def test_generation_stops_at_the_stop_token():
     stop = full[5]
     stopped = model.generate(start, 20, temperature=0, stop_token=stop)[0].tolist()
     assert stopped == full[: full.index(stop, 1) + 1]
+
+
+def by_hand(logits, u, temperature, top_k, top_p):
+    """The id that pick should take for one row: plain Python in double precision, no tensors."""
+    ids = range(len(logits))
+    if temperature == 0:
+        return max(ids, key=logits.__getitem__)
+    if top_k or top_p < 1:
+        ids = sorted(ids, key=lambda i: -logits[i])[: top_k or None]
+    mass = [math.exp((logits[i] - max(logits)) / temperature) for i in ids]
+    share, kept = 0.0, []
+    for i, m in zip(ids, mass, strict=True):
+        if share < top_p * sum(mass):
+            kept.append((i, m))
+        share += m
+    left = (1 - u) * sum(m for _, m in kept)
+    for i, m in kept:
+        left -= m
+        if left <= 0:
+            return i
+    return kept[-1][0]
+
+
+def without_a_cache(model, prompt, count, noise, *options):
+    """Continues prompt, a list of ids, as nanoGPT does: the whole window again for each token."""
+    text = list(prompt)
+    for n in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([text[-model.config.block_size :]]))[0][0, 0, : model.config.n_ids]
+        text.append(by_hand(logits.tolist(), noise[n].item(), *options))
+    return text
+
+
+SMALL = GPT(GPTConfig(block_size=12, vocab_size=37, n_layer=2, n_head=2, n_embd=16, n_ids=31)).eval()
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    for p in SMALL.parameters():
+        p.data = torch.randn_like(p) * 0.3
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 18), min_size=1, max_size=4),
+    count=st.integers(1, 16),
+    temperature=st.sampled_from([0, 0.7, 1.0]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.6]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, seed):
+    """Prompts of different length in one batch, below, at and above block_size=12: each row equals that prompt alone
+    without a cache, for the same noise."""
+    generator = torch.Generator().manual_seed(seed)
+    idx = torch.randint(31, (len(lengths), max(lengths)), generator=generator)
+    noise = torch.rand(len(lengths), count, generator=generator)
+    options = (temperature, top_k, top_p)
+    out = SMALL.generate(idx, count, *options, noise=noise, lengths=torch.tensor(lengths))
+    assert out.shape == (len(lengths), max(lengths) + count)
+    for row, prompt, length, u in zip(out.tolist(), idx.tolist(), lengths, noise, strict=True):
+        assert row[: length + count] == without_a_cache(SMALL, prompt[:length], count, u, *options)
+
+
+def test_a_token_is_computed_once_until_the_window_slides():
+    """What each call reads, counted at the first matmul: the prompt, then a token a call, then whole windows."""
+    rows = []
+    hook = SMALL.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, x, y: rows.append(x[0].numel() // 16))
+    SMALL.generate(torch.zeros(1, 5, dtype=torch.long), 11)
+    hook.remove()
+    assert rows == [5] + [1] * 7 + [12] * 3
+
+
+def test_generation_is_a_function_of_the_noise_of_its_row():
+    idx, noise = torch.zeros(3, 4, dtype=torch.long), torch.rand(3, 10)
+    together = SMALL.generate(idx, 10, noise=noise)
+    for i in range(3):
+        assert torch.equal(SMALL.generate(idx[:1], 10, noise=noise[i : i + 1])[0], together[i])
+    assert torch.equal(SMALL.generate(idx, 6, noise=noise), together[:, :10])
+
+
+def test_the_stream_is_the_text_as_it_grows():
+    idx = torch.zeros(2, 4, dtype=torch.long)
+    texts = [text.tolist() for text in SMALL.stream(idx, 10, temperature=0)]
+    full = SMALL.generate(idx, 10, temperature=0)
+    assert texts == [full[:, : 5 + n].tolist() for n in range(10)]
+    assert torch.equal(SMALL.generate(idx, 0), idx)
+
+
+def test_top_p_keeps_the_fewest_ids_that_reach_it():
+    logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log().expand(4000, 4)
+    noise = torch.linspace(0, 1, 4001)[:-1]
+    for top_p, allowed in ((0.05, {1}), (0.4, {1}), (0.41, {1, 2}), (0.85, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        drawn = pick(logits, noise, 1.0, None, top_p)
+        assert set(drawn.tolist()) == allowed
+    share = pick(logits, noise, 1.0, None, 0.5).bincount(minlength=4) / 4000
+    assert torch.allclose(share, torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
+
+
+def test_the_extremes_of_noise_and_temperature_give_ids_of_the_vocabulary():
+    logits = torch.full((2, 5), -math.inf)
+    logits[:, 2] = 3e38
+    noise = torch.tensor([0.0, 1 - 2**-24])
+    for options in ((1.0,), (1e-30,), (0,), (1e30,), (1.0, 3, 0.5)):
+        assert pick(logits, noise, *options).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_bf16_weights_and_bf16_autocast_sample_as_their_uncached_passes_do(B):
+    """Rounding may turn one id of a near tie into another: compared is the logit of the id that was taken."""
+    half, idx = shake(tiny(n_embd=64)).bfloat16(), torch.randint(97, (B, 9))
+    text = half.generate(idx, 12, temperature=0)
+    logits = half(text, text)[0].float()[:, 8:-1]
+    taken = logits.gather(2, text[:, 9:, None])[..., 0]
+    assert text.shape == (B, 21) and (logits.amax(2) - taken).max() < 0.05 * logits.std()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half.float().generate(idx, 12, temperature=0)[:, :10].equal(text[:, :10])
+
+
+@pytest.mark.parametrize(
+    "idx, message",
+    [
+        (torch.zeros(1, 0, dtype=torch.long), "the prompt is empty"),
+        (torch.tensor([[3, 31]]), "the prompt has token ids 3 to 31, the model 0 to 30"),
+        (torch.tensor([[3, -1]]), "the prompt has token ids -1 to 3"),
+    ],
+)
+def test_a_prompt_that_the_model_cannot_read_is_refused(idx, message):
+    with pytest.raises(ValueError, match=message):
+        SMALL.generate(idx, 3)
+
+
+def test_a_model_that_has_diverged_is_refused():
+    model = tiny()
+    model.transformer.wte.weight.data[5, 5] = math.nan
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 3)
+
+
+def test_the_step_compiles_to_one_graph_whatever_the_position():
+    model = tiny()
+    idx, graphs = torch.randint(97, (2, 4)), []
+    expected = model.generate(idx, 12, temperature=0)
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    model.step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend)
+    assert torch.equal(model.generate(idx, 12, temperature=0), expected) and len(graphs) == 1
 
 
 def test_a_context_longer_than_the_block_is_refused():

@@ -3,11 +3,19 @@ Sampling as a user runs it, from a checkpoint that train.py wrote in the same te
 Run: pytest tests/test_sample.py
 """
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import tiktoken
 import torch
+from conftest import ENV, ROOT
 
+import sample
 import shards
+from model import GPT, GPTConfig
 
 GREEDY = ["--temperature=0", "--num_samples=1", "--device=cpu"]
 
@@ -15,6 +23,20 @@ GREEDY = ["--temperature=0", "--num_samples=1", "--device=cpu"]
 @pytest.fixture
 def trained(run, byte_data, tiny):
     run("train.py", *tiny, "--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150")
+    return run
+
+
+@pytest.fixture
+def untrained(run, tmp_path):
+    """run, where out/ckpt.pt holds random weights: as good as any for what does not depend on the text."""
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, bias=False, vocab_size=320, dropout=0.0)
+    torch.manual_seed(0)
+    model, tokenizer = GPT(GPTConfig(**args)), dict(encoding="bytes", vocab_size=257, eot_token=256)
+    for p in model.parameters():
+        p.data *= 5  # far from uniform
+    (tmp_path / "out").mkdir()
+    state = dict(model=model.state_dict(), model_args=args, tokenizer=tokenizer, iter_num=0)
+    torch.save(state, tmp_path / "out/ckpt.pt")
     return run
 
 
@@ -57,6 +79,100 @@ def test_the_data_folder_is_not_needed(trained, byte_data):
     assert "pack my box" in trained("sample.py", *GREEDY, "--start=pack", "--max_new_tokens=7").stdout
 
 
+def test_a_sample_depends_on_the_seed_and_its_number_only(untrained, tmp_path):
+    """Alone, where it is streamed, and in batches of two sizes: the same text, cut where max_new_tokens says."""
+
+    def lines(*argv):
+        out = untrained("sample.py", "--device=cpu", "--start=漢字", "--out=out.jsonl", *argv)
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+        # an unpaired byte is U+FFFD on stdout as in the file, and a text that was cut may end in the middle of one
+        assert out.stdout == "".join(f"{line['prompt']}{line['text']}\n---------------\n" for line in lines)
+        assert f"{sum(line['tokens'] for line in lines):,} tokens in " in out.stderr.splitlines()[-1]
+        return lines
+
+    one, five = lines("--num_samples=1", "--max_new_tokens=80"), lines("--num_samples=5", "--max_new_tokens=80")
+    assert one[0] == five[0] | dict(sample=0) and len({line["text"] for line in five}) == 5
+    assert [line["tokens"] for line in five] == [80] * 5 and five[4]["sample"] == 4 and five[0]["prompt"] == "漢字"
+    short = lines("--num_samples=3", "--max_new_tokens=20", "--top_k=257")
+    assert all(len(line["text"]) == 20 or "\ufffd" in line["text"] for line in short)
+
+
+def test_top_k_and_top_p_that_leave_one_token_are_greedy(untrained):
+    argv = ["--device=cpu", "--max_new_tokens=40", "--num_samples=2"]
+    greedy = untrained("sample.py", *argv, "--temperature=0").stdout
+    assert untrained("sample.py", *argv, "--top_p=1e-6", "--top_k=0").stdout == greedy
+    out = untrained("sample.py", *argv, "--top_k=500", "--temperature=0")
+    assert out.stdout == greedy and "top_k=500 takes all of the vocabulary, which has 257 ids" in out.stderr
+
+
+def test_a_prompt_may_come_from_stdin(trained, tmp_path):
+    command = [sys.executable, str(ROOT / "sample.py"), *GREEDY, "--start=-", "--max_new_tokens=3"]
+    for text, start in ((b"box wi", "box with "), (b"\xff", "error: the prompt in stdin is not UTF-8")):
+        process = subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, env=ENV)
+        assert (process.stdout or process.stderr.splitlines()[-1]).decode().startswith(start)
+
+
+def test_a_conversation_keeps_what_was_said_and_an_empty_line_goes_on(trained, tmp_path):
+    command = [sys.executable, str(ROOT / "sample.py"), *GREEDY, "--interactive=True", "--max_new_tokens=5", "--out=o"]
+    process = subprocess.run(command, cwd=tmp_path, input="pack my\n\n\n", capture_output=True, text=True, env=ENV)
+    assert process.stdout == " box \nwith \njugs \n" and process.returncode == 0, process.stderr
+    lines = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    assert [(line["prompt"], line["text"]) for line in lines] == [("pack my", " box "), ("", "with "), ("", "jugs ")]
+
+
+class Pieces(list):
+    """A stdout that keeps what is written to it, piece by piece."""
+
+    write, flush = list.append, lambda self: None
+
+
+@pytest.mark.parametrize(
+    "raw, pieces",
+    [
+        ("aé漢🙂".encode(), ["a", "é", "漢", "🙂"]),
+        ("漢".encode()[:2] + b"a", ["\ufffda"]),
+        ("漢".encode()[:2], ["\ufffd"]),
+        (b"\xff\x80a", ["\ufffd", "\ufffd", "a"]),
+        (b"\xf0\x9f<", ["\ufffd<|endoftext|>"]),
+    ],
+)
+def test_a_character_is_written_when_it_is_whole(monkeypatch, raw, pieces):
+    """A byte a token; the byte < stands for the end-of-text token. Whatever comes, the text is that of decode."""
+    tokenizer = dict(encoding="bytes", vocab_size=257, eot_token=ord("<"))
+    written, ids = Pieces(), []
+    monkeypatch.setattr(sys, "stdout", written)
+    texts = (torch.tensor([list(raw[: i + 1])]) for i in range(len(raw)))
+    sample.write_stream(texts, sample.token_speller(tokenizer), ids)
+    monkeypatch.undo()
+    assert [piece for piece in written if piece not in ("", "\n")] == pieces
+    assert ids == list(raw) and "".join(pieces) == shards.text_codec(tokenizer)[1](ids)
+
+
+def test_ids_that_an_encoding_leaves_out_are_written_as_unknown(monkeypatch):
+    bpe = tiktoken.Encoding(
+        "gaps", pat_str=".", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens={"<|endoftext|>": 5}
+    )
+    monkeypatch.setattr(shards, "load_bpe", lambda encoding: bpe)
+    spell = sample.token_speller(dict(encoding="gaps", vocab_size=6, eot_token=5))
+    assert [spell(i) for i in range(6)] == [b"a", b"b", *[b"\xef\xbf\xbd"] * 3, b"<|endoftext|>"]
+
+
+def test_a_folder_without_a_known_tokenizer_is_refused(run, tmp_path):
+    sizes = dict(block_size=8, n_layer=1, n_head=1, n_embd=4)
+    for rows in (21128, 60000):
+        GPT(GPTConfig(**sizes, vocab_size=rows)).save_pretrained(tmp_path / "other")
+        out = run("sample.py", "--init_from=other", "--device=cpu", status=1)
+        assert f"other does not say what its {rows} token ids mean" in out.stderr
+
+
+def test_noise_is_a_function_of_seed_and_sample():
+    first = sample.draw_noise(2**63 - 1, 3, 1000)
+    assert np.array_equal(sample.draw_noise(2**63 - 1, 3, 10), first[:10]) and first.dtype == np.float32
+    assert first.min() >= 0 and first.max() < 1 and abs(first.mean() - 0.5) < 0.05
+    others = [sample.draw_noise(seed, i, 1000) for seed in (0, 1, 2**62) for i in (0, 1, 2)] + [first]
+    assert np.abs(np.corrcoef(others) - np.eye(10)).max() < 0.15
+
+
 def test_the_best_weights_can_be_sampled(trained, tmp_path):
     assert (
         "out/best.pt: iteration 150" in trained("sample.py", *GREEDY, "--init_from=best", "--max_new_tokens=1").stderr
@@ -72,12 +188,14 @@ def test_a_compiled_model_gives_the_same_text(trained):
     "argv, message",
     [
         (["--start="], "the prompt is empty"),
+        (["--init_from=out"], "out is no model in Hugging Face's format: it has no config.json"),
+        (["--out=nowhere/x"], "No such file or directory: 'nowhere/x'"),
         (["--start=FILE:nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["--out_dir=elsewhere"], "there is no checkpoint elsewhere/ckpt.pt; train first"),
     ],
 )
-def test_a_mistake_is_one_line(trained, argv, message):
-    out = trained("sample.py", "--device=cpu", *argv, status=1)
+def test_a_mistake_is_one_line(untrained, argv, message):
+    out = untrained("sample.py", "--device=cpu", *argv, status=1)
     assert message in out.stderr.splitlines()[-1] and not out.stdout
 
 
@@ -114,3 +232,15 @@ def test_an_out_dir_of_nanogpts_kind_falls_back_to_gpt2(trained, tmp_path):
         and "TIKTOKEN_CACHE_DIR" in out.stderr
     )
     assert "names no tokenizer; taking gpt2, as data/gone suggests" in out.stderr
+
+
+def test_values_that_do_not_go_together_are_refused_at_once(run):
+    argv = ["--init_from=gpt3", "--top_p=0", "--interactive=True", "--start=-", "--export=x"]
+    out = run("sample.py", *argv, status=2)
+    for message in (
+        "init_from must be 'resume', 'best', gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, not 'gpt3'",
+        "top_p=0.0 must be above 0 and at most 1",
+        "interactive=True reads the prompts from stdin",
+        "export writes a checkpoint of train.py",
+    ):
+        assert message in out.stderr

@@ -51,6 +51,18 @@ def same(a, b):
 # the run and its log
 
 
+def test_bits_per_byte_follow_the_validation_loss_if_the_bytes_are_known(run, byte_data, tiny, tmp_path):
+    meta = json.loads((byte_data / "meta.json").read_text())
+    before = run("train.py", *tiny, "--max_iters=0").stdout
+    assert "bits/byte" not in before and metrics(tmp_path / "out", "eval")[0]["val_bpb"] is None
+    meta |= dict(train=dict(tokens=10800, bytes=9000), val=dict(tokens=1000, bytes=800))
+    (byte_data / "meta.json").write_text(json.dumps(meta))
+    out = run("train.py", *tiny, "--max_iters=0").stdout
+    [figures] = metrics(tmp_path / "out", "eval")
+    assert figures["val_bpb"] == pytest.approx(math.log2(math.e) * figures["val_loss"] * 1.25)
+    assert f", val loss {figures['val_loss']:.4f}, {figures['val_bpb']:.4f} bits/byte\n" in out
+
+
 def test_a_run_updates_max_iters_times_and_evaluates_first_and_last(run, byte_data, tiny, tmp_path):
     out = run("train.py", *tiny, "--max_iters=10", "--peak_flops=312e12")
     assert [int(it) for it, *_ in STEP.findall(out.stdout)] == [0, 6, 10]
@@ -600,7 +612,7 @@ def test_nanogpt_itself_and_this_project_continue_each_others_runs(run, tmp_path
         (["--block_size=2000"], "hold no window of block_size=2000"),
         (["--dtype=float16"], "dtype='float16' needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
         (["--out_dir=data/toy/meta.json/x"], "Not a directory"),
-        (["--init_from=gpt2-xl"], "init_from='gpt2-xl': starting from OpenAI's weights is not possible yet"),
+        (["--init_from=data/toy"], "data/toy is no model in Hugging Face's format: it has no config.json"),
         (["--wandb_log=True"], "wandb_log=True needs wandb: pip install wandb, or --wandb_log=False"),
     ],
 )

@@ -1,0 +1,150 @@
+"""
+Tokens per second of sampling, against nanoGPT and against what the memory could deliver.
+
+    python benchmarks/sampling.py --nanogpt=../nanoGPT --json=benchmarks/results/sampling_cpu.json
+
+Both sample from the same random weights of GPT-2's smallest size, in turn, `repeats` times; the table has medians. The
+bound is the time to move all weights once, which each token needs, at the bandwidth of a sum over the same tensors
+(which only reads, as sampling does) and of a copy of them (where bytes read and bytes written count).
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import hardware
+import sample
+from configurator import Config, from_command_line, key
+from model import GPT, GPTConfig
+
+
+@dataclass
+class BenchmarkConfig(Config):
+    nanogpt: str = key("", "checkout of nanoGPT; empty: leave it out")
+    json: str = key("", "file to write the figures to")
+    max_new_tokens: int = key(256, "tokens to sample after a prompt of one", low=2)
+    prompt_tokens: int = key(512, "prompt for the time to the first token", low=1)
+    batch_size: int = key(8, "sequences of the batched measurement; 64 suits a GPU", low=1)
+    repeats: int = key(3, "measurements of each kind, in turn", low=1)
+    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best there is")
+    compile: bool = key(False, "compile the step, as sample.py --compile=True does")
+
+
+def processor():
+    """Returns the name of the CPU, as Linux knows it."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def seconds(work, device):
+    """Returns the seconds that work() takes, all of the device's work included."""
+    hardware.synchronize(device)
+    start = time.perf_counter()
+    work()
+    hardware.synchronize(device)
+    return time.perf_counter() - start
+
+
+def load_nanogpt(folder, model, device):
+    """Returns nanoGPT's GPT, from a checkout in folder, with the weights of model, ours."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(folder, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    theirs = module.GPT(module.GPTConfig(**{name: getattr(model.config, name) for name in names}))
+    theirs.load_state_dict(model.state_dict())
+    return theirs.eval().to(device)
+
+
+def weights_read(model):
+    """Returns the matrices that each token needs, as integers, which sum() takes as fast as memory gives them."""
+    return [p.data.view(torch.int64) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
+
+
+def copying(model):
+    sources = weights_read(model)
+    targets = [torch.zeros_like(w) for w in sources]
+    return lambda: [t.copy_(w) for t, w in zip(targets, sources, strict=True)]
+
+
+if __name__ == "__main__":
+    cfg = from_command_line(BenchmarkConfig, __doc__)
+    device, _ = hardware.pick_device(cfg.device)
+    torch.manual_seed(0)
+    fp32 = GPT(GPTConfig(bias=False)).eval()
+    bf16 = GPT(GPTConfig(bias=False)).eval()
+    bf16.load_state_dict(fp32.state_dict())
+    models = {"fp32": fp32.to(device), "bf16": bf16.to(device, torch.bfloat16)}
+    start = torch.zeros(1, 1, dtype=torch.long, device=device)
+    prompt = torch.randint(fp32.config.n_ids, (1, cfg.prompt_tokens), device=device)
+    one, many = cfg.max_new_tokens, cfg.max_new_tokens // 4
+
+    def sampling(model, idx, count):
+        return lambda: model.generate(idx, count, temperature=0.8, top_k=200)
+
+    # -------------------------------------------------------------------------
+    # what is measured: name: (work, how often that does what the figure is of)
+
+    kinds = {}
+    if cfg.nanogpt:
+        theirs = load_nanogpt(cfg.nanogpt, fp32, device)
+        kinds["nanoGPT, fp32"] = sampling(theirs, start, one), one
+        kinds["nanoGPT, first token"] = sampling(theirs, prompt, 1), 1
+    for dtype, model in models.items():
+        if cfg.compile:
+            sample.compile_step(model, device, 1)
+            model.generate(start, 4, temperature=0.8, top_k=200)
+        kinds[f"soloGPT, {dtype}"] = sampling(model, start, one), one
+        kinds[f"reading the weights, {dtype}"] = (
+            lambda m=model: [w.sum() for _ in range(32) for w in weights_read(m)],
+            32,
+        )
+        kinds[f"copying the weights, {dtype}"] = copying(model), 1
+        if not cfg.compile:  # which is for one batch size
+            kinds[f"soloGPT, {dtype}, batch"] = sampling(model, start.expand(cfg.batch_size, 1), many), many
+    kinds["soloGPT, first token"] = sampling(fp32, prompt, 1), 1
+    kinds["soloGPT, full pass"] = torch.no_grad()(lambda: fp32(prompt)), 1
+
+    times = {name: [] for name in kinds}
+    for _ in range(cfg.repeats):
+        for name, (work, count) in kinds.items():
+            times[name].append(seconds(work, device) / count)
+            print(f"{name}: {times[name][-1] * 1e3:.2f} ms", file=sys.stderr)
+    ms = {name: 1e3 * statistics.median(some) for name, some in times.items()}
+
+    # -------------------------------------------------------------------------
+    # the table
+
+    gigabytes = {dtype: sum(w.nbytes for w in weights_read(model)) / 1e9 for dtype, model in models.items()}
+    print(f"{processor()}, {torch.get_num_threads()} threads; {device}; torch {torch.__version__}; {gigabytes} GB")
+    print(f"124M; {one} tokens after 1, {cfg.batch_size} * {many} in a batch; first token after {cfg.prompt_tokens}")
+    print("| what | ms | tokens/s | of nanoGPT | of the read bound | of the copy bound |\n|---|---|---|---|---|---|")
+    for name in ms:
+        figures = [f"{ms[name]:.1f}"]
+        if name.startswith(("nanoGPT, fp32", "soloGPT, fp32", "soloGPT, bf16")):
+            rate = 1e3 / ms[name] * (cfg.batch_size if "batch" in name else 1)
+            figures += [f"{rate:.1f}", f"{rate * ms['nanoGPT, fp32'] / 1e3:.1f}x" if cfg.nanogpt else ""]
+            if name in ("soloGPT, fp32", "soloGPT, bf16"):
+                read, copy = (ms[f"{kind} the weights, {name[-4:]}"] for kind in ("reading", "copying"))
+                figures += [f"{100 * read / ms[name]:.0f} %", f"{100 * copy / 2 / ms[name]:.0f} %"]
+        print(f"| {name} | {' | '.join(figures + [''] * (5 - len(figures)))} |")
+    if cfg.json:
+        figures = dict(command=shlex.join(["python", *sys.argv]), cpu=processor(), threads=torch.get_num_threads())
+        figures |= dict(device=str(device), torch=torch.__version__, gigabytes=gigabytes, median_ms=ms)
+        figures |= dict(all_ms={name: [1e3 * t for t in some] for name, some in times.items()})
+        with open(cfg.json, "w", encoding="utf-8") as f:
+            json.dump(figures, f, indent=1)
