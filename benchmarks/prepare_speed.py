@@ -130,6 +130,10 @@ if __name__ == "__main__":
     print(f"peak memory of prepare_fineweb.py, all processes: {max(row['peak_bytes'] for row in rounds) / 1e6:,.0f} MB")
     if args.json:
         machine = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version())
-        machine |= dict(tiktoken=version("tiktoken"), pyarrow=version("pyarrow"), command=" ".join(sys.argv[1:]))
+        machine |= dict(
+            tiktoken=version("tiktoken"),
+            pyarrow=version("pyarrow"),
+            command=f"prepare_speed.py --input=FOLDER --workers={args.workers}",
+        )
         with open(args.json, "w") as f:
             json.dump(dict(machine=machine, rounds=rounds), f, indent=1)
