@@ -716,8 +716,8 @@ if __name__ == "__main__":
     seconds = time.perf_counter() - start
     for n, writer in ((n_train, train), (n_val, val)):
         print(
-            f"{writer.split}: {n['tokens']:,} tokens of {n['documents']:,} documents, {n['bytes']:,} bytes of text, in "
-            f"{len(writer.files)} shards"
+            f"{writer.split}: {n['tokens']:,} tokens of {n['documents']:,} documents, {n['bytes']:,} bytes of text; "
+            f"shards: {len(writer.files)}"
         )
     print(
         f"skipped: {position.empty:,} empty documents, {position.bad_files:,} files that could not be read to their end"

@@ -3,7 +3,7 @@
 # $ python prepare_fineweb.py --input=stdlib --encoding=bytes
 # $ python train.py config/quickstart.py
 # $ python sample.py --out_dir=out-quickstart --start="def "
-# Measured on 2 cores of an Intel Xeon with torch 2.13: 2 minutes, validation loss 1.384 (nats per byte).
+# Measured on 2 cores of an Intel Xeon with torch 2.13: 2 minutes, validation loss 1.331 (nats per byte).
 
 out_dir = "out-quickstart"
 dataset = "stdlib"
