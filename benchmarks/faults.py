@@ -86,6 +86,12 @@ def prepare(folder):
     (data / "meta.json").write_text('{"encoding": "bytes", "vocab_size": 257, "eot_token": 256}')
 
 
+def read_until(process, wanted):
+    """Reads the output of process up to the line that starts so, or to its end."""
+    while (line := process.stdout.readline()) and not line.startswith(wanted):
+        pass
+
+
 def start(folder, out, *more, fault="", limit=None):
     """Returns the process of a run with its state in folder/out. limit: bytes that a file may have."""
     code = FAULTY.format(fault=fault, script=str(ROOT / "train.py"))
@@ -148,8 +154,7 @@ def kills(folder, reference, times, rng):
         out, status = f"kill{runs}", None
         while status is None:
             process = start(folder, out, fault=SLOW_WRITES)
-            while (line := process.stdout.readline()) and not line.startswith("evaluation:"):  # the loop comes next
-                pass
+            read_until(process, "evaluation:")  # the loop comes next
             try:
                 status = process.wait(rng.uniform(0, 2)) if done < times else process.wait()
             except subprocess.TimeoutExpired:
@@ -173,8 +178,7 @@ def signals(folder, reference, times, rng):
     for i in range(times):
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
         process = start(folder, f"signal{i}", fault=SLOW_WRITES)
-        while not process.stdout.readline().startswith("iter 0:"):
-            pass
+        read_until(process, "iter 0:")
         time.sleep(rng.uniform(0, 2))
         process.send_signal(number)
         stdout, errors = process.communicate()
@@ -188,8 +192,7 @@ def second_signals(folder, reference, times, rng):
     lost = 0
     for i in range(times):
         process = start(folder, f"second{i}", fault=SLOW_WRITES)
-        while not process.stdout.readline().startswith("iter 20:"):
-            pass
+        read_until(process, "iter 20:")
         process.send_signal(signal.SIGINT)
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGINT)
@@ -267,8 +270,7 @@ def read_only(folder, reference, times, rng):
             return "a read-only out_dir: needs the right to mount one", 0, 0
         try:
             process = start(folder, disk / "out", fault=SLOW_WRITES)
-            while not process.stdout.readline().startswith(f"iter {rng.randrange(6, 20)}:"):
-                pass
+            read_until(process, f"iter {rng.randrange(6, 20)}:")
             process.send_signal(signal.SIGSTOP)
             mounted = mount(disk, "-o", "remount,ro")  # refused while a file is open for writing: metrics.jsonl is
             process.send_signal(signal.SIGCONT)

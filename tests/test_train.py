@@ -348,7 +348,7 @@ def test_a_stop_without_room_to_save_says_so(byte_data, tiny, tmp_path):
     limited = f"ulimit -f 20; exec {sys.executable} {ROOT / 'train.py'} {' '.join(tiny)} --max_iters=100000"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(["bash", "-c", limited], cwd=tmp_path, text=True, env=ENV, **pipes) as process:
-        while not process.stdout.readline().startswith("iter 3:"):
+        while (line := process.stdout.readline()) and not line.startswith("iter 3:"):
             pass
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()
