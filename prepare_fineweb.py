@@ -162,15 +162,14 @@ def open_file(path):
 def read_text(path, divide):
     """Yields the documents of a text file: parts between <|endoftext|> if it holds any, else as `divide` says."""
     separator, held, offset = EOT, "", 0
-    newlines = lambda text: text  # noqa: E731
     if divide != "file" and not contains(path, EOT.encode()):
         separator = {"blank_line": "\n\n", "line": "\n"}[divide]
-        newlines = io.IncrementalNewlineDecoder(None, translate=True).decode  # \r\n and \r become \n
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=separator != EOT)  # \r\n and \r become \n
     with open_file(path) as f:
         for block in itertools.chain(iter(lambda: f.read(CHUNK), b""), [b""]):
             try:
-                held += newlines(utf8.decode(block, final=not block))
+                held += newlines.decode(utf8.decode(block, final=not block), final=not block)
             except UnicodeDecodeError as e:
                 position = offset + len(block) - len(e.object) + e.start
                 raise ValueError(f"not UTF-8 text: {e.reason} at byte {position}") from None

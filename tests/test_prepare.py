@@ -176,6 +176,8 @@ def test_files_come_in_a_fixed_order(tmp_path, monkeypatch):
         ("a\n\nb\nc", "file", ["a\n\nb\nc"]),
         ("a\r\n\r\nb\nc", "blank_line", ["a", "b\nc"]),
         ("a\n\nb\r\nc", "line", ["a", "", "b", "c"]),
+        ("a\r\rb\r", "blank_line", ["a", "b\n"]),
+        ("a\r\n\rb\r", "file", ["a\r\n\rb\r"]),
         ("a<|endoftext|>b\n\nc", "blank_line", ["a", "b\n\nc"]),
         ("\ufeffa", "file", ["a"]),
     ],
