@@ -203,7 +203,10 @@ def tokenizer_json(tokenizer):
     if encoding == "gpt2":
         bpe = shards.load_bpe("gpt2")
         ranks = {bpe.decode_single_token_bytes(i): i for i in range(bpe.n_vocab) if i != eot}
-    spell = lambda token: "".join(letters[b] for b in token)  # noqa: E731
+
+    def spell(token):
+        return "".join(letters[b] for b in token)
+
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=encoding == "gpt2")
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     return dict(

@@ -608,6 +608,8 @@ def ask_to_stop(number, frame):
     """Signal handler for Ctrl-C and SIGTERM: the loop leaves after its chunk. A second one ends the process at once,
     while it waits for the hub perhaps, which loses nothing more."""
     stop_signals.append(number)
+    with contextlib.suppress(OSError):  # no print: the signal may have come in the middle of one
+        os.write(2, b"\nstopping; once more to leave at once\n")
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
 

@@ -177,7 +177,7 @@ def tokens_per_byte(folder, split):
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             counts = json.load(f)[split]
         return counts["tokens"] / counts["bytes"]
-    except (FileNotFoundError, KeyError, ZeroDivisionError):
+    except (FileNotFoundError, KeyError, TypeError, ZeroDivisionError):  # meta.json may be somebody else's
         return None
 
 

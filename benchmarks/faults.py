@@ -31,15 +31,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint  # noqa: E402
-import shards  # noqa: E402
-from configurator import ConfigError, configure  # noqa: E402
-from prepare_fineweb import PrepareConfig  # noqa: E402
-from sample import SampleConfig  # noqa: E402
-from train import TrainConfig  # noqa: E402
+import checkpoint
+import shards
+from configurator import ConfigError, configure
+from prepare_fineweb import PrepareConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
 
 RUN = """--dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
 --gradient_accumulation_steps=2 --dropout=0.2 --learning_rate=1e-2 --warmup_iters=5 --lr_decay_iters=200 --max_iters=200

@@ -352,7 +352,11 @@ def test_the_step_compiles_to_one_graph_whatever_the_position():
     model = tiny()
     idx, graphs = torch.randint(97, (2, 4)), []
     expected = model.generate(idx, 12, temperature=0)
-    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     model.step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend)
     assert torch.equal(model.generate(idx, 12, temperature=0), expected) and len(graphs) == 1
 

@@ -24,7 +24,7 @@ import checkpoint
 import shards
 from configurator import configure
 from model import GPT, GPTConfig
-from train import TrainConfig, duration, get_lr
+from train import TrainConfig, duration, get_lr, tokens_per_byte
 
 STEP = re.compile(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)", re.M)
 ITER = re.compile(r"^iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu (?:([\d.]+)%|n/a)", re.M)
@@ -729,3 +729,9 @@ def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
     out = run("train.py", *argv.split(), "--warmup_iters=100")
     # nanoGPT's README says 1.88; its own four seeds measured 1.884 to 1.899 on the windows that are evaluated here
     assert float(STEP.findall(out.stdout)[-1][2]) < 1.92
+
+
+@pytest.mark.parametrize("counts", [7, None, {"tokens": 1}, {"tokens": 1, "bytes": 0}])
+def test_a_meta_json_of_another_shape_gives_no_bits_per_byte(tmp_path, counts):
+    (tmp_path / "meta.json").write_text(json.dumps({"val": counts}))
+    assert tokens_per_byte(tmp_path, "val") is None
