@@ -79,6 +79,8 @@ def load(path):
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)} in its model_args")
     state["model_args"] = {name: state["model_args"][name] for name in MODEL_ARGS}
+    # not among model_args, which are what nanoGPT's GPTConfig takes
+    state["arch"], state["gelu"] = state.get("arch", "gpt2"), state.get("gelu", "none")
     weights = {strip(name): tensor for name, tensor in state["model"].items()}
     state["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
     return state
@@ -90,10 +92,10 @@ def strip(name):
     return name
 
 
-def with_architecture(cfg, model_args, path):
-    """Returns cfg with the architecture of the checkpoint at path, whose model_args these are. Raises ValueError, with
-    all that differs, if the user has set another one."""
-    saved = {name: model_args[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+def with_architecture(cfg, fields, path):
+    """Returns cfg with the architecture of the checkpoint at path, which has these fields of GPTConfig. Raises
+    ValueError, with all that differs, if the user has set another one."""
+    saved = {name: fields[name] for name in ("arch", "n_layer", "n_head", "n_embd", "block_size", "bias")}
     differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
     if differing:
         listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
@@ -121,27 +123,37 @@ def restore_model(model, state, path):
         raise ValueError(f"the weights in {path} do not fit its model_args: {first}") from None
 
 
-def restore_optimizer(optimizer, saved, path):
-    """Loads the moments of a saved optimizer state; settings (learning rate, decay, betas, fused) stay this run's.
+def restore_optimizers(optimizers, state, path):
+    """Loads the moments of a state from load(path) into optimizers, dict(optimizer=AdamW) and perhaps muon=Muon.
+    Settings (learning rate, decay, betas, fused) stay this run's.
 
-    Raises ValueError if they are not those of this model's parameters."""
-    sizes = [len(group["params"]) for group in saved["param_groups"]]
-    if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-        raise ValueError(
-            f"the optimizer state in {path} is not AdamW's in two groups, as nanoGPT and this project save it"
-        )
-    for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        group.update({name: value for name, value in current.items() if name != "params"})
-    optimizer.load_state_dict(saved)
+    Raises ValueError if they are not those of this run's parameters."""
+    was, now = ("muon" if "muon" in names else "adamw" for names in (state, optimizers))
+    if was != now:
+        raise ValueError(f"{path} is of a run with --optimizer={was}, not {now}; its moments cannot be taken over")
+    for name, optimizer in optimizers.items():
+        saved = state[name]
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+            raise ValueError(
+                f"the optimizer state in {path} is not AdamW's in two groups, as nanoGPT and this project save it"
+            )
+        for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            group.update({name: value for name, value in current.items() if name != "params"})
+        optimizer.load_state_dict(saved)
 
 
-def allocate_moments(optimizer):
-    """Gives AdamW its moments now instead of in its first step, so that memory runs out, if it does, in a forward or
-    backward pass, which can be repeated, and never in the middle of an update."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            step = torch.zeros((), device=p.device if group["fused"] else "cpu")
-            optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+def allocate_moments(optimizers):
+    """Gives AdamW and Muon their moments now instead of in their first step, so that memory runs out, if it does, in a
+    forward or backward pass, which can be repeated, and never in the middle of an update."""
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if name == "muon":
+                    optimizer.state[p] = dict(momentum_buffer=torch.zeros_like(p))
+                else:
+                    step = torch.zeros((), device=p.device if group["fused"] else "cpu")
+                    optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
 
 def get_rng(device):
@@ -188,12 +200,14 @@ def say(text, file=sys.stdout):
 class RunFiles:
     """Where a run keeps its state in out_dir: ckpt.pt, the one before it in ckpt_prev.pt, and best.pt.
 
-    saved_iter is the iteration that ckpt.pt holds; None unless it is whole and of this run.
+    before_cooldown.pt is a state to branch from. saved_iter is the iteration that ckpt.pt holds; None unless it is
+    whole and of this run.
     """
 
     def __init__(self, out_dir):
         self.out_dir, self.saved_iter = out_dir, None
-        self.ckpt, self.previous, self.best = (os.path.join(out_dir, f"{n}.pt") for n in ("ckpt", "ckpt_prev", "best"))
+        names = ("ckpt", "ckpt_prev", "best", "before_cooldown")
+        self.ckpt, self.previous, self.best, self.before_cooldown = (os.path.join(out_dir, f"{n}.pt") for n in names)
         self.newest, self.kept = None, "nothing of this run is saved yet"  # the newest whole state; which that is
 
     def exist(self):
@@ -236,6 +250,10 @@ class RunFiles:
         there stays: the run can go on and try again."""
         return self.write(self.best, state)
 
+    def save_before_cooldown(self, state):
+        """Writes before_cooldown.pt. Returns as save_best."""
+        return self.write(self.before_cooldown, state)
+
     def write(self, path, state, previous=None):
         try:
             save(path, state, previous)
@@ -252,7 +270,7 @@ class RunFiles:
 
     def remove_partial(self):
         """Removes what a killed run may have left of a file that it was writing."""
-        for name in ("ckpt.pt", "best.pt", "metrics.jsonl"):
+        for name in ("ckpt.pt", "best.pt", "before_cooldown.pt", "metrics.jsonl"):
             remove(os.path.join(self.out_dir, f"{name}.tmp"))
 
 

@@ -1,20 +1,33 @@
 """
-GPT-2 in one file: embeddings, pre-LayerNorm blocks of causal attention and MLP, a tied output head.
+GPT in one file, in two architectures: embeddings, blocks of causal attention and MLP, an output head.
 
-Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and its code
-(https://github.com/openai/gpt-2). Parameter names, initialisation and exact (erf) GELU are nanoGPT's
+arch="gpt2" is GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and its
+code (https://github.com/openai/gpt-2). Parameter names, initialisation and exact (erf) GELU are nanoGPT's
 (https://github.com/karpathy/nanoGPT), whose checkpoints load here and which loads ours. from_pretrained and
 save_pretrained read and write the folders of Hugging Face's transformers.
+
+arch="modern" is the same skeleton with what has since been found to learn more from each token, collected by
+modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) and measured here by benchmarks/recipe.py: rotary
+positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), normalised queries and keys (Henry et al. 2020,
+https://arxiv.org/abs/2010.04245), squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668), RMSNorm without
+weights (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), of the embedding too, a head of its own, the head
+and all projections into the stream zero at first, capped logits (Gemma 2, https://arxiv.org/abs/2408.00118, section 2),
+and shortcuts to every block: from the embedding, and from the first block's values (Zhou et al. 2024,
+https://arxiv.org/abs/2410.17897).
 
 Shape letters: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = room in the cache.
 """
 
+import collections
 import dataclasses
 import math
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+SOFTCAP = 15.0  # arch="modern": the largest logit, as in modded-nanogpt since January 2025
+ROTARY_BASE = 10000.0  # arch="modern": the slowest pair of components turns by 1 / ROTARY_BASE radians a position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +41,7 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm as OpenAI's GPT-2 has; without them: a little faster
     n_ids: int = 0  # ids that the tokenizer has; the rest of vocab_size is padding. 0: 50,257 of 50,304, else all
     gelu: str = "none"  # its approximation, as F.gelu names it: "none" is exact, OpenAI's weights want "tanh"
+    arch: str = "gpt2"  # or "modern", see above
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -43,6 +57,10 @@ class GPTConfig:
             raise ValueError(f"n_ids={self.n_ids} is more than vocab_size={self.vocab_size} holds")
         if self.gelu not in ("none", "tanh"):
             raise ValueError(f"gelu={self.gelu!r} must be 'none' (exact) or 'tanh'")
+        if self.arch not in ("gpt2", "modern"):
+            raise ValueError(f"arch={self.arch!r} must be 'gpt2' or 'modern'")
+        if self.arch == "modern" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd={self.n_embd} / n_head={self.n_head} must be even: arch='modern' rotates pairs")
 
 
 class Linear(nn.Linear):
@@ -54,6 +72,21 @@ class Linear(nn.Linear):
         return torch.mv(self.weight, x) if self.bias is None else torch.addmv(self.bias, self.weight, x)
 
 
+def make_norm(config):
+    """Returns what the blocks and the head read the residual stream through: LayerNorm, or RMSNorm without weights."""
+    if config.arch == "gpt2":
+        return nn.LayerNorm(config.n_embd, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+
+
+def normed_and_rotated(x, rotary):
+    """Returns queries or keys x (B, H, T, D) with RMS 1, each pair of components i and i + D / 2 rotated by an angle
+    that grows with the position, so that their products depend on the distance. rotary: cosines and sines of these
+    angles, each (T, D / 2) or (B, 1, 1, D / 2)."""
+    (cos, sin), (a, b) = rotary, F.rms_norm(x, x.shape[-1:], eps=1e-6).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -61,9 +94,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.modern = config.arch == "modern"
+        if self.modern:
+            self.v_mix = nn.Parameter(torch.tensor([0.5, 0.5]))  # shares of this block's values and the first one's
 
-    def forward(self, x, cache=None, position=None, mask=None):
-        """Returns (B, T, C) for x (B, T, C), each position attending to itself and those before it.
+    def forward(self, x, rotary, first_v=None, cache=None, position=None, mask=None):
+        """Returns (B, T, C) for x (B, T, C), each position attending to itself and those before it, and this block's
+        values (B, H, T, D). rotary and first_v, the first block's values (None there), matter to arch="modern" only.
 
         With a cache, this layer's keys and values, each (B, H, L, D), those of x are kept in it: from the start on, or,
         given position (B,), there. Then x is one token, (B, C) or (C,), which attends to what mask (B, 1, 1, L) shows.
@@ -72,6 +109,10 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, -1, 3, self.n_head, x.size(-1) // self.n_head)
         # views, no copies: the kernels read q, k, v with their strides and write y so that the reshape is free
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        own_v = v
+        if self.modern:
+            q, k = normed_and_rotated(q, rotary), normed_and_rotated(k, rotary)
+            v = self.v_mix[0] * v + self.v_mix[1] * (v if first_v is None else first_v)
         for kept, new in zip(cache or (), (k, v), strict=False):
             if position is None:
                 kept[:, :, : new.size(2)] = new
@@ -82,7 +123,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(x.shape))
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(y, self.dropout, self.training), own_v
 
 
 class MLP(nn.Module):
@@ -92,22 +133,33 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
         self.gelu = config.gelu
+        self.modern = config.arch == "modern"
 
     def forward(self, x):
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)), self.dropout, self.training)
+        x = self.c_fc(x)
+        x = F.relu(x).square() if self.modern else F.gelu(x, approximate=self.gelu)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
+        self.modern = config.arch == "modern"
+        if self.modern:
+            self.x_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # shares of the residual stream and the embedding
 
-    def forward(self, x, *cached):
-        x = x + self.attn(self.ln_1(x), *cached)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, x0, *attention):
+        """Returns the residual stream (B, T, C) after this block, and its values; x0 is the embedding, which only
+        arch="modern" reads again."""
+        if self.modern:
+            x = self.x_mix[0] * x + self.x_mix[1] * x0
+        y, v = self.attn(self.ln_1(x), *attention)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), v
 
 
 def pick(logits, noise, temperature, top_k=None, top_p=None):
@@ -130,8 +182,49 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
 
 
+def orthogonalize(matrices):
+    """Returns, for matrices (N, A, B), those with the same singular vectors and all singular values near 1 (0.7 to 1.2
+    or so), bf16: five steps of a Newton-Schulz iteration whose coefficients prefer speed to an accuracy that makes no
+    difference here (Jordan 2024, https://kellerjordan.github.io/posts/muon/)."""
+    x = matrices.bfloat16()
+    x = x.mT if x.size(1) > x.size(2) else x  # the products below have the shorter side
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1: it would diverge there
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if matrices.size(1) > matrices.size(2) else x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with another way of going through its parameters: all matrices of one shape at once, in a few
+    launches instead of some 20 for each, and those that one parameter holds on top of each other, q, k and v, apart.
+
+    A group's `fused` says how many that are, 1 or 3. Learning rate and weight decay are AdamW's: the update is scaled
+    to be of the same size (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2).
+    """
+
+    @torch.no_grad()
+    def step(self):
+        """Updates all parameters; each must have a gradient."""
+        for group in self.param_groups:
+            same_shape = collections.defaultdict(list)
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(mean, group["momentum"])  # Nesterov's momentum
+                n = group["fused"]
+                same_shape[len(p) // n, p.size(1)] += zip(p.chunk(n), update.chunk(n), strict=True)
+            for shape, pairs in same_shape.items():
+                weights, updates = zip(*pairs, strict=True)
+                updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+
+
 class GPT(nn.Module):
-    """A GPT-2 language model. Weights are fp32; run it under torch.autocast for bf16 or fp16 matmuls."""
+    """A language model. Weights are fp32; run it under torch.autocast for bf16 or fp16 matmuls."""
 
     def __init__(self, config):
         super().__init__()
@@ -141,17 +234,25 @@ class GPT(nn.Module):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=make_norm(config),
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied: one matrix embeds tokens and scores them
+        if config.arch == "gpt2":
+            self.transformer.wte.weight = self.lm_head.weight  # tied: one matrix embeds tokens and scores them
+        else:
+            del self.transformer.wpe
+            D = config.n_embd // config.n_head
+            angles = torch.arange(config.block_size)[:, None] * ROTARY_BASE ** (-torch.arange(0, D, 2) / D)
+            self.register_buffer("rotary", torch.stack((angles.cos(), angles.sin())), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's initialisation: N(0, 0.02), biases 0; the 2L projections that write into the residual stream
-        get std 0.02 / sqrt(2L), which keeps the stream's variance independent of depth (paper, section 2.3)."""
+        get std 0.02 / sqrt(2L), which keeps the stream's variance independent of depth (paper, section 2.3).
+        arch="modern": there and in the head zeros, so that the first loss is ln(V) and each block begins as none."""
+        modern = self.config.arch == "modern"
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -159,7 +260,9 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(p, std=0.0 if modern else 0.02 / math.sqrt(2 * self.config.n_layer))
+        if modern:
+            nn.init.zeros_(self.lm_head.weight)
 
     def forward(self, idx, targets=None):
         """Returns (logits, loss) for idx, int64 (B, T) with T <= block_size.
@@ -172,22 +275,40 @@ class GPT(nn.Module):
         B, T = idx.shape
         x = self.hidden(idx)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+            return self.logits(x[:, -1:]), None
+        logits = self.logits(x)
         loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return (None if self.training else logits), loss
+
+    def logits(self, x):
+        """Returns the scores of all ids, (..., V), for what the head reads, x (..., C)."""
+        logits = self.lm_head(x)
+        return logits if self.config.arch == "gpt2" else SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
 
     def hidden(self, idx, cache=None):
         """Returns what the head reads, (B, T, C), for idx (B, T); a cache gets the keys and values of all positions."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x, rotary = self.embed(idx, torch.arange(T, device=idx.device))
+        return self.blocks(F.dropout(x, self.config.dropout, self.training), rotary, cache)
+
+    def embed(self, idx, position):
+        """Returns the embedding (..., C) of ids at a position, both int64 (...), in the dtype of the residual stream,
+        and the cosines and sines of their rotations, each (..., D / 2), or None for arch="gpt2", which has wpe."""
+        gpt2, x = self.config.arch == "gpt2", self.transformer.wte(idx)
+        if gpt2:
+            x = x + self.transformer.wpe(position)
         if self.matmul_dtype() == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream: autocast alone would keep it, and its memory traffic, in fp32
-        x = F.dropout(x, self.config.dropout, self.training)
+            x = x.bfloat16()  # autocast alone would keep the residual stream, and its memory traffic, in fp32
+        return (x, None) if gpt2 else (F.rms_norm(x, x.shape[-1:], eps=1e-6), self.rotary[:, position])
+
+    def blocks(self, x, rotary, cache=None, *step):
+        """Returns what the head reads for the embedding x; cache has a pair for each block, step is attention's."""
+        x0, first_v = x, None
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache and cache[i])
+            x, v = block(x, x0, rotary, first_v, cache and cache[i], *step)
+            first_v = v if i == 0 else first_v
         return self.transformer.ln_f(x)
 
     def matmul_dtype(self):
@@ -198,12 +319,12 @@ class GPT(nn.Module):
         return torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
     def get_num_params(self, non_embedding=True):
-        """The number of parameters, without the position embeddings unless non_embedding is False.
-
-        The token embedding counts: it is the output head too, and does its matmul there.
+        """The number of parameters, without embeddings that are only looked up unless non_embedding is False: those of
+        positions or, for arch="modern", of tokens. GPT-2's token embedding counts: it does its matmul as the head.
         """
         n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        looked_up = self.transformer.wpe if self.config.arch == "gpt2" else self.transformer.wte
+        return n - looked_up.weight.numel() if non_embedding else n
 
     def flops_per_token(self):
         """FLOPs of forward and backward for one token: 6N + 12 * n_layer * n_embd * T at T = block_size.
@@ -219,15 +340,25 @@ class GPT(nn.Module):
         backward in dt seconds, are of peak_flops FLOP/s."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, leave_out=()):
         """Returns fused AdamW in two groups: matrices decay by weight_decay, biases and LayerNorm weights do not."""
-        params = list(self.parameters())
+        params = [p for p in self.parameters() if p not in set(leave_out)]
         groups = [
             dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
         ]
         fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors instead of several for each
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def configure_muon(self, weight_decay, learning_rate, betas, device_type):
+        """Returns (AdamW, as above, of the embeddings, the head and all vectors, Muon of the blocks' matrices)."""
+        matrices = {name: p for name, p in self.transformer.h.named_parameters() if p.dim() == 2}
+        groups = [
+            dict(params=[p for name, p in matrices.items() if name.endswith("c_attn.weight")], fused=3),
+            dict(params=[p for name, p in matrices.items() if not name.endswith("c_attn.weight")], fused=1),
+        ]
+        adamw = self.configure_optimizers(weight_decay, learning_rate, betas, device_type, matrices.values())
+        return adamw, Muon(groups, lr=learning_rate, weight_decay=weight_decay)
 
     # -------------------------------------------------------------------------
     # sampling
@@ -242,14 +373,11 @@ class GPT(nn.Module):
     def step(self, token, position, cache, noise, *options):
         """Returns the ids, int64 (B,), that follow token (B,) at position (B,), both int64, given its past in cache;
         noise and options are pick's. All shapes are the same at every step, so that it compiles to one CUDA graph."""
-        x = self.transformer.wte(token) + self.transformer.wpe(position)  # (B, C)
-        if self.matmul_dtype() == torch.bfloat16:
-            x = x.bfloat16()
+        x, rotary = self.embed(token, position)  # (B, C)
         x = x.squeeze(0)  # one sequence: a vector, see Linear
+        rotary = None if rotary is None else rotary[:, :, None, None]  # for (B, H, 1, D / 2)
         mask = torch.arange(cache[0][0].size(2), device=x.device) <= position.view(-1, 1, 1, 1)  # (B, 1, 1, L)
-        for block, layer in zip(self.transformer.h, cache, strict=True):
-            x = block(x, layer, position, mask)
-        logits = self.lm_head(self.transformer.ln_f(x)).view(len(token), -1)
+        logits = self.logits(self.blocks(x, rotary, cache, position, mask)).view(len(token), -1)
         return pick(logits[:, : self.config.n_ids], noise, *options)
 
     @torch.no_grad()
@@ -277,7 +405,7 @@ class GPT(nn.Module):
                 start = (lengths - block_size).clamp(min=0)  # of each row's window
                 window = text.gather(1, start[:, None] + torch.arange(min(end, block_size), device=device))
                 x = self.hidden(window, cache if end <= block_size else None)
-                logits = self.lm_head(x[rows, lengths - start - 1])  # (B, V): what follows each row's last token
+                logits = self.logits(x[rows, lengths - start - 1])  # (B, V): what follows each row's last token
                 if not logits.isfinite().all():
                     raise ValueError(
                         f"the model's logits are not finite: weights of NaN, or too large for {logits.dtype}"
@@ -335,7 +463,9 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, eot_token=None):
         """Writes config.json, generation_config.json and model.safetensors (fp32), from which transformers loads this
         model as its GPT-2, to folder. Rows that pad the vocabulary are left out, biases that it lacks are zeros there.
-        eot_token: the id that starts and ends a text."""
+        eot_token: the id that starts and ends a text. Raises ValueError if it is no GPT-2, but arch="modern"."""
         import huggingface
 
+        if self.config.arch != "gpt2":
+            raise ValueError(f"arch={self.config.arch!r} cannot be exported: Hugging Face's GPT-2 is arch='gpt2'")
         huggingface.write_folder(folder, dataclasses.asdict(self.config), self.state_dict(), eot_token)

@@ -94,8 +94,8 @@ def load_checkpoint(path):
     """Returns (model, tokenizer, state) of a checkpoint of ours or of nanoGPT's."""
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, path)
-    gelu = state.get("gelu", "none")  # not among model_args, which are nanoGPT's
-    model = GPT(GPTConfig(**state["model_args"], n_ids=tokenizer["vocab_size"], gelu=gelu))
+    fields = state["model_args"] | dict(n_ids=tokenizer["vocab_size"], gelu=state["gelu"], arch=state["arch"])
+    model = GPT(GPTConfig(**fields))
     checkpoint.restore_model(model, state, path)
     loss = f", val loss {float(state['best_val_loss']):.4f} at best" if "best_val_loss" in state else ""
     print(f"{path}: iteration {state.get('iter_num', '?')}{loss}", file=sys.stderr)

@@ -59,6 +59,11 @@ class TrainConfig(Config):
     batch_size: int = key(12, "micro-batch: sequences that go through the model at once", low=1)
     block_size: int = key(1024, "tokens in one sequence, the longest context", low=1)
     # model
+    arch: str = key(
+        "gpt2",
+        "gpt2, or modern: learns more from each token, is for this project only; see model.py",
+        choices=("gpt2", "modern"),
+    )
     n_layer: int = key(12, "transformer blocks", low=1)
     n_head: int = key(12, "attention heads; divides n_embd", low=1)
     n_embd: int = key(768, "width of the model", low=1)
@@ -66,7 +71,10 @@ class TrainConfig(Config):
         0.0, "dropped fraction of activations; 0 for pretraining, 0.1 or more for finetuning", low=0, below=1
     )
     bias: bool = key(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has")
-    # AdamW
+    # optimizer
+    optimizer: str = key(
+        "adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=("adamw", "muon")
+    )
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
@@ -75,9 +83,14 @@ class TrainConfig(Config):
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0)
     max_bad_steps: int = key(10, "updates in a row without a finite gradient, each skipped, that end the run", low=1)
     # learning rate schedule
-    decay_lr: bool = key(True, "warm up, then decay along a cosine; False: learning_rate throughout")
+    decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
+    schedule: str = key(
+        "cosine", "cosine; wsd: constant after the warmup, at the end a linear cooldown", choices=("cosine", "wsd")
+    )
+    cooldown_frac: float = key(0.4, "wsd: the part of max_iters, the last, in which it falls to min_lr", low=0)
+    keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt before it falls, to extend the run from")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
-    lr_decay_iters: int = key(600000, "iteration at which the cosine reaches min_lr, usually max_iters", low=0)
+    lr_decay_iters: int = key(600000, "cosine: iteration at which it reaches min_lr, usually max_iters", low=0)
     min_lr: float = key(6e-5, "lowest learning rate, usually learning_rate / 10", low=0)
     # machine
     seed: int = key(1337, "seed of weights, dropout and the order of data", low=0, below=2**32)
@@ -101,6 +114,12 @@ class TrainConfig(Config):
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"set n_embd to {' or '.join(map(str, near))}, or change n_head"
             )
+        if self.arch == "modern" and self.n_embd // self.n_head % 2:
+            found.append(f"n_embd={self.n_embd} / n_head={self.n_head} is not even, as arch='modern' needs it")
+        if self.cooldown_frac > 1:
+            found.append(f"cooldown_frac={self.cooldown_frac} is more than 1, the whole run")
+        if self.keep_before_cooldown and self.schedule != "wsd":
+            found.append("keep_before_cooldown=True needs schedule='wsd': a cosine has no constant part to go on from")
         names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
         if self.init_from not in names and not os.path.isdir(self.init_from):
             found.append(f"init_from must be {', '.join(map(repr, names))} or a folder, not {self.init_from!r}")
@@ -112,15 +131,30 @@ class TrainConfig(Config):
 
 
 def get_lr(it, cfg):
-    """Returns the learning rate of iteration it: linear warmup, a cosine down to min_lr, min_lr from there on."""
+    """Returns the learning rate of iteration it. Both schedules begin with a linear warmup. cosine: down to min_lr at
+    lr_decay_iters, min_lr from there on; wsd: constant, from cooldown_start on linearly down to min_lr at max_iters."""
     if not cfg.decay_lr:
         return cfg.learning_rate
     if it < cfg.warmup_iters:
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    if cfg.schedule == "wsd":
+        left = (cfg.max_iters - it) / max(1, cfg.max_iters - cooldown_start(cfg))
+        return cfg.min_lr + min(1, left) * (cfg.learning_rate - cfg.min_lr)
     if it >= cfg.lr_decay_iters:
         return cfg.min_lr
     progress = (it - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
+
+
+def cooldown_start(cfg):
+    """Returns the iteration at which the cooldown of the schedule wsd begins."""
+    return cfg.max_iters - math.ceil(cfg.cooldown_frac * cfg.max_iters)
+
+
+def get_momentum(it):
+    """Returns Muon's momentum of iteration it: 0.85 rising to 0.95 in 300 iterations, as the gradients of the first
+    ones are soon out of date (modded-nanogpt's record of 8 November 2024)."""
+    return 0.85 + 0.1 * min(1, it / 300)
 
 
 def as_batch(tokens, device):
@@ -207,6 +241,9 @@ if __name__ == "__main__":
         print(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
         print(f"note: the learning rate still rises when this run ends: warmup_iters={cfg.warmup_iters}")
+    elif cfg.decay_lr and cfg.schedule == "wsd":
+        if cooldown_start(cfg) < cfg.warmup_iters:
+            print(f"note: the cooldown begins at {cooldown_start(cfg)}, before the warmup ends at {cfg.warmup_iters}")
     elif cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
         print(f"note: after warmup_iters={cfg.warmup_iters} it drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}")
 
@@ -234,7 +271,7 @@ if __name__ == "__main__":
         state, why = files.load()
         if why:
             say(f"warning: {why}; taking {files.newest} instead", sys.stderr)
-        cfg = checkpoint.with_architecture(cfg, state["model_args"], files.newest)
+        cfg = checkpoint.with_architecture(cfg, state["model_args"] | dict(arch=state["arch"]), files.newest)
         if state["iter_num"] > cfg.max_iters:
             raise ValueError(f"{files.newest} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}")
     elif files.exist() and not cfg.eval_only:
@@ -275,17 +312,22 @@ if __name__ == "__main__":
 
     model_args = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
     model_args["vocab_size"] = vocab_size
-    gelu = state.get("gelu", "none") if state else "none"  # not one of model_args, which nanoGPT's GPTConfig takes
-    model = (pretrained or GPT(GPTConfig(**model_args, n_ids=n_ids, gelu=gelu))).to(device)
+    gelu = state["gelu"] if state else "none"
+    model = (pretrained or GPT(GPTConfig(**model_args, n_ids=n_ids, gelu=gelu, arch=cfg.arch))).to(device)
     betas = (cfg.beta1, cfg.beta2)
-    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device.type)
+    settings = cfg.weight_decay, cfg.learning_rate, betas, device.type
+    if cfg.optimizer == "muon":
+        adamw, muon = model.configure_muon(*settings)
+        optimizers = dict(optimizer=adamw, muon=muon)  # by their names in a checkpoint
+    else:
+        optimizers = dict(optimizer=model.configure_optimizers(*settings))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     sequences_per_iter = cfg.batch_size * cfg.gradient_accumulation_steps
     tokens_per_iter = sequences_per_iter * cfg.block_size
     iter_num, best_val_loss, tokens_seen, earlier_seconds, bad_steps, bad_in_row = 0, math.inf, 0, 0.0, 0, 0
     if state:
         checkpoint.restore_model(model, state, files.newest)
-        checkpoint.restore_optimizer(optimizer, state["optimizer"], files.newest)
+        checkpoint.restore_optimizers(optimizers, state, files.newest)
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         if "rng" in state:  # nanoGPT keeps none
@@ -298,7 +340,7 @@ if __name__ == "__main__":
             say(f"warning: {warning}", sys.stderr)
         state = None  # frees its memory
     else:
-        checkpoint.allocate_moments(optimizer)
+        checkpoint.allocate_moments(optimizers)
 
     # -------------------------------------------------------------------------
     # numbers, with the products that make them
@@ -318,6 +360,12 @@ if __name__ == "__main__":
         f"run: {cfg.max_iters:,} * {tokens_per_iter:,} = {cfg.max_iters * tokens_per_iter:,} tokens, "
         f"{cfg.max_iters * sequences_per_iter / len(train_data):.2f} epochs of {len(train_data):,} windows"
     )
+    if cfg.decay_lr and cfg.schedule == "wsd":
+        constant = cooldown_start(cfg) - cfg.warmup_iters
+        print(
+            f"learning rate: {cfg.warmup_iters:,} iterations of warmup, {constant:,} constant, "
+            f"{cfg.max_iters - cooldown_start(cfg):,} of cooldown"
+        )
     print(
         f"evaluation: 12 * {cfg.eval_iters} = {eval_windows:,} windows of train and val, which have "
         f"{len(train_data):,} and {len(val_data):,}, every {cfg.eval_interval:,} iterations"
@@ -372,14 +420,20 @@ if __name__ == "__main__":
         """The model before iteration iter_num, what it is, and how far the run has come."""
         seconds = earlier_seconds + time.perf_counter() - run_start
         progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, tokens_seen=tokens_seen, seconds=seconds)
-        described = dict(model_args=model_args, gelu=model.config.gelu, tokenizer=tokenizer, data=data)
+        described = dict(model_args=model_args, tokenizer=tokenizer, data=data)
+        described |= dict(
+            gelu=model.config.gelu, arch=cfg.arch
+        )  # not among model_args, which nanoGPT's GPTConfig takes
         described["config"] = dataclasses.asdict(cfg)
         return dict(model=model.state_dict(), bad_steps=bad_steps, bad_in_row=bad_in_row) | progress | described
 
+    def whole_state():
+        moments = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        return weights(best_val_loss) | moments | dict(scaler=scaler.state_dict(), rng=rng)
+
     def save_checkpoint():
         metrics.sync()
-        rest = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng)
-        if files.save(weights(best_val_loss) | rest):
+        if files.save(whole_state()):
             say(f"saving checkpoint to {cfg.out_dir}")
             record("checkpoint", best_val_loss=best_val_loss)
 
@@ -405,7 +459,7 @@ if __name__ == "__main__":
                     with hardware.autocast(device, dtype):
                         _, loss = model(*to_device(upcoming.result(), device))
                     scaler.scale(loss).backward()
-                optimizer.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
                 hardware.synchronize(device)
                 say(f"compiled in {time.perf_counter() - start:.1f}s")
                 window_start, compiled = time.perf_counter(), True
@@ -441,12 +495,22 @@ if __name__ == "__main__":
                 start = time.perf_counter()
                 save_checkpoint()
                 window_start += time.perf_counter() - start
+            if cfg.keep_before_cooldown and iter_num == cooldown_start(cfg):
+                hardware.synchronize(device)
+                start = time.perf_counter()
+                if files.save_before_cooldown(whole_state()):
+                    say(
+                        f"saving {files.before_cooldown}: copied to another out_dir as ckpt.pt, a longer run resumes it"
+                    )
+                window_start += time.perf_counter() - start
             if done or stopping:
                 break
 
             lr = get_lr(iter_num, cfg)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
                 group["lr"] = lr
+                if "momentum" in group:
+                    group["momentum"] = get_momentum(iter_num)
             step_loss.zero_()
             for _ in range(cfg.gradient_accumulation_steps):
                 x, y = to_device(upcoming.result(), device)
@@ -457,14 +521,15 @@ if __name__ == "__main__":
                 loss = loss / cfg.gradient_accumulation_steps  # micro-batches are equal in size: the sum is the mean
                 step_loss += loss.detach()  # stays on the device: reading it here would wait for the GPU
                 scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers.values():
+                scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         except torch.OutOfMemoryError:
             out_of_memory = True  # dealt with below: in here the exception would keep the activations alive
         if out_of_memory:
             x = y = loss = norm = None  # and with them the activations
             model.train()  # it may have been evaluating
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             checkpoint.set_rng(rng, device)
             hardware.forget_compiled(device)
             if iter_num > first_iter and files.saved_iter != iter_num:
@@ -490,9 +555,10 @@ if __name__ == "__main__":
             say(f"warning: {text}: its update is skipped ({bad_in_row} in a row)", sys.stderr)
             record("bad_step", loss=step_loss.item(), norm=norm.item(), in_row=bad_in_row)
         else:
-            scaler.step(optimizer)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         tokens_seen += tokens_per_iter
         window_iters += 1
         bar.update()

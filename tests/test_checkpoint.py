@@ -165,7 +165,7 @@ def test_moments_given_in_advance_change_nothing():
     models = [GPT(GPTConfig(**ARGS)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu") for model in models]
-    checkpoint.allocate_moments(optimizers[1])
+    checkpoint.allocate_moments(dict(optimizer=optimizers[1]))
     for model, optimizer in zip(models, optimizers, strict=True):
         for _ in range(3):
             model(torch.arange(4)[None], torch.arange(4)[None])[1].backward()

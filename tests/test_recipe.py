@@ -1,0 +1,297 @@
+"""
+The modern recipe against independent math: rotations as complex multiplication, Muon against an SVD and against torch's
+own Muon, norms and caps by hand, the schedule wsd by hand, and runs of it against uninterrupted ones.
+Run: pytest tests/test_recipe.py
+"""
+
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+from configurator import configure
+from model import GPT, GPTConfig, Muon, normed_and_rotated, orthogonalize
+from train import TrainConfig, cooldown_start, get_lr, get_momentum
+
+TINY = dict(block_size=32, vocab_size=97, n_layer=3, n_head=2, n_embd=48, bias=False)
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (192, 48), (48, 192)])
+def test_an_orthogonalized_matrix_has_the_singular_vectors_of_the_old_one_and_values_near_1(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e3])[:, None, None]
+    for before, after in zip(matrices, orthogonalize(matrices).float(), strict=True):
+        U, _, Vh = torch.linalg.svd(before, full_matrices=False)
+        values = U.T @ after @ Vh.T  # diagonal, if the vectors are the same
+        assert values.diagonal().min() > 0.3 and values.diagonal().max() < 1.3
+        assert (values - values.diagonal().diag()).abs().max() < 0.1  # products in bf16
+        nearest = U @ Vh  # the nearest matrix with orthonormal rows or columns
+        assert torch.cosine_similarity(after.flatten(), nearest.flatten(), dim=0) > 0.97
+
+
+def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart():
+    torch.manual_seed(0)
+    fused, wide, tall = torch.randn(144, 48), torch.randn(192, 48), torch.randn(48, 192)
+    ours = [torch.nn.Parameter(w.clone()) for w in (fused, wide, tall)]
+    theirs = [torch.nn.Parameter(w.clone()) for w in (*fused.chunk(3), wide, tall)]
+    groups = [dict(params=ours[:1], fused=3), dict(params=ours[1:], fused=1)]
+    settings = dict(lr=0.02, weight_decay=0.1)
+    mine = Muon(groups, **settings)
+    torchs = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    for momentum in (0.85, 0.9, 0.95):
+        grads = [torch.randn_like(w) for w in (fused, wide, tall)]
+        grads[0][:48] *= 100  # of q: it must not make the updates of k and v small
+        for p, grad in zip(ours, grads, strict=True):
+            p.grad = grad
+        for p, grad in zip(theirs, (*grads[0].chunk(3), *grads[1:]), strict=True):
+            p.grad = grad
+        for optimizer in (mine, torchs):
+            for group in optimizer.param_groups:
+                group["momentum"] = momentum
+            optimizer.step()
+    split = [*ours[0].chunk(3), *ours[1:]]
+    moved = [(b - a).abs().mean() for a, b in zip((*fused.chunk(3), wide, tall), split, strict=True)]
+    for p, q, distance in zip(split, theirs, moved, strict=True):
+        assert (p - q).abs().max() < 0.05 * distance  # bf16, summed in another order
+    assert max(moved[:3]) < 1.2 * min(moved[:3])
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
+    model = GPT(GPTConfig(**TINY))
+    adamw, muon = model.configure_muon(0.1, 1e-3, (0.9, 0.95), "cpu")
+    mine = {id(p) for group in muon.param_groups for p in group["params"]}
+    others = {id(p) for group in adamw.param_groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in mine}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.{i}.{part}.weight" for i in range(3) for part in parts}
+    assert not mine & others and len(mine | others) == len(list(model.parameters()))
+    assert [len(group["params"]) for group in muon.param_groups] == [3, 9]  # c_attn, of three matrices each, and others
+    assert [group["fused"] for group in muon.param_groups] == [3, 1]
+
+
+# -----------------------------------------------------------------------------
+# schedules
+
+
+def test_wsd_by_hand():
+    argv = "--schedule=wsd --learning_rate=1.0 --min_lr=0.1 --warmup_iters=3 --max_iters=20 --cooldown_frac=0.5"
+    cfg = configure(TrainConfig, argv.split())
+    assert cooldown_start(cfg) == 10
+    expected = {0: 0.25, 2: 0.75, 3: 1.0, 10: 1.0, 11: 0.91, 15: 0.55, 19: 0.19, 20: 0.1}
+    assert {it: get_lr(it, cfg) for it in expected} == pytest.approx(expected)
+    cfg.cooldown_frac = 0.0
+    assert get_lr(19, cfg) == 1.0
+    cfg.cooldown_frac = 0.33  # 6.6 of 20 iterations: 7
+    assert cooldown_start(cfg) == 13 and get_lr(13, cfg) == 1.0 and get_lr(14, cfg) == pytest.approx(0.1 + 0.9 * 6 / 7)
+
+
+def test_the_momentum_of_muon_rises_for_300_iterations():
+    assert [get_momentum(it) for it in (0, 150, 300, 10**6)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+# -----------------------------------------------------------------------------
+# the architecture
+
+
+def modern(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**TINY | dict(arch="modern") | changes)).eval()
+    with torch.no_grad():  # nothing stays at the zeros and ones of the start
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        model.lm_head.weight.mul_(5)  # so that the cap is felt
+    return model
+
+
+def rms_normed(x):
+    return x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+
+
+def as_complex(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.complex(a, b)
+
+
+def plain_logits(model, idx):
+    """The architecture written down a second time, from its description, one head and one position after the other."""
+    weights, config = dict(model.named_parameters()), model.config
+    H, D = config.n_head, config.n_embd // config.n_head
+    turn = torch.polar(torch.ones(D // 2), 10000.0 ** (-2 * torch.arange(D // 2) / D))  # of one position
+    x = x0 = rms_normed(weights["transformer.wte.weight"][idx])  # (T, C)
+    first_v = None
+    for i in range(config.n_layer):
+        w = {name.removeprefix(f"transformer.h.{i}."): p for name, p in weights.items()}
+        x = w["x_mix"][0] * x + w["x_mix"][1] * x0
+        q, k, v = (rms_normed(x) @ w["attn.c_attn.weight"].T).view(-1, 3, H, D).unbind(1)
+        first_v = v if i == 0 else first_v
+        v = w["attn.v_mix"][0] * v + w["attn.v_mix"][1] * first_v
+        y = torch.zeros_like(x)
+        for t in range(len(idx)):
+            for h in range(H):
+                a, b = as_complex(rms_normed(q[t, h])) * turn**t, as_complex(rms_normed(k[: t + 1, h]))
+                b = b * torch.stack([turn**s for s in range(t + 1)])
+                p = ((a * b.conj()).real.sum(-1) / D**0.5).softmax(0)
+                y[t, h * D : (h + 1) * D] = p @ v[: t + 1, h]
+        x = x + y @ w["attn.c_proj.weight"].T
+        x = x + (rms_normed(x) @ w["mlp.c_fc.weight"].T).clamp(min=0) ** 2 @ w["mlp.c_proj.weight"].T
+    return 15 * torch.tanh(rms_normed(x) @ weights["lm_head.weight"].T / 15)
+
+
+def test_logits_are_those_of_the_description():
+    model, idx = modern(), torch.randint(97, (2, 12))
+    with torch.no_grad():
+        logits, loss = model(idx, idx)
+        expected = torch.stack([plain_logits(model, row) for row in idx])
+    assert (logits - expected).abs().max() < 2e-4
+    assert logits.abs().max() < 15 and expected.abs().max() > 8
+    log_p = expected.log_softmax(-1)[torch.arange(2)[:, None], torch.arange(12), idx]
+    assert loss.item() == pytest.approx(-log_p.mean().item(), abs=1e-4)
+
+
+def test_attention_depends_on_distances_only():
+    """The second half of a text of one repeated token per half sees the same distances wherever it stands."""
+    model = modern(n_layer=1)
+    late, early = torch.full((1, 30), 5), torch.full((1, 20), 5)
+    with torch.no_grad():
+        assert torch.allclose(model(late)[0], model(early)[0], atol=1e-4)  # all values equal: any weights give the same
+        q = torch.randn(1, 1, 32, 24)
+        k = torch.randn(1, 1, 1, 24).expand(1, 1, 32, 24)
+        q = q[:, :, :1].expand_as(k)
+        scores = normed_and_rotated(q, model.rotary) @ normed_and_rotated(k, model.rotary).mT
+    for distance in range(32):
+        along = scores[0, 0].diagonal(-distance)
+        assert torch.allclose(along, along[0].expand_as(along), atol=1e-4)
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess_exactly():
+    model = GPT(GPTConfig(**TINY, arch="modern")).eval()
+    idx, targets = torch.randint(97, (2, 4, 32))
+    assert model(idx, targets)[1].item() == pytest.approx(math.log(97), abs=1e-6)
+
+
+def test_sampling_with_the_cache_takes_the_ids_that_full_passes_take():
+    model, idx = modern(), torch.randint(97, (2, 7))
+    lengths, noise = torch.tensor([4, 7]), torch.rand(2, 40)
+    text = model.generate(idx, 40, 1.0, noise=noise, lengths=lengths)  # past block_size, 32
+    for row, n in enumerate(lengths.tolist()):
+        ids = idx[row, :n].tolist()
+        for u in noise[row]:
+            with torch.no_grad():
+                p = model(torch.tensor([ids[-32:]]))[0][0, -1].softmax(-1)
+            ids.append(int(torch.searchsorted(p.cumsum(-1), 1 - u)))
+        assert text[row, : n + 40].tolist() == ids
+
+
+def test_one_sequence_is_sampled_as_it_is_in_a_batch():
+    model, idx, noise = modern(), torch.randint(97, (1, 3)), torch.rand(1, 20)
+    alone = model.generate(idx, 20, noise=noise)
+    assert torch.equal(alone, model.generate(idx.repeat(2, 1), 20, noise=noise.repeat(2, 1))[:1])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_compile_takes_it_as_one_graph(training):
+    model, idx = modern().train(training), torch.randint(97, (2, 32))
+    expected = model(idx, idx)[1].item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = torch.compile(model, fullgraph=True, dynamic=False)(idx, idx)[1]
+        loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=0.02)
+
+
+def test_bf16_autocast_keeps_the_residual_stream_in_bf16():
+    model, seen = modern(), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda module, args, out: seen.extend((args[0].dtype, args[1].dtype, out[0].dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randint(97, (1, 8)))
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_flops_of_the_modern_125m_by_hand():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(arch="modern", vocab_size=50304, n_layer=12, n_head=6, n_embd=768, bias=False))
+    matrices = 12 * 12 * 768**2  # c_attn 3, c_proj 1, c_fc 4, c_proj 4, of 768 * 768 each, in 12 blocks
+    mixes, head = 12 * 4, 50304 * 768
+    assert model.get_num_params() == matrices + mixes + head  # the input embedding is looked up, not multiplied
+    assert model.get_num_params(non_embedding=False) == matrices + mixes + 2 * head
+    assert model.flops_per_token() == 6 * (matrices + mixes + head) + 12 * 12 * 768 * 1024
+
+
+def test_it_cannot_be_exported_as_gpt2(tmp_path):
+    with pytest.raises(ValueError, match="arch='modern' cannot be exported"):
+        modern().save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+RECIPE = "--arch=modern --optimizer=muon --schedule=wsd --min_lr=0 --cooldown_frac=0.5".split()
+
+
+def state_of(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def test_a_resumed_run_of_the_recipe_is_bit_for_bit_the_uninterrupted_one(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, *RECIPE, "--dropout=0.1", "--max_iters=12"]
+    run("train.py", *argv, "--out_dir=whole", "--eval_interval=100")
+    run("train.py", *argv, "--out_dir=parts", "--checkpoint_interval=5", "--eval_interval=100")
+    os.replace(tmp_path / "parts" / "ckpt_prev.pt", tmp_path / "parts" / "ckpt.pt")  # of iteration 10
+    assert state_of(tmp_path / "parts")["iter_num"] == 10
+    run("train.py", *argv, "--out_dir=parts", "--init_from=resume", "--eval_interval=100")
+    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    for part in ("optimizer", "muon"):
+        for i, moments in whole[part]["state"].items():
+            assert all(torch.equal(moments[name], parts[part]["state"][i][name]) for name in moments)
+    assert all(torch.equal(p, parts["model"][name]) for name, p in whole["model"].items())
+    assert whole["muon"]["state"][0]["momentum_buffer"].abs().max() > 0
+
+
+def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, *RECIPE, "--keep_before_cooldown=True"]
+    out = run("train.py", *argv, "--out_dir=short", "--max_iters=8")
+    assert "learning rate: 2 iterations of warmup, 2 constant, 4 of cooldown" in out.stdout
+    kept = state_of(tmp_path / "short", "before_cooldown.pt")
+    assert kept["iter_num"] == 4
+    run("train.py", *argv, "--out_dir=long", "--max_iters=12")
+    (tmp_path / "longer").mkdir()
+    shutil.copy(tmp_path / "short" / "before_cooldown.pt", tmp_path / "longer" / "ckpt.pt")
+    out = run("train.py", *argv, "--out_dir=longer", "--max_iters=12", "--init_from=resume")
+    assert "warning" not in out.stderr
+    long, longer = state_of(tmp_path / "long"), state_of(tmp_path / "longer")
+    assert longer["iter_num"] == 12
+    assert all(torch.equal(p, longer["model"][name]) for name, p in long["model"].items())
+
+
+def test_the_recipe_is_sampled_from_its_checkpoint(run, byte_data, tiny):
+    run("train.py", *tiny, *RECIPE, "--max_iters=60", "--eval_interval=60")
+    out = run(
+        "sample.py", "--start=pack my", "--num_samples=1", "--max_new_tokens=9", "--temperature=0", "--device=cpu"
+    )
+    assert out.stdout.startswith("pack my box with")
+    failed = run("sample.py", "--export=hf", "--device=cpu", status=1)
+    assert "arch='modern' cannot be exported" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "first, then, message",
+    [
+        ([], ["--optimizer=muon"], "is of a run with --optimizer=adamw, not muon"),
+        (["--optimizer=muon"], [], "is of a run with --optimizer=muon, not adamw"),
+        ([], ["--arch=modern"], "is of another model: arch=gpt2, not modern"),
+        ([], ["--cooldown_frac=1.5", "--schedule=wsd"], "cooldown_frac=1.5 is more than 1"),
+        ([], ["--keep_before_cooldown=True"], "needs schedule='wsd'"),
+        ([], ["--arch=modern", "--n_head=32"], "n_embd=32 / n_head=32 is not even"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(run, byte_data, tiny, first, then, message):
+    run("train.py", *tiny, *first, "--max_iters=2", "--lr_decay_iters=12")
+    failed = run("train.py", *tiny, *then, "--init_from=resume", status=1)
+    assert message in failed.stderr
