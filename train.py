@@ -123,6 +123,13 @@ def get_lr(it, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
 
 
+def embedding_rows(tokenizer):
+    """Returns the vocab_size of a new model: the tokenizer's number of ids, rounded up to a multiple of 64, which suits
+    the matmul kernels; as it is if there is a meta.pkl, that is for nanoGPT's own data, whose models are not padded."""
+    n_ids = tokenizer["vocab_size"]
+    return n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
+
+
 def as_batch(tokens, device):
     """Returns inputs and targets, int64 (B, T) in host memory, of tokens, NumPy int64 (B, T + 1). For a CUDA device
     they are pinned, so that their copy to it overlaps with its work."""
@@ -248,9 +255,7 @@ if __name__ == "__main__":
 
     folder = shards.find_data(cfg.dataset)
     tokenizer = shards.read_tokenizer(folder)
-    n_ids = tokenizer["vocab_size"]
-    # multiples of 64 suit the matmul kernels; a meta.pkl means nanoGPT's own data, whose models are not padded
-    vocab_size = n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
+    n_ids, vocab_size = tokenizer["vocab_size"], embedding_rows(tokenizer)
     if state or pretrained:
         vocab_size = state["model_args"]["vocab_size"] if state else pretrained.config.vocab_size
         if n_ids > vocab_size:
