@@ -110,6 +110,55 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def loss_of_chunk(x, weight, targets, with_gradients):
+    """Returns the sum over x, (n, C), of the cross-entropies of its logits and targets, int64 (n,), fp32, and the
+    gradients of that sum by x, in its dtype, and by weight, fp32, or None. What is done to the logits would come after
+    the first line, and its derivative as a factor of their gradient."""
+    logits = F.linear(x, weight).float()
+    counted, total = targets >= 0, logits.logsumexp(-1, keepdim=True)
+    loss = (total - logits.gather(1, targets.clamp(min=0)[:, None])).squeeze(1).masked_fill(~counted, 0).sum()
+    if not with_gradients:
+        return loss, None, None
+    # by the logits. Not yet divided by the number of targets: fp16 would lose what is small; no scatter: this fuses
+    d = (logits - total).exp() - (targets[:, None] == torch.arange(len(weight), device=x.device)).float()
+    d = d.masked_fill(~counted[:, None], 0).to(x.dtype)
+    return loss, d @ weight, (d.t() @ (x / 128)).float() * 128  # a sum over many tokens: fp16 ends at 65,504
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """See cross_entropy. The forward pass computes the gradients too, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunks, with_gradients):
+        w, loss, dx, dw = weight.to(x.dtype), 0.0, [], 0.0
+        for some, t in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
+            part, by_x, by_weight = loss_of_chunk(some, w, t, with_gradients)
+            loss += part
+            if with_gradients:
+                dx.append(by_x)
+                dw += by_weight
+        count = (targets >= 0).sum()
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(dx), dw, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        scale = grad / count
+        return (dx * scale).to(dx.dtype), dw * scale, None, None, None
+
+
+def cross_entropy(x, weight, targets, chunks):
+    """Returns the mean cross-entropy in nats, an fp32 scalar, of the logits x @ weight.T and targets, int64 (N,), -1
+    where one does not count, for x (N, C) in the dtype of the matmuls and weight (V, C) in fp32.
+
+    chunks parts of the tokens, of the sizes that torch.chunk gives, are dealt with one after the other, so that the
+    logits of all, and their gradient, never exist at once. Sums over chunks are fp32.
+    """
+    return ChunkedCrossEntropy.apply(x, weight, targets, chunks, torch.is_grad_enabled())
+
+
 def pick(logits, noise, temperature, top_k=None, top_p=None):
     """Returns the next ids, int64 (B,), for logits (B, V) and noise, uniform on [0, 1), fp32 (B,).
 
@@ -136,6 +185,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.loss_chunks = 1  # see cross_entropy; how to compute, not what, so not a part of config
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -166,13 +216,17 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where a
         position does not count: the mean cross-entropy in nats, a scalar; logits are (B, T, V) in eval mode and
-        None in training. The loss is in here so that a compiled model fuses the fp32 upcast of the logits into
-        it: at (16, 1024, 50304) they would take 3.3 GB of their own. Raises ValueError if T is above block_size.
+        None in training, and in either with loss_chunks above 1. The loss is in here so that a compiled model fuses
+        the fp32 upcast of the logits into it: at (16, 1024, 50304) they would take 3.3 GB of their own. Raises
+        ValueError if T is above block_size.
         """
         B, T = idx.shape
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
+        if self.loss_chunks > 1:
+            x = x.view(B * T, -1).to(self.matmul_dtype())
+            return None, cross_entropy(x, self.lm_head.weight, targets.reshape(B * T), self.loss_chunks)
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return (None if self.training else logits), loss

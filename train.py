@@ -86,6 +86,15 @@ class TrainConfig(Config):
         "", "dtype of matmuls; empty: what suits the device", choices=("", "bfloat16", "float16", "float32")
     )
     compile: bool = key(True, "torch.compile the model: some time at the start, faster from there on")
+    compile_mode: str = key(  # no CUDA graphs: a micro-batch overwrites what the one before it has returned
+        "default",
+        "the second tries more kernels: minutes at the start",
+        choices=("default", "max-autotune-no-cudagraphs"),
+    )
+    activation_memory: float = key(
+        1.0, "share of the activations that a compiled model keeps; backward recomputes the rest", above=0, high=1
+    )
+    loss_chunks: int = key(1, "chunks of the tokens that head and loss take in turn, for less memory; 1: off", low=1)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(
         0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak from hardware.py", low=0
@@ -101,6 +110,10 @@ class TrainConfig(Config):
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"set n_embd to {' or '.join(map(str, near))}, or change n_head"
             )
+        for name, off in (("compile_mode", "default"), ("activation_memory", 1.0)):
+            if not self.compile and getattr(self, name) != off:
+                text = f"{name}={getattr(self, name)!r} acts through torch.compile only"
+                found.append(f"{text}; set compile=True, or {name}={off!r}")
         names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
         if self.init_from not in names and not os.path.isdir(self.init_from):
             found.append(f"init_from must be {', '.join(map(repr, names))} or a folder, not {self.init_from!r}")
@@ -391,8 +404,10 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # the loop: evaluate, save, update, log
 
+    model.loss_chunks = cfg.loss_chunks
     if cfg.compile:
-        model.compile(dynamic=False)
+        torch._functorch.config.activation_memory_budget = cfg.activation_memory
+        model.compile(dynamic=False, mode=cfg.compile_mode)
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=None, dynamic_ncols=True, unit="it")  # on a terminal
