@@ -106,6 +106,7 @@ def trainer(cfg, device, dtype):
     cfg.real_data, go the way of its batches too."""
     folder, n_ids, vocab_size, _ = find_vocabulary(cfg)
     torch.manual_seed(cfg.seed)
+    hardware.keep_freed_memory(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     model_args = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
@@ -145,8 +146,10 @@ def trainer(cfg, device, dtype):
 
     def update():
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if math.isfinite((step_loss if scaler.is_enabled() else norm).item()):
+            if norm > cfg.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -69,9 +69,10 @@ class CausalSelfAttention(nn.Module):
         given position (B,), there. Then x is one token, (B, C) or (C,), which attends to what mask (B, 1, 1, L) shows.
         """
         B = len(x) if cache is None else len(cache[0])
-        qkv = self.c_attn(x).view(B, -1, 3, self.n_head, x.size(-1) // self.n_head)
-        # views, no copies: the kernels read q, k, v with their strides and write y so that the reshape is free
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        # views, no copies: the kernels read q, k, v (B, H, T, D) with their strides and write y so that the reshape is
+        # free; and backward concatenates their gradients into c_attn's layout at once
+        parts = self.c_attn(x).chunk(3, dim=-1)
+        q, k, v = (part.view(B, -1, self.n_head, x.size(-1) // self.n_head).transpose(1, 2) for part in parts)
         for kept, new in zip(cache or (), (k, v), strict=False):
             if position is None:
                 kept[:, :, : new.size(2)] = new

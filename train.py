@@ -243,6 +243,7 @@ if __name__ == "__main__":
     if cfg.compile and (obstacle := hardware.compile_obstacle(device)):
         raise ValueError(f"{obstacle}; or run without it: --compile=False")
     torch.manual_seed(cfg.seed)
+    hardware.keep_freed_memory(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as nanoGPT
 
@@ -478,7 +479,7 @@ if __name__ == "__main__":
                 step_loss += loss.detach()  # stays on the device: reading it here would wait for the GPU
                 scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         except torch.OutOfMemoryError:
             out_of_memory = True  # dealt with below: in here the exception would keep the activations alive
         if out_of_memory:
@@ -510,6 +511,8 @@ if __name__ == "__main__":
             say(f"warning: {text}: its update is skipped ({bad_in_row} in a row)", sys.stderr)
             record("bad_step", loss=step_loss.item(), norm=norm.item(), in_row=bad_in_row)
         else:
+            if norm > cfg.grad_clip > 0:  # else there is nothing to scale: a pass over the gradients less
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
