@@ -299,6 +299,7 @@ def run_row(cfg, tell):
             elif kind == "error":
                 raise ValueError(content)
             else:
+                process.join(30)  # it has things of torch.compile to tidy up
                 return ("measured", content) if kind == "row" else ("out of memory", {})
     except EOFError:
         process.join()
