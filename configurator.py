@@ -14,14 +14,23 @@ import dataclasses
 import difflib
 import inspect
 import math
+import operator
 import os
 import sys
 import traceback
 
+LIMITS = {  # of a value, as key() takes them: how --help writes it, how an error says it, what holds
+    "low": (">=", "at least", operator.ge),
+    "above": (">", "above", operator.gt),
+    "below": ("<", "below", operator.lt),
+    "high": ("<=", "at most", operator.le),
+}
 
-def key(default, text, *, choices=(), low=None, below=None):
-    """A dataclass field with its --help text; choices, low (inclusive) and below (exclusive) limit its values."""
-    return dataclasses.field(default=default, metadata=dict(text=text, choices=choices, low=low, below=below))
+
+def key(default, text, *, choices=(), **limits):
+    """A dataclass field with its --help text; choices and limits, the names in LIMITS, bound its values."""
+    metadata = dict.fromkeys(LIMITS) | limits | dict(text=text, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Config:
@@ -58,10 +67,9 @@ def convert(value, field):
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(f"{field.name} must be {' or '.join(map(repr, limits['choices']))}, not {value!r}")
-    if limits["low"] is not None and value < limits["low"]:
-        raise ValueError(f"{field.name} must be at least {limits['low']}, not {value}")
-    if limits["below"] is not None and value >= limits["below"]:
-        raise ValueError(f"{field.name} must be below {limits['below']}, not {value}")
+    for name, (_, words, holds) in LIMITS.items():
+        if limits[name] is not None and not holds(value, limits[name]):
+            raise ValueError(f"{field.name} must be {words} {limits[name]}, not {value}")
     return value
 
 
@@ -216,9 +224,7 @@ def usage(cls, doc, script):
         text, limits = f.metadata["text"], f.metadata
         if limits["choices"]:
             text += f" ({', '.join(map(repr, limits['choices']))})"
-        bounds = [
-            f"{word} {limits[name]}" for name, word in (("low", ">="), ("below", "<")) if limits[name] is not None
-        ]
+        bounds = [f"{sign} {limits[name]}" for name, (sign, *_) in LIMITS.items() if limits[name] is not None]
         text += f" [{', '.join(bounds)}]" if bounds else ""
         lines.append(f"  --{f.name}={f.default!r}".ljust(40) + f" {f.type.__name__:5s} {text}")
     return "\n".join(lines)

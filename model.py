@@ -106,9 +106,10 @@ class CausalSelfAttention(nn.Module):
         given position (B,), there. Then x is one token, (B, C) or (C,), which attends to what mask (B, 1, 1, L) shows.
         """
         B = len(x) if cache is None else len(cache[0])
-        qkv = self.c_attn(x).view(B, -1, 3, self.n_head, x.size(-1) // self.n_head)
-        # views, no copies: the kernels read q, k, v with their strides and write y so that the reshape is free
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        # views, no copies: the kernels read q, k, v (B, H, T, D) with their strides and write y so that the reshape is
+        # free; and backward concatenates their gradients into c_attn's layout at once
+        parts = self.c_attn(x).chunk(3, dim=-1)
+        q, k, v = (part.view(B, -1, self.n_head, x.size(-1) // self.n_head).transpose(1, 2) for part in parts)
         own_v = v
         if self.modern:
             q, k = normed_and_rotated(q, rotary), normed_and_rotated(k, rotary)
@@ -160,6 +161,61 @@ class Block(nn.Module):
         y, v = self.attn(self.ln_1(x), *attention)
         x = x + y
         return x + self.mlp(self.ln_2(x)), v
+
+
+def capped(logits, softcap):
+    """Returns logits, fp32, limited to softcap in size, smoothly; as they are if that is None."""
+    return logits if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+
+
+def loss_of_chunk(x, weight, targets, softcap, with_gradients):
+    """Returns the sum over x, (n, C), of the cross-entropies of its logits and targets, int64 (n,), fp32, and the
+    gradients of that sum by x, in its dtype, and by weight, fp32, or None."""
+    logits = capped(F.linear(x, weight), softcap).float()
+    counted, total = targets >= 0, logits.logsumexp(-1, keepdim=True)
+    loss = (total - logits.gather(1, targets.clamp(min=0)[:, None])).squeeze(1).masked_fill(~counted, 0).sum()
+    if not with_gradients:
+        return loss, None, None
+    # by the logits. Not yet divided by the number of targets: fp16 would lose what is small; no scatter: this fuses
+    d = (logits - total).exp() - (targets[:, None] == torch.arange(len(weight), device=x.device)).float()
+    if softcap is not None:
+        d = d * (1 - (logits / softcap).square())  # tanh' = 1 - tanh^2
+    d = d.masked_fill(~counted[:, None], 0).to(x.dtype)
+    return loss, d @ weight, (d.t() @ (x / 128)).float() * 128  # a sum over many tokens: fp16 ends at 65,504
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """See cross_entropy. The forward pass computes the gradients too, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunks, softcap, with_gradients):
+        w, loss, dx, dw = weight.to(x.dtype), 0.0, [], 0.0
+        for some, t in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
+            part, by_x, by_weight = loss_of_chunk(some, w, t, softcap, with_gradients)
+            loss += part
+            if with_gradients:
+                dx.append(by_x)
+                dw += by_weight
+        count = (targets >= 0).sum()
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(dx), dw, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        scale = grad / count
+        return (dx * scale).to(dx.dtype), dw * scale, None, None, None, None
+
+
+def cross_entropy(x, weight, targets, chunks, softcap=None):
+    """Returns the mean cross-entropy in nats, an fp32 scalar, of the logits x @ weight.T, capped, and targets, int64
+    (N,), -1 where one does not count, for x (N, C) in the dtype of the matmuls and weight (V, C) in fp32.
+
+    chunks parts of the tokens, of the sizes that torch.chunk gives, are dealt with one after the other, so that the
+    logits of all, and their gradient, never exist at once. Sums over chunks are fp32.
+    """
+    return ChunkedCrossEntropy.apply(x, weight, targets, chunks, softcap, torch.is_grad_enabled())
 
 
 def pick(logits, noise, temperature, top_k=None, top_p=None):
@@ -229,6 +285,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.softcap = None if config.arch == "gpt2" else SOFTCAP
+        self.loss_chunks = 1  # see cross_entropy; how to compute, not what, so not a part of config
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -269,21 +327,25 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where a
         position does not count: the mean cross-entropy in nats, a scalar; logits are (B, T, V) in eval mode and
-        None in training. The loss is in here so that a compiled model fuses the fp32 upcast of the logits into
-        it: at (16, 1024, 50304) they would take 3.3 GB of their own. Raises ValueError if T is above block_size.
+        None in training, and in either with loss_chunks above 1. The loss is in here so that a compiled model fuses
+        the fp32 upcast of the logits into it: at (16, 1024, 50304) they would take 3.3 GB of their own. Raises
+        ValueError if T is above block_size.
         """
         B, T = idx.shape
         x = self.hidden(idx)
         if targets is None:
             return self.logits(x[:, -1:]), None
+        if self.loss_chunks > 1:
+            x = x.view(B * T, -1).to(self.matmul_dtype())
+            targets = targets.reshape(B * T)
+            return None, cross_entropy(x, self.lm_head.weight, targets, self.loss_chunks, self.softcap)
         logits = self.logits(x)
         loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return (None if self.training else logits), loss
 
     def logits(self, x):
         """Returns the scores of all ids, (..., V), for what the head reads, x (..., C)."""
-        logits = self.lm_head(x)
-        return logits if self.config.arch == "gpt2" else SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
+        return capped(self.lm_head(x), self.softcap)
 
     def hidden(self, idx, cache=None):
         """Returns what the head reads, (B, T, C), for idx (B, T); a cache gets the keys and values of all positions."""

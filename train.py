@@ -87,7 +87,7 @@ class TrainConfig(Config):
     schedule: str = key(
         "cosine", "cosine; wsd: constant after the warmup, at the end a linear cooldown", choices=("cosine", "wsd")
     )
-    cooldown_frac: float = key(0.4, "wsd: the part of max_iters, the last, in which it falls to min_lr", low=0)
+    cooldown_frac: float = key(0.4, "wsd: the part of max_iters, the last, in which it falls to min_lr", low=0, high=1)
     keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt before it falls, to extend the run from")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration at which it reaches min_lr, usually max_iters", low=0)
@@ -99,6 +99,15 @@ class TrainConfig(Config):
         "", "dtype of matmuls; empty: what suits the device", choices=("", "bfloat16", "float16", "float32")
     )
     compile: bool = key(True, "torch.compile the model: some time at the start, faster from there on")
+    compile_mode: str = key(  # no CUDA graphs: a micro-batch overwrites what the one before it has returned
+        "default",
+        "the second tries more kernels: minutes at the start",
+        choices=("default", "max-autotune-no-cudagraphs"),
+    )
+    activation_memory: float = key(
+        1.0, "share of the activations that a compiled model keeps; backward recomputes the rest", above=0, high=1
+    )
+    loss_chunks: int = key(1, "chunks of the tokens that head and loss take in turn, for less memory; 1: off", low=1)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(
         0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak from hardware.py", low=0
@@ -116,10 +125,12 @@ class TrainConfig(Config):
             )
         if self.arch == "modern" and self.n_embd // self.n_head % 2:
             found.append(f"n_embd={self.n_embd} / n_head={self.n_head} is not even, as arch='modern' needs it")
-        if self.cooldown_frac > 1:
-            found.append(f"cooldown_frac={self.cooldown_frac} is more than 1, the whole run")
         if self.keep_before_cooldown and self.schedule != "wsd":
             found.append("keep_before_cooldown=True needs schedule='wsd': a cosine has no constant part to go on from")
+        for name, off in (("compile_mode", "default"), ("activation_memory", 1.0)):
+            if not self.compile and getattr(self, name) != off:
+                text = f"{name}={getattr(self, name)!r} acts through torch.compile only"
+                found.append(f"{text}; set compile=True, or {name}={off!r}")
         names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
         if self.init_from not in names and not os.path.isdir(self.init_from):
             found.append(f"init_from must be {', '.join(map(repr, names))} or a folder, not {self.init_from!r}")
@@ -155,6 +166,22 @@ def get_momentum(it):
     """Returns Muon's momentum of iteration it: 0.85 rising to 0.95 in 300 iterations, as the gradients of the first
     ones are soon out of date (modded-nanogpt's record of 8 November 2024)."""
     return 0.85 + 0.1 * min(1, it / 300)
+
+
+def make_optimizers(model, cfg, device):
+    """Returns the optimizers of a run by their names in a checkpoint: optimizer is AdamW, muon is Muon, if wanted."""
+    settings = cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type
+    if cfg.optimizer == "adamw":
+        return dict(optimizer=model.configure_optimizers(*settings))
+    adamw, muon = model.configure_muon(*settings)
+    return dict(optimizer=adamw, muon=muon)
+
+
+def embedding_rows(tokenizer):
+    """Returns the vocab_size of a new model: the tokenizer's number of ids, rounded up to a multiple of 64, which suits
+    the matmul kernels; as it is if there is a meta.pkl, that is for nanoGPT's own data, whose models are not padded."""
+    n_ids = tokenizer["vocab_size"]
+    return n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
 
 
 def as_batch(tokens, device):
@@ -260,6 +287,7 @@ if __name__ == "__main__":
     if cfg.compile and (obstacle := hardware.compile_obstacle(device)):
         raise ValueError(f"{obstacle}; or run without it: --compile=False")
     torch.manual_seed(cfg.seed)
+    hardware.keep_freed_memory(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as nanoGPT
 
@@ -285,9 +313,7 @@ if __name__ == "__main__":
 
     folder = shards.find_data(cfg.dataset)
     tokenizer = shards.read_tokenizer(folder)
-    n_ids = tokenizer["vocab_size"]
-    # multiples of 64 suit the matmul kernels; a meta.pkl means nanoGPT's own data, whose models are not padded
-    vocab_size = n_ids if tokenizer["encoding"] == "characters" else math.ceil(n_ids / 64) * 64
+    n_ids, vocab_size = tokenizer["vocab_size"], embedding_rows(tokenizer)
     if state or pretrained:
         vocab_size = state["model_args"]["vocab_size"] if state else pretrained.config.vocab_size
         if n_ids > vocab_size:
@@ -314,13 +340,7 @@ if __name__ == "__main__":
     model_args["vocab_size"] = vocab_size
     gelu = state["gelu"] if state else "none"
     model = (pretrained or GPT(GPTConfig(**model_args, n_ids=n_ids, gelu=gelu, arch=cfg.arch))).to(device)
-    betas = (cfg.beta1, cfg.beta2)
-    settings = cfg.weight_decay, cfg.learning_rate, betas, device.type
-    if cfg.optimizer == "muon":
-        adamw, muon = model.configure_muon(*settings)
-        optimizers = dict(optimizer=adamw, muon=muon)  # by their names in a checkpoint
-    else:
-        optimizers = dict(optimizer=model.configure_optimizers(*settings))
+    optimizers = make_optimizers(model, cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     sequences_per_iter = cfg.batch_size * cfg.gradient_accumulation_steps
     tokens_per_iter = sequences_per_iter * cfg.block_size
@@ -440,8 +460,10 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # the loop: evaluate, save, update, log
 
+    model.loss_chunks = cfg.loss_chunks
     if cfg.compile:
-        model.compile(dynamic=False)
+        torch._functorch.config.activation_memory_budget = cfg.activation_memory
+        model.compile(dynamic=False, mode=cfg.compile_mode)
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=None, dynamic_ncols=True, unit="it")  # on a terminal
@@ -523,7 +545,7 @@ if __name__ == "__main__":
                 scaler.scale(loss).backward()
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         except torch.OutOfMemoryError:
             out_of_memory = True  # dealt with below: in here the exception would keep the activations alive
         if out_of_memory:
@@ -555,6 +577,8 @@ if __name__ == "__main__":
             say(f"warning: {text}: its update is skipped ({bad_in_row} in a row)", sys.stderr)
             record("bad_step", loss=step_loss.item(), norm=norm.item(), in_row=bad_in_row)
         else:
+            if norm > cfg.grad_clip > 0:  # else there is nothing to scale: a pass over the gradients less
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
         scaler.update()

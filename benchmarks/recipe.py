@@ -22,10 +22,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, ROOT)
-
 import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, ".."))
 
 from configurator import Config, from_command_line, key
 
@@ -105,8 +105,9 @@ def train(cfg, run):
     argv += ["--beta2=0.95", "--cooldown_frac=0.4", f"--eval_interval={max(1, cfg.iters // 15)}", "--eval_iters=16"]
     argv += [f"--checkpoint_interval={run.iters}", "--log_interval=10", f"--seed={run.seed}", "--init_from=auto"]
     argv += [*cfg.flags.split(), f"--out_dir={run.folder(cfg)}"]
-    start = f"import runpy, sys; sys.path[:0] = [{ROOT!r}, {os.path.dirname(__file__)!r}]; import recipe; "
-    start += f"recipe.leave_out({parts!r}); runpy.run_path({os.path.join(ROOT, 'train.py')!r}, run_name='__main__')"
+    script = os.path.join(HERE, "..", "train.py")
+    start = f"import runpy, sys; sys.path.insert(0, {HERE!r}); import recipe; recipe.leave_out({parts!r}); "
+    start += f"runpy.run_path({script!r}, run_name='__main__')"
     env = os.environ | (dict(OMP_NUM_THREADS="1") if cfg.jobs > 1 else {})
     if figures(cfg, run) is None:
         done = subprocess.run([sys.executable, "-c", start, *argv], env=env, capture_output=True, text=True)
@@ -194,9 +195,8 @@ if __name__ == "__main__":
         tokens = tokens_to(result["curve"], base["loss"])
         share = f"{tokens / base['curve'][-1][0]:.2f}" if tokens else "not reached"
         print(f"| {run.rung} | {run.lr:g} | {result['loss']:.4f} | {share} | {1000 * result['seconds']:.0f} |")
-    print(
-        "\n| run | tokens of the baseline's | val loss, mean and each seed | time of the baseline's |\n|---|---|---|---|"
-    )
+    print("\n| run | tokens of the baseline's | val loss, mean and each seed | time of the baseline's |")
+    print("|---|---|---|---|")
     for rung, iters in [(BASELINE, cfg.iters), (RECIPE, cfg.iters), *((RECIPE, n) for n in parts.values())]:
         results = [result for run, result in final.items() if (run.rung, run.iters) == (rung, iters)]
         losses = [result["loss"] for result in results]

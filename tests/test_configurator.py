@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 class Toy(Config):
     steps: int = key(10, "steps to take", low=1)
     rate: float = key(0.5, "fraction", low=0, below=1)
+    share: float = key(1.0, "fraction", above=0, high=1)
     fast: bool = key(True, "hurry")
     name: str = key("toy", "what to call it")
     kind: str = key("a", "which", choices=("a", "b"))
@@ -68,6 +69,8 @@ def test_values_keep_their_type_and_may_hold_an_equals_sign():
         ("--steps=True", "--steps: steps needs an int, not 'True'"),
         ("--steps=0", "--steps: steps must be at least 1, not 0"),
         ("--rate=1", "--rate: rate must be below 1, not 1.0"),
+        ("--share=0", "--share: share must be above 0, not 0.0"),
+        ("--share=1.5", "--share: share must be at most 1, not 1.5"),
         ("--rate=nan", "--rate: rate needs a finite number, not nan"),
         ("--fast=1", "--fast: fast needs a bool, not '1'; write True or False"),
         ("--kind=c", "--kind: kind must be 'a' or 'b', not 'c'"),

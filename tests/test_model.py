@@ -57,7 +57,7 @@ def test_attention_equals_softmax_of_scaled_products():
         scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
         heads.append(scores.softmax(-1) @ v[..., h])
     expected = attention.c_proj(torch.cat(heads, dim=-1))
-    assert torch.allclose(attention(x), expected, atol=1e-5)
+    assert torch.allclose(attention(x, None)[0], expected, atol=1e-5)
 
 
 def test_a_token_does_not_change_what_was_predicted_before_it():
@@ -113,6 +113,64 @@ def test_targets_of_minus_one_do_not_count():
     masked = targets.clone()
     masked[1] = -1
     assert model(idx, masked)[1].item() == pytest.approx(model(idx[:1], targets[:1])[1].item(), rel=1e-5)
+
+
+def gradients(model, idx, targets, dtype=torch.float32, scale=1.0):
+    """The loss, and the gradients of the tied matrix, of a vector in the trunk and of the stream that the head reads,
+    times scale in the backward pass as a GradScaler does it."""
+    stream = []
+    hook = model.transformer.ln_f.register_forward_hook(lambda module, x, y: (y.retain_grad(), stream.append(y))[0])
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits, loss = model.train()(idx, targets)
+    hook.remove()
+    (loss * scale).backward()
+    found = [model.lm_head.weight.grad, model.transformer.h[0].ln_1.weight.grad, stream[0].grad.float()]
+    model.zero_grad()
+    assert logits is None and all(g.dtype == torch.float32 for g in found)
+    return loss.detach(), [g / scale for g in found]
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 7, 1000])  # of 5 * 31 tokens: 7 do not divide them, 1000 are too many
+def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(chunks):
+    model, (idx, targets) = shake(tiny(bias=True)), torch.randint(97, (2, 5, 31))
+    targets[2], targets[0, :9] = -1, -1
+    expected, reference = gradients(model, idx, targets)
+    model.loss_chunks = chunks
+    loss, found = gradients(model, idx, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert all((a - b).abs().max() < 5e-6 * b.abs().max() for a, b in zip(found, reference, strict=True))
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
+def test_a_loss_in_chunks_is_as_exact_in_half_precision_as_the_plain_one(dtype, scale):
+    """Both against fp32, in fp16 with the scale that a GradScaler begins with."""
+    model, (idx, targets) = shake(tiny(vocab_size=5000)), torch.randint(5000, (2, 8, 32))
+    exact, reference = gradients(model, idx, targets)
+    plain = gradients(model, idx, targets, dtype, scale)
+    model.loss_chunks = 4
+    chunked = gradients(model, idx, targets, dtype, scale)
+    for loss, _ in (plain, chunked):
+        assert loss.item() == pytest.approx(exact.item(), rel=2e-2 if dtype == torch.bfloat16 else 2e-3)
+    for ours, theirs, truth in zip(chunked[1], plain[1], reference, strict=True):
+        assert ours.isfinite().all() and (ours - truth).norm() < 1.2 * (theirs - truth).norm()
+
+
+def test_a_loss_in_chunks_makes_no_logits_and_without_gradients_none_of_those():
+    model, (idx, targets) = tiny(), torch.randint(97, (2, 8, 32))
+    expected = model(idx, targets)[1]
+    model.loss_chunks = 4
+    sizes, linear = [], F.linear
+
+    def spy(x, weight, bias=None):
+        sizes.extend([x.numel() // 48] if len(weight) == 97 else [])
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "linear", spy)
+        logits, loss = model(idx, targets)
+    assert logits is None and loss.grad_fn is None and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sizes == [64] * 4
+    assert model(idx, targets)[1].requires_grad  # evaluation mode alone does not turn gradients off
 
 
 def test_dropout_acts_in_training_only():
@@ -391,8 +449,11 @@ def test_gpt2s_padded_vocabulary_is_known():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_torch_compile_takes_the_model_with_its_loss_as_one_graph(training):
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself does that
+def test_torch_compile_takes_the_model_with_its_loss_as_one_graph(training, chunks):
     model, (idx, targets) = tiny(dropout=0.1).train(training), torch.randint(97, (2, 4, 32))
+    model.loss_chunks = chunks
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")  # raises at the first graph break
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(idx, targets)[1].item() == pytest.approx(math.log(97), rel=0.05)

@@ -118,6 +118,22 @@ def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny):
     assert times[0] < 1000  # ms: compiling takes many seconds, and is not in it
 
 
+def test_a_compiled_run_that_saves_memory_gives_the_same_losses(run, byte_data, tiny, tmp_path):
+    eager = losses(run("train.py", *tiny))
+    chunked = losses(run("train.py", *tiny, "--loss_chunks=3", "--out_dir=chunked"))
+    out = run("train.py", *tiny, "--compile=True", "--loss_chunks=3", "--activation_memory=0.5")
+    for found in (chunked, losses(out)):
+        assert [float(x) for x in found.values()] == pytest.approx([float(x) for x in eager.values()], abs=2e-3)
+    assert "loss_chunks" not in checkpoint.load(tmp_path / "chunked/ckpt.pt")["model_args"]
+
+
+@pytest.mark.parametrize("setting", ["activation_memory=0.9", "compile_mode='max-autotune-no-cudagraphs'"])
+def test_what_acts_through_the_compiler_is_not_taken_silently_without_it(setting):
+    with pytest.raises(ValueError, match=f"{setting} acts through torch.compile only; set compile=True, or "):
+        configure(TrainConfig, [f"--{setting}", "--compile=False"])
+    configure(TrainConfig, [f"--{setting}"])
+
+
 def test_learning_rate_by_hand():
     cfg = configure(TrainConfig, "--learning_rate=1.0 --min_lr=0.1 --warmup_iters=3 --lr_decay_iters=11".split())
     expected = {

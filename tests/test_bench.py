@@ -1,0 +1,181 @@
+"""
+bench.py as a user runs it, on tiny models: each row is a process. References: train.py's own log, arithmetic by hand,
+the recommendation by hand; memory is really refused (ulimit) and a process is really killed.
+Run: pytest tests/test_bench.py
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENV, ROOT
+
+from bench import BenchConfig, recommend, training_command
+from configurator import ConfigError, configure
+
+SMALL = "--device=cpu --compile=False --dataset=none --n_layer=2 --n_head=2 --n_embd=64 --block_size=64".split()
+ROW = re.compile(r"^ +(\d+) +(\d+) +([\d.,]+) +([\d,]+) +([\d.]+) +n/a +([\d.]+) +([\d.]+)%$", re.M)
+
+
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's /proc")
+
+
+def numbers(text):
+    return [tuple(float(cell.replace(",", "")) for cell in row) for row in ROW.findall(text)]
+
+
+def test_every_row_has_the_tokens_of_the_iteration_and_the_file_says_the_same(run, tmp_path):
+    flags = ["--batch_size=2", "--gradient_accumulation_steps=6", "--seed=3", "--learning_rate=1e9"]
+    out = run("bench.py", *SMALL, *flags, "--sweep_batch_size=6,3", "--json=figures.json").stdout
+    rows = numbers(out)
+    assert [row[:2] for row in rows] == [(3, 4), (6, 2)]
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert report["tokens_per_iter"] == 12 * 64 and report["device"] == "cpu" and report["dtype"] == "float32"
+    assert report["vocab_size"] == 50304 and "GPT-2's" in out and str(tmp_path) not in json.dumps(report)
+    assert report["command"].startswith("python bench.py --device=cpu") and "json" not in report["command"]
+    flops = 6 * (50304 * 64 + 2 * 12 * 64**2 + 5 * 64) + 12 * 2 * 64 * 64
+    for row, shown in zip(report["rows"], rows, strict=True):
+        assert row["status"] == "measured" and row["batch_size"] * row["gradient_accumulation_steps"] == 12
+        whole = row["micro_step_ms"] * row["gradient_accumulation_steps"] + row["update_ms"]
+        assert row["ms_per_iter"] == pytest.approx(whole) == pytest.approx(shown[2], abs=0.006)
+        assert row["tokens_per_s"] == pytest.approx(12 * 64 / whole * 1e3) == pytest.approx(shown[3], abs=0.6)
+        assert row["tflops"] == pytest.approx(flops * row["tokens_per_s"] / 1e12)
+        assert row["mfu"] is None and row["reserved_memory"] is None
+        assert 1e8 < row["peak_memory"] < 4e9 and row["peak_memory"] / 1e9 == pytest.approx(shown[5], abs=0.006)
+    best = recommend(report["rows"])
+    assert report["recommended"] == best
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["python", "train.py"] and command[-2] == f"--batch_size={best['batch_size']}"
+    configure(BenchConfig, command[2:])
+    assert not [arg for arg in command if "sweep" in arg or "json" in arg or "=2" in arg and "batch" in arg]
+
+
+def test_the_time_is_that_of_train(run, byte_data):
+    """Its iterations, by train.py's own log, are as long as bench.py says, within what this machine varies by."""
+    flags = [
+        "--dataset=toy",
+        "--batch_size=16",
+        "--gradient_accumulation_steps=4",
+        "--max_iters=31",
+        "--log_interval=10",
+    ]
+    flags = [*SMALL, *flags, "--n_embd=128", "--eval_iters=1", "--real_data=True", "--n_layer=4"]
+    out = run("bench.py", *flags, "--sweep_batch_size=16").stdout
+    assert "bytes, of data/toy" in out and "random" not in out
+    [[_, _, ms, *_]] = numbers(out)
+    log = run("train.py", *(flag for flag in flags if "real_data" not in flag)).stdout
+    times = [float(t) for t in re.findall(r"^iter \d+: loss [\d.]+, time ([\d.]+)ms", log, re.M)][1:]
+    assert min(times) / 2 < ms < 2 * max(times)
+
+
+@LINUX
+def test_a_row_without_memory_is_a_row_and_larger_ones_are_not_tried(tmp_path):
+    """The limit is a real one, of address space: what the script takes without any model, and 2 GB. The logits, their
+    logarithms and gradients of 256 * 16 tokens take 2.5 GB."""
+    status = [sys.executable, "-c", "import bench; print(open('/proc/self/status').read())"]
+    status = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, env=ENV).stdout
+    limit = int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) + 2 * 2**20
+    flags = ["--batch_size=1", "--gradient_accumulation_steps=1280", "--sweep_batch_size=256,320", "--block_size=16"]
+    flags += ["--n_embd=32", "--n_layer=1"]
+    command = shlex.join([sys.executable, str(ROOT / "bench.py"), *SMALL, *flags, "--sweep_loss_chunks=1,128"])
+    limited = ["bash", "-c", f"ulimit -v {limit}; exec {command} --json=figures.json"]
+    process = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert process.returncode == 0 and "Traceback" not in process.stderr, process.stdout + process.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    expected = [(1, "out of memory"), (1, "not tried"), (128, "measured"), (128, "measured")]
+    assert [(row["loss_chunks"], row["status"]) for row in rows] == expected
+    assert re.search(r"^ +256 +5 +1 +out of memory\n +320 +4 +1 +not tried$", process.stdout, re.M)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@LINUX
+def test_a_killed_row_is_a_row(tmp_path):
+    flags = ["--batch_size=1", "--gradient_accumulation_steps=2", "--sweep_batch_size=1"]
+    command = [sys.executable, str(ROOT / "bench.py"), *SMALL, *flags]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    )
+    deadline, victims = time.monotonic() + 60, []
+    while not victims and time.monotonic() < deadline:
+        time.sleep(0.05)
+        for child in children(process.pid):
+            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                victims.append(child)
+    os.kill(victims[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert re.search(r"^ +1 +2 +killed$", out, re.M), out + err
+    assert process.returncode == 1 and err.startswith("error: no row fits into memory") and "Traceback" not in err
+
+
+def test_the_recommended_row_is_the_smallest_within_one_percent_of_the_fastest():
+    def row(ms, memory, status="measured"):
+        return dict(status=status, ms_per_iter=ms, peak_memory=memory)
+
+    rows = [row(102, 1), row(101, 3), row(100.5, 2), row(100, 4), dict(status="out of memory"), dict(status="killed")]
+    assert recommend(rows) is rows[2]
+    assert recommend([row(100, None), row(99.5, None)])["ms_per_iter"] == 99.5
+
+
+def test_the_command_keeps_what_was_asked_for_and_drops_what_is_of_the_benchmark():
+    argv = ["config/x.py", "--batch_size=8", "--n_layer=3", "--sweep_batch_size=8,16", "--json=a b", "--profile=False"]
+    flags = dict(batch_size=16, gradient_accumulation_steps=4)
+    expected = "python train.py config/x.py --n_layer=3 --batch_size=16 --gradient_accumulation_steps=4"
+    assert training_command(argv, flags) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sweep_batch_size=3,x", "sweep_batch_size: batch_size needs an int, not 'x'"),
+        ("--sweep_batch_size=4,5", "sweep_batch_size: 5 does not divide the 12 sequences of an iteration; these do: "
+         "1, 2, 3, 4, 6, 12"),
+        ("--sweep_batch_size=0", "sweep_batch_size: batch_size must be at least 1, not 0"),
+        ("--sweep_activation_memory=1.5", "sweep_activation_memory: activation_memory must be at most 1, not 1.5"),
+        ("--sweep_loss_chunks=2,,4", "sweep_loss_chunks: loss_chunks needs an int, not ''"),
+        ("--sweep_loss_chunk=2", "unknown key 'sweep_loss_chunk' (did you mean 'sweep_loss_chunks'?)"),
+    ],
+)  # fmt: skip
+def test_nonsense_is_an_error_that_says_what_would_do(flag, message):
+    with pytest.raises(ConfigError) as error:
+        configure(BenchConfig, ["--batch_size=2", "--gradient_accumulation_steps=6", flag])
+    assert message in str(error.value)
+
+
+def test_the_sizes_tried_are_those_around_the_configured_one_that_divide_an_iteration():
+    def sizes(batch_size, accumulation):
+        flags = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
+        return configure(BenchConfig, flags).sweep("batch_size")
+
+    assert sizes(8, 64) == [2, 4, 8, 16, 32, 64]
+    assert sizes(12, 40) == [3, 6, 12, 24, 48, 96]
+    assert sizes(5, 2) == [5, 10]
+
+
+def test_every_config_of_train_and_nanogpts_keys_are_taken():
+    nanogpt = "batch_size block_size bias real_data seed device dtype compile profile".split()
+    assert {*nanogpt} <= {*configure(BenchConfig, []).__dataclass_fields__}
+    for path in ROOT.glob("config/*.py"):
+        configure(BenchConfig, [str(path)])
+
+
+def test_missing_data_is_an_error_only_if_it_is_to_be_read(run):
+    process = run("bench.py", *SMALL, "--batch_size=1", "--gradient_accumulation_steps=1", "--real_data=True", status=1)
+    assert process.stderr.startswith("error: there is no folder data/none for dataset='none'")
+
+
+def test_a_profile_names_the_operations_that_take_the_time(run):
+    out = run("bench.py", *SMALL, "--batch_size=1", "--gradient_accumulation_steps=1", "--profile=True").stdout
+    listed = [line.split() for line in out.splitlines() if line.split()[-1].startswith("aten::")]
+    assert "aten::mm" in {line[-1] for line in listed[:3]}
+    times = [float(line[0]) for line in listed]
+    assert times == sorted(times, reverse=True) and 5 < len(times) <= 15
