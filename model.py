@@ -146,7 +146,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return (dx * scale).to(dx.dtype), dw * scale, None, None, None
+        return (dx.float() * scale).to(dx.dtype), dw * scale, None, None, None  # a GPU rounds scale to dx's dtype
 
 
 def cross_entropy(x, weight, targets, chunks):

@@ -332,16 +332,8 @@ if __name__ == "__main__":
         print(f"attention: {backend}")
     n_params = model.get_num_params(non_embedding=False)
     optimizer_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors(optimizer.state))
-    needed = hardware.memory_needed(
-        n_params,
-        optimizer_bytes,
-        model.config,
-        cfg.batch_size,
-        dtype,
-        cfg.compile,
-        cfg.activation_memory,
-        cfg.loss_chunks,
-    )
+    levers = cfg.compile, cfg.activation_memory, cfg.loss_chunks
+    needed = hardware.memory_needed(n_params, optimizer_bytes, model.config, cfg.batch_size, dtype, *levers)
     if not cfg.eval_only:
         print(f"memory: {hardware.memory_line(needed, device)}")
     print(
