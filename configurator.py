@@ -27,9 +27,9 @@ LIMITS = {  # of a value, as key() takes them: how --help writes it, how an erro
 }
 
 
-def key(default, text, *, choices=(), **limits):
-    """A dataclass field with its --help text; choices and limits, the names in LIMITS, bound its values."""
-    metadata = dict.fromkeys(LIMITS) | limits | dict(text=text, choices=choices)
+def key(default, text, *, choices=(), low=None, above=None, below=None, high=None):
+    """A dataclass field with its --help text; choices and LIMITS, low and high inclusive, bound its values."""
+    metadata = dict(text=text, choices=choices, low=low, above=above, below=below, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
 

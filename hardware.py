@@ -1,12 +1,13 @@
 """
-What this machine is: the device to train on, the dtype it is good at, its peak FLOP/s, MFU's denominator, and what to
-do when its memory runs out.
+What this machine is: the device to train on, the dtype it is good at, its peak FLOP/s, MFU's denominator, and what
+memory training takes.
 
 Peaks are dense (no 2:4 sparsity), with FP32 accumulation, at the vendor's rated boost clock. A GeForce in a cool case
 clocks up to 10 % above its rating, so a good run may read over 80 % there.
 """
 
 import contextlib
+import dataclasses
 import gc
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import sysconfig
 
 import torch
+from torch.nn.attention import SDPBackend
 
 # One line a GPU: words of torch.cuda.get_device_name() that identify it, number of SMs (CUs on AMD), then TFLOP/s in
 # bf16, fp16, tf32 and fp32; 0 where the hardware has none. AxBxC is SMs x FLOPs per SM and clock x GHz, the arithmetic
@@ -237,6 +239,11 @@ def available_memory(device):
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def peak_memory(device):
+    """Returns the most bytes that tensors of this process have taken at one time; None off CUDA. No sync."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def smaller_batch(batch_size, sequences):
     """Returns (batch_size, gradient_accumulation_steps) for as many sequences an iteration: half the batch_size, which
     must be at least 2, or if that does not divide them the next smaller number that does."""
@@ -244,47 +251,102 @@ def smaller_batch(batch_size, sequences):
     return smaller, sequences // smaller
 
 
-def no_room(model, cfg, device, dtype):
-    """Returns what to tell the user of train.py's cfg when memory has run out and batch_size is not to be lowered."""
+def memory_needed(params, optimizer, config, batch_size, dtype, compile, activation_memory=1.0, loss_chunks=1):
+    """Returns by estimate what training takes at its peak: bytes of weights, gradients, optimizer, activations, loss.
+
+    params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig; the rest
+    is as in train.py. Counted is what torch's partitioner (2.13, on a CPU) keeps of a compiled model for its backward
+    pass: for each token and layer 17 numbers times n_embd (34 bytes in bf16, as in Korthikanti et al. 2022,
+    https://arxiv.org/abs/2205.05198, section 4.1, without the attention scores, which fused attention does not keep),
+    and a bf16 copy of every matrix; at an activation_memory just below 1 only 11, and no copies; further down at most
+    that share of all. For arch="modern" they are 21 and 13. Within 3 % of the count at 1 and, with more tokens than the
+    copies weigh, from 0.8 on; else it errs by being too high, at 0.5 up to twice. Not compiled it is 16 times n_embd on
+    a CPU, for arch="modern" 21, in bf16 28; autocast's fp32 LayerNorm makes it more on a GPU. Left out: dropout's
+    masks, and what the context and the libraries take.
+    """
+    size = 4 if dtype == "float32" else 2
+    tokens, layers, C, V = batch_size * config.block_size, config.n_layer, config.n_embd, config.vocab_size
+    logits = size * V * tokens
+    most, least = (17, 11) if config.arch == "gpt2" else (21 if compile or size == 4 else 28, 13)
+    activations = size * tokens * C * (most * layers + 2) + (size == 2) * 2 * (12 * layers * C * C + V * C)
+    if compile and activation_memory < 1:
+        kept = logits if loss_chunks == 1 else 0  # they are activations too
+        share = max(activation_memory * (activations + kept) - kept, 0)
+        activations = min(size * tokens * C * (least * layers + 2), share)
+    if compile:  # logits and their gradient. On a CPU this was seen to take the place of those, not counted on here
+        loss = 2 * logits
+    else:  # fp32 log-probabilities, two gradients and the cap's; in chunks some more steps, none of them fused
+        loss = (12 if loss_chunks == 1 and config.arch == "gpt2" else 16) * V * tokens
+    if loss_chunks > 1:
+        loss = loss // loss_chunks + 4 * V * C  # the matrix's gradient exists from the forward pass on
+    gradients = 4 * params
+    if compile:  # a compiled backward pass returns all of its own at its end, when it has used up what follows
+        gradients += max(4 * params - activations - loss, 0)
+    sizes = dict(weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss)
+    return {name: round(bytes) for name, bytes in sizes.items()}
+
+
+def memory_line(needed, device):
+    """Returns memory_needed's estimate in words, with what the device has."""
+    of = ""
+    if available := available_memory(device):
+        of = f" of {available / 1e9:.1f} GB free"
+    elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+        of = f" of {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB of RAM"
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needed.items())
+    return f"about {sum(needed.values()) / 1e9:.2f} GB{of}: {parts}"
+
+
+def no_room(params, optimizer, config, cfg, dtype, available):
+    """Returns what to tell the user of train.py's cfg when memory has run out and batch_size is not to be lowered.
+    params, optimizer, config: as memory_needed's; available: bytes of memory, None if unknown."""
     text = f"out of memory with batch_size={cfg.batch_size}"
     if cfg.batch_size > 1:
         new, accumulation = smaller_batch(cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps)
         flags = f"--batch_size={new} --gradient_accumulation_steps={accumulation}"
         return f"{text}; {flags} is the same run in less memory, and --auto_fit=True finds that by itself"
-    params, available = model.get_num_params(non_embedding=False), available_memory(device)
-    return f"{text}; {what_would_fit(params, model.config, dtype, available)}"
 
+    def total(config, **changes):
+        options = dict(activation_memory=cfg.activation_memory, loss_chunks=cfg.loss_chunks) | changes
+        return sum(memory_needed(params, optimizer, config, 1, dtype, cfg.compile, **options).values())
 
-def what_would_fit(params, config, dtype, available):
-    """Returns by estimate what a model of so many parameters and that GPTConfig needs for one sequence, and what would
-    fit into available bytes of memory (None: unknown).
-
-    A parameter takes 16 bytes in fp32: weight, gradient and AdamW's two moments. A token takes 34 * n_embd bytes in a
-    block at 2 bytes a number, twice that in fp32 (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section
-    4.1, without the attention scores, which fused attention does not keep) and, assumed here, 12 bytes for each row of
-    the vocabulary: logits, their fp32 copy and gradient, all there at one time.
-    """
-    token = config.n_layer * 34 * config.n_embd * (2 if dtype == "float32" else 1) + 12 * config.vocab_size
-    fixed, sequence = 16 * params, config.block_size * token
-    text = (
-        f"by estimate it needs {fixed / 1e9:.2f} GB for {params / 1e6:.1f}M parameters and {sequence / 1e9:.2f} GB for "
-        f"a sequence of {config.block_size} tokens"
-    )
+    needed = total(config)
+    text += f"; by estimate {params / 1e6:.1f}M parameters need {needed / 1e9:.2f} GB with one sequence"
+    smaller = "a smaller --block_size, --n_layer or --n_embd"
     if available is None:
-        return f"{text}: use a smaller --block_size, --n_layer or --n_embd"
+        return f"{text}: use {smaller}"
     text += f", and {available / 1e9:.2f} GB are there"
-    if fixed + sequence <= available:
-        return f"{text}, so it should fit, but does not: try --compile=True, or a smaller --block_size"
-    if fixed + 64 * token > available:
-        most = max(available - 64 * token, 0) / 16
-        return f"{text}, enough for about {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
-    return f"{text}, enough for about --block_size={(available - fixed) // token // 64 * 64}"
+    if needed <= available:
+        return f"{text}, so it should fit, but does not: try --loss_chunks=8, or {smaller}"
+    both = dict(loss_chunks=8, activation_memory=min(0.8, cfg.activation_memory))
+    for levers in (dict(loss_chunks=8), both)[: 1 + cfg.compile]:
+        if total(config, **levers) <= available:
+            return f"{text}, enough with {' '.join(f'--{name}={x}' for name, x in levers.items())}"
+    lengths = range(64, config.block_size, 64)
+    if lengths := [T for T in lengths if total(dataclasses.replace(config, block_size=T)) <= available]:
+        return f"{text}, enough for about --block_size={lengths[-1]}"
+    most = available * params / (8 * params + optimizer)
+    return f"{text}, not enough for more than {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
+
+
+def attention_backend(device, dtype, config):
+    """Returns the name of the kernel that F.scaled_dot_product_attention takes in training, such as
+    'FLASH_ATTENTION', or None where torch does not tell. It depends on dtype, T, D = n_embd / n_head and dropout."""
+    if device.type not in ("cuda", "cpu") or not hasattr(torch, "_fused_sdp_choice"):  # no public function tells
+        return None
+    shape = (1, config.block_size, 3, config.n_head, config.n_embd // config.n_head)
+    qkv = torch.empty(shape, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # with the strides that they have in the model
+    choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, is_causal=True)
+    return {int(backend): name for name, backend in SDPBackend.__members__.items() if name != "ERROR"}.get(choice)
 
 
 def forget_compiled(device):
     """Gives unused memory back to the device, and makes torch.compile start anew: after several batch sizes it would
     give up compiling (torch._dynamo.config.recompile_limit) and run without."""
     torch._dynamo.reset()
+    gc.unfreeze()  # the compiled model is among what train.py has frozen
+    gc.enable()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

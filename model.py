@@ -10,10 +10,9 @@ arch="modern" is the same skeleton with what has since been found to learn more 
 modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) and measured here by benchmarks/recipe.py: rotary
 positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), normalised queries and keys (Henry et al. 2020,
 https://arxiv.org/abs/2010.04245), squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668), RMSNorm without
-weights (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), of the embedding too, a head of its own, the head
-and all projections into the stream zero at first, capped logits (Gemma 2, https://arxiv.org/abs/2408.00118, section 2),
-and shortcuts to every block: from the embedding, and from the first block's values (Zhou et al. 2024,
-https://arxiv.org/abs/2410.17897).
+weights (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), a head of its own, the head and all projections
+into the stream zero at first, capped logits (Gemma 2, https://arxiv.org/abs/2408.00118, section 2), and shortcuts to
+every block: from the embedding, and from the first block's values (Zhou et al. 2024, https://arxiv.org/abs/2410.17897).
 
 Shape letters: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = room in the cache.
 """
@@ -205,7 +204,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return (dx * scale).to(dx.dtype), dw * scale, None, None, None, None
+        return (dx.float() * scale).to(dx.dtype), dw * scale, None, None, None, None  # a GPU rounds scale to dx's dtype
 
 
 def cross_entropy(x, weight, targets, chunks, softcap=None):
@@ -363,7 +362,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(position)
         if self.matmul_dtype() == torch.bfloat16:
             x = x.bfloat16()  # autocast alone would keep the residual stream, and its memory traffic, in fp32
-        return (x, None) if gpt2 else (F.rms_norm(x, x.shape[-1:], eps=1e-6), self.rotary[:, position])
+        return x, None if gpt2 else self.rotary[:, position]
 
     def blocks(self, x, rotary, cache=None, *step):
         """Returns what the head reads for the embedding x; cache has a pair for each block, step is attention's."""

@@ -11,6 +11,7 @@ of the log). Ctrl-C or SIGTERM finishes the update in flight, saves, and prints 
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -277,6 +278,10 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # machine
 
+    # Memory in segments that grow, instead of pieces of fixed size with gaps that nothing fits into. Read at the first
+    # use of CUDA. Costs nothing known but the sharing of tensors with other processes; Linux has it, Windows has not
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     device, device_why = hardware.pick_device(cfg.device)
     dtype, dtype_why = hardware.pick_dtype(cfg.dtype, device)
     peak, peak_why = hardware.device_peak(device, dtype)
@@ -372,6 +377,15 @@ if __name__ == "__main__":
         f"model: {model.get_num_params() / 1e6:.2f}M parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per token"
     )
     print(f"vocabulary: {n_ids:,} ids in {vocab_size:,} rows")
+    if backend := hardware.attention_backend(device, dtype, model.config):
+        print(f"attention: {backend}")
+    n_params = model.get_num_params(non_embedding=False)
+    moments = checkpoint.tensors({name: optimizer.state for name, optimizer in optimizers.items()})
+    optimizer_bytes = sum(tensor.nbytes for tensor in moments)
+    levers = cfg.compile, cfg.activation_memory, cfg.loss_chunks
+    needed = hardware.memory_needed(n_params, optimizer_bytes, model.config, cfg.batch_size, dtype, *levers)
+    if not cfg.eval_only:
+        print(f"memory: {hardware.memory_line(needed, device)}")
     print(
         f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = {tokens_per_iter:,} "
         f"tokens per iteration (batch_size * gradient_accumulation_steps * block_size)"
@@ -419,7 +433,7 @@ if __name__ == "__main__":
         if wandb and kind in ("iter", "eval"):  # train_loss is train/loss there, as in nanoGPT
             wandb.log(dict(iter=iter_num) | {name.replace("_", "/"): x for name, x in figures.items()})
 
-    record("resume" if iter_num else "config", config=dataclasses.asdict(cfg), torch=torch.__version__)
+    record("resume" if iter_num else "config", config=dataclasses.asdict(cfg), torch=torch.__version__, memory=needed)
 
     # -------------------------------------------------------------------------
     # batches, read by a thread while the model works on the one before
@@ -500,6 +514,7 @@ if __name__ == "__main__":
                 shown = f", {bpb:.4f} bits/byte" if bpb else ""
                 say(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{shown}")
                 record("eval", train_loss=train_loss, val_loss=val_loss, val_bpb=bpb)
+                gc.collect()  # the only time but for the first iteration, see there
                 evaluated_iter, improved = iter_num, val_loss < best_val_loss
                 eval_seconds = time.perf_counter() - start
                 if cfg.eval_only:
@@ -527,6 +542,13 @@ if __name__ == "__main__":
                 window_start += time.perf_counter() - start
             if done or stopping:
                 break
+
+            if gc.isenabled():  # the first iteration: what is there by now, the compiler's objects above all, stays.
+                start = time.perf_counter()  # Looking through it every now and then would halt the loop
+                gc.collect()
+                gc.freeze()
+                gc.disable()
+                window_start += time.perf_counter() - start
 
             lr = get_lr(iter_num, cfg)
             for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
@@ -557,7 +579,8 @@ if __name__ == "__main__":
             if iter_num > first_iter and files.saved_iter != iter_num:
                 save_checkpoint()
             if cfg.batch_size == 1 or not cfg.auto_fit:
-                why = hardware.no_room(model, cfg, device, dtype)
+                available = hardware.available_memory(device)
+                why = hardware.no_room(n_params, optimizer_bytes, model.config, cfg, dtype, available)
                 raise ValueError(f"{why} ({files.kept}, this is iteration {iter_num})")
             text = f"warning: out of memory with batch_size={cfg.batch_size}; from iteration {iter_num} on"
             cfg.batch_size, cfg.gradient_accumulation_steps = hardware.smaller_batch(cfg.batch_size, sequences_per_iter)
@@ -599,7 +622,8 @@ if __name__ == "__main__":
                 f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {norm:.3f}, lr {lr:.2e}, "
                 f"eta {duration(eta)}"
             )
-            record("iter", loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm.item(), lr=lr, tokens=tokens_seen)
+            figures = dict(norm=norm.item(), lr=lr, tokens=tokens_seen, peak_memory=hardware.peak_memory(device))
+            record("iter", loss=loss, dt=dt, mfu=mfu, tflops=tflops, **figures)
             window_start, window_iters = time.perf_counter(), 0
         if bad_in_row >= cfg.max_bad_steps:
             raise ValueError(
@@ -620,7 +644,9 @@ if __name__ == "__main__":
         sys.exit(128 + stop_signals[0])
     seconds = earlier_seconds + time.perf_counter() - run_start
     skipped = f", {bad_steps} updates skipped" if bad_steps else ""
+    peak_memory = hardware.peak_memory(device)
+    most = f", peak memory {peak_memory / 1e9:.2f} GB" if peak_memory else ""
     say(
         f"done: iteration {iter_num:,} after {duration(seconds)}, {tokens_seen:,} tokens{skipped}, "
-        f"best val loss {best_val_loss:.4f}"
+        f"best val loss {best_val_loss:.4f}{most}"
     )

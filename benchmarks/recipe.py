@@ -24,11 +24,11 @@ from dataclasses import dataclass
 
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from configurator import Config, from_command_line, key
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 SIZES = dict(
     cpu="--n_layer=4 --n_embd=256 --block_size=256 --batch_size=32 --gradient_accumulation_steps=1 --dtype=bfloat16",
     gpu="config/fineweb_125m.py --batch_size=32 --gradient_accumulation_steps=4",  # 131,072 tokens an iteration

@@ -17,6 +17,7 @@ import checkpoint
 import hardware
 import shards
 from model import GPT, GPTConfig
+from train import TrainConfig
 
 ARGS = dict(n_layer=1, n_head=1, n_embd=8, block_size=4, bias=False, vocab_size=16, dropout=0.0)
 
@@ -211,17 +212,24 @@ def test_a_smaller_batch_divides_the_same_sequences(batch_size, sequences, expec
     assert hardware.smaller_batch(batch_size, sequences) == expected
 
 
-def test_what_would_fit_by_hand():
+def test_what_to_do_without_memory_for_one_sequence_by_hand():
     config = GPTConfig(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
-    # 16 * 124.4e6 = 1.99e9; a token takes 12 * 34 * 768 + 12 * 50,304 = 916,992 bytes, 1,024 of them 0.94e9
-    unknown = hardware.what_would_fit(124_400_000, config, "bfloat16", None)
-    assert "1.99 GB for 124.4M parameters and 0.94 GB for a sequence of 1024 tokens: use a smaller --block" in unknown
-    some = hardware.what_would_fit(124_400_000, config, "bfloat16", 2_500_000_000)
-    assert some.endswith("2.50 GB are there, enough for about --block_size=512")  # 509.6e6 / 916,992 = 555
-    few = hardware.what_would_fit(124_400_000, config, "bfloat16", 1_500_000_000)
-    assert "enough for about 90M parameters" in few  # (1,500e6 - 64 * 916,992) / 16
-    assert "1.26 GB for a sequence" in hardware.what_would_fit(1, config, "float32", None)
-    assert "should fit, but does not" in hardware.what_would_fit(124_400_000, config, "bfloat16", 4e9)
+    cfg = TrainConfig(batch_size=1, compile=False)
+
+    def advice(available, cfg=cfg, dtype="bfloat16"):
+        return hardware.no_room(124_400_000, 8 * 124_400_000, config, cfg, dtype, available)
+
+    # 16 * 124.4e6 = 1,990e6; copies of 12 * 12 * 768^2 + 50,304 * 768 weights in bf16: 247e6; and 1,024 times
+    # 2 * 768 * (17 * 12 + 2) = 316e3 and 12 * 50,304 = 604e3
+    start = "out of memory with batch_size=1; by estimate 124.4M parameters need 3.18 GB with one sequence"
+    assert advice(None) == f"{start}: use a smaller --block_size, --n_layer or --n_embd"
+    assert advice(4e9).startswith(f"{start}, and 4.00 GB are there, so it should fit, but does not: try --loss_ch")
+    # 8 chunks: 77e6 for their part, 16 bytes a logit there, and 155e6 for the matrix's gradient
+    assert advice(2.85e9).endswith("2.85 GB are there, enough with --loss_chunks=8")
+    # 2,600e6 - 2,237e6 = 363e6 over 920e3 a token: 394
+    assert advice(2.6e9).endswith("2.60 GB are there, enough for about --block_size=384")
+    assert advice(1.5e9).endswith("not enough for more than 94M parameters: use a smaller --n_layer or --n_embd")
+    assert "need 2.77 GB" in advice(None, TrainConfig(batch_size=1))  # compiled: 4 bytes a logit
 
 
 # -----------------------------------------------------------------------------

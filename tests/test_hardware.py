@@ -1,6 +1,7 @@
 """
-The peak table: each card gets its own peak and no other card's, and what cannot be known is not made up.
-Reference: datasheet figures written by hand. Run: pytest tests/test_hardware.py
+The peak table: each card gets its own peak and no other card's, and what cannot be known is not made up. Memory: the
+estimate is what is there. References: datasheet figures written by hand; what autograd and torch's partitioner keep.
+Run: pytest tests/test_hardware.py
 """
 
 import re
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 import hardware
 from hardware import PEAKS, peak_flops
+from model import GPT, GPTConfig
 
 
 def tflops(name, sm_count, dtype="bfloat16"):
@@ -176,3 +180,106 @@ def test_what_compile_lacks_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert "g++ is not on the PATH (apt install g++)" in hardware.compile_obstacle(cpu, tmp_path)
     assert "gcc or clang is not on the PATH" in hardware.compile_obstacle(torch.device("cuda"), tmp_path)
+
+
+SIZES = dict(block_size=256, vocab_size=2048, n_layer=4, n_head=2, n_embd=128, bias=False)
+
+
+def one_pass(model, dtype):
+    idx = torch.zeros(32, 256, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        model(idx, idx)
+
+
+def kept_by_autograd(model, dtype):
+    """Bytes that autograd keeps for the backward pass, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # alive, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        one_pass(model, dtype)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def kept_by_the_compiler(model, dtype):
+    """The same of the graph that torch.compile's partitioner makes, as inductor calls it."""
+    kept = []
+
+    def partition(graph, inputs, *, num_fwd_outputs, **options):
+        forward, backward = min_cut_rematerialization_partition(
+            graph, inputs, num_fwd_outputs=num_fwd_outputs, **options
+        )
+        [output] = [node for node in forward.graph.nodes if node.op == "output"]
+        for node in output.args[0][num_fwd_outputs:]:
+            value = node.meta.get("val") if node.op != "placeholder" else None  # inputs are there anyway
+            kept.append(value.numel() * value.itemsize if torch.is_tensor(value) else 0)
+        return forward, backward
+
+    def backend(graph, inputs):
+        compiler = dict.fromkeys(("fw_compiler", "bw_compiler"), lambda graph, inputs: make_boxed_func(graph.forward))
+        return aot_module_simplified(
+            graph, inputs, **compiler, partition_fn=partition, decompositions=select_decomp_table()
+        )
+
+    one_pass(torch.compile(model, backend=backend, dynamic=False), dtype)
+    return sum(kept)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+@pytest.mark.parametrize("loss_chunks", [1, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_chunks):
+    model = GPT(GPTConfig(**SIZES, arch=arch)).train()
+    model.loss_chunks = loss_chunks
+    needed = hardware.memory_needed(0, 0, model.config, 32, dtype, False, loss_chunks=loss_chunks)
+    # of the loss, fp32 log-probabilities, and the tangents that cap the logits, or the gradient by the matrix
+    of_loss = (4 if arch == "gpt2" else 8) * 2048 * 32 * 256 if loss_chunks == 1 else 4 * 2048 * 128
+    assert needed["activations"] + of_loss == pytest.approx(kept_by_autograd(model, dtype), rel=0.1)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+@pytest.mark.parametrize("activation_memory", [1.0, 0.9, 0.8, 0.5])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_estimate_of_activations_is_what_the_compiler_keeps(arch, dtype, activation_memory):
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(**SIZES, arch=arch)).train()
+    needed = hardware.memory_needed(0, 0, model.config, 32, dtype, True, activation_memory)
+    logits = needed["loss"] / 2  # kept, too; the other half is their gradient
+    with torch._functorch.config.patch(activation_memory_budget=activation_memory):
+        kept = kept_by_the_compiler(model, dtype)
+    assert needed["activations"] + logits == pytest.approx(kept, rel=0.12)
+
+
+def test_the_estimate_grows_with_what_it_is_made_of():
+    config = GPTConfig()
+
+    def total(batch_size=8, compile=True, **levers):
+        return sum(hardware.memory_needed(124e6, 992e6, config, batch_size, "bfloat16", compile, **levers).values())
+
+    assert total(16) > total(8) > total(8, loss_chunks=4) > total(8, loss_chunks=8)
+    assert total(8, compile=False) > total() > total(activation_memory=0.8) > total(activation_memory=0.3)
+    assert total(1, loss_chunks=8) > 16 * 124e6 + 4 * 124e6  # two sets of gradients, when there is nothing else
+
+
+def test_the_memory_line_adds_up():
+    needed = dict(weights=1.5e9, gradients=1.5e9, optimizer=3e9, activations=0.25e9, loss=0.5e9)
+    line = hardware.memory_line(needed, torch.device("cpu"))
+    parts = "weights 1.50, gradients 1.50, optimizer 3.00, activations 0.25, loss 0.50"
+    assert re.fullmatch(rf"about 6\.75 GB( of [\d.]+ GB of RAM)?: {parts}", line)
+
+
+def test_the_attention_kernel_is_named_or_not():
+    config, cpu = GPTConfig(**SIZES), torch.device("cpu")
+    name = hardware.attention_backend(cpu, "bfloat16", config)
+    with torch.profiler.profile() as profile:
+        one_pass(GPT(config).train(), "bfloat16")
+    kernels = {"FLASH_ATTENTION": "aten::_scaled_dot_product_flash_attention_for_cpu"}
+    assert kernels[name] in {event.key for event in profile.key_averages()}
+    assert hardware.attention_backend(cpu, "float32", GPTConfig(**SIZES, dropout=0.1)) == "MATH"
+    assert hardware.attention_backend(torch.device("meta"), "float32", config) is None

@@ -134,6 +134,45 @@ def test_what_acts_through_the_compiler_is_not_taken_silently_without_it(setting
     configure(TrainConfig, [f"--{setting}"])
 
 
+def test_the_memory_that_the_log_estimates_is_in_the_metrics_too(run, byte_data, tiny, tmp_path):
+    out = run("train.py", *tiny, "--max_iters=1").stdout
+    memory, [line] = metrics(tmp_path / "out", "config")[0]["memory"], re.findall("^memory: about .*$", out, re.M)
+    parameters = (320 + 16) * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32
+    assert memory["weights"] == 4 * parameters and line.endswith(f"loss {memory['loss'] / 1e9:.2f}")
+    # two moments a parameter and, in each of 15 tensors, the number of updates, fp32
+    assert memory["optimizer"] == 8 * parameters + 4 * 15
+    assert "attention: FLASH_ATTENTION" in out
+    assert metrics(tmp_path / "out", "iter")[0]["peak_memory"] is None and "peak memory" not in out  # no GPU
+
+
+def test_garbage_is_collected_at_evaluations_only_and_a_leak_does_not_outlive_one(byte_data, tiny, tmp_path):
+    """Each forward pass in training leaves a cycle, which only the garbage collector can free; counted are those that
+    are there, in the iterations of two evaluation intervals."""
+    fault = """
+import gc, weakref
+class Cycle: pass
+alive = weakref.WeakSet()
+def leak(self):
+    if self.training:
+        print("alive", len(alive), gc.isenabled(), flush=True)
+        cycle = Cycle()
+        cycle.itself = cycle
+        alive.add(cycle)
+"""
+    out = run_with(fault + FORWARD.format(condition="leak(self)", fault="pass"), tiny, tmp_path).stdout
+    found = re.findall(r"alive (\d+) (\w+)", out)  # two micro-batches an iteration, six iterations an evaluation
+    assert found == [(str(n), "False") for n in [*range(12)] * 2]
+
+
+def test_the_allocator_is_set_up_unless_the_user_has_done_so(byte_data, tiny, tmp_path):
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    fault = f"import atexit, os; atexit.register(lambda: print('conf', *map(os.environ.get, {names})))"
+    ours = run_with(fault, [*tiny, "--max_iters=0"], tmp_path).stdout
+    assert f"conf {'expandable_segments:True' if sys.platform == 'linux' else None} None" in ours
+    users = "import os; os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'backend:native'; " + fault
+    assert "conf None backend:native" in run_with(users, [*tiny, "--max_iters=0"], tmp_path).stdout
+
+
 def test_learning_rate_by_hand():
     cfg = configure(TrainConfig, "--learning_rate=1.0 --min_lr=0.1 --warmup_iters=3 --lr_decay_iters=11".split())
     expected = {
@@ -467,7 +506,7 @@ def test_without_auto_fit_or_room_for_one_sequence_the_run_ends_with_what_to_do(
     out = run_with(fault, [*tiny, "--batch_size=2", "--out_dir=new"], tmp_path, status=1)
     first, error = out.stderr.splitlines()
     assert "from iteration 0 on batch_size=1, gradient_accumulation_steps=4" in first
-    assert "batch_size=1; by estimate it needs 0.00 GB for 0.0M parameters" in error and "smaller --block_size" in error
+    assert "batch_size=1; by estimate 0.0M parameters need 0.00 GB" in error and "smaller --block_size" in error
 
 
 # -----------------------------------------------------------------------------
