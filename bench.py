@@ -17,7 +17,8 @@ check that gradients are finite, optimizer step, zeroing them). From the medians
 
 so a row takes some seconds, and its start and compilation, where an iteration takes a minute. spread is what its
 repetitions differ by, (slowest - fastest) / median. Peak memory is what torch has allocated on a CUDA GPU at most
-(nvidia-smi shows some 0.5 GB more), on a CPU the largest resident size of the process.
+(nvidia-smi shows some 0.5 GB more), on a CPU the largest resident size of the process, libraries included; beside it is
+the estimate that train.py prints before it starts.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ import hardware
 import shards
 from configurator import convert, from_command_line, key, parse
 from model import GPT, GPTConfig
-from train import TrainConfig, as_batch, embedding_rows, make_optimizers, to_device
+from train import TrainConfig, as_batch, embedding_rows, make_optimizers, memory_estimate, to_device
 
 BLOCK_SECONDS, ROW_SECONDS, MOST_REPEATS = 1.0, 4.0, 20  # a block of micro-steps, all blocks of a row, their number
 SWEPT = ("batch_size", "activation_memory", "loss_chunks")
@@ -102,8 +103,8 @@ def find_vocabulary(cfg):
 
 
 def trainer(cfg, device, dtype):
-    """Returns (model, micro_step, update) that do what an iteration of train.py does; loads of random tokens, unless
-    cfg.real_data, go the way of its batches too."""
+    """Returns (model, estimate of its memory in bytes, micro_step, update); the latter two do what an iteration of
+    train.py does, and random tokens, unless cfg.real_data, go the way of its batches too."""
     folder, n_ids, vocab_size, _ = find_vocabulary(cfg)
     torch.manual_seed(cfg.seed)
     hardware.keep_freed_memory(device)
@@ -156,7 +157,7 @@ def trainer(cfg, device, dtype):
         scaler.update()
         model.zero_grad(set_to_none=True)
 
-    return model, micro_step, update
+    return model, sum(memory_estimate(model, optimizers, cfg, dtype).values()), micro_step, update
 
 
 def seconds(work, device, times=1):
@@ -231,6 +232,7 @@ def out_of_memory(error):
 def row_process(cfg, pipe):
     """Sends ("about", dict), then ("row", figures), or ("memory", None) or ("error", text) where it has failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's business, which ends this process
+    hardware.use_expandable_segments()
     try:
         device, device_why = hardware.pick_device(cfg.device)
         dtype, dtype_why = hardware.pick_dtype(cfg.dtype, device)
@@ -239,7 +241,7 @@ def row_process(cfg, pipe):
             peak, peak_why = cfg.peak_flops, f"{cfg.peak_flops / 1e12:g} TFLOP/s as given by peak_flops"
         if cfg.compile and (obstacle := hardware.compile_obstacle(device)):
             raise ValueError(f"{obstacle}; or run without it: --compile=False")
-        model, micro_step, update = trainer(cfg, device, dtype)
+        model, estimate, micro_step, update = trainer(cfg, device, dtype)
         pipe.send(("about", about(model, cfg, device, device_why, dtype, dtype_why, peak_why)))
         if cfg.profile:
             pipe.send(("row", profile(micro_step, update, device)))
@@ -248,7 +250,8 @@ def row_process(cfg, pipe):
         dt, sequences = figures["ms_per_iter"] / 1e3, cfg.batch_size * cfg.gradient_accumulation_steps
         tokens = sequences * cfg.block_size
         figures |= dict(tokens_per_s=tokens / dt, tflops=model.flops_per_token() * tokens / dt / 1e12)
-        figures |= dict(mfu=model.estimate_mfu(sequences, dt, peak) if peak else None, peak_memory=peak_memory(device))
+        figures["mfu"] = model.estimate_mfu(sequences, dt, peak) if peak else None
+        figures |= dict(peak_memory=peak_memory(device), estimated_memory=estimate)
         figures["reserved_memory"] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
         pipe.send(("row", figures))
     except Exception as e:
@@ -364,7 +367,7 @@ if __name__ == "__main__":
     columns |= {name: (name, "{:g}") for name in SWEPT[1:] if getattr(cfg, f"sweep_{name}")}
     columns |= dict(ms_per_iter=("ms/iter", "{:,.2f}"), tokens_per_s=("tokens/s", "{:,.0f}"))
     columns |= dict(tflops=("TFLOP/s", "{:.2f}"), mfu=("MFU", "{:.2%}"), peak_memory=("peak GB", "{:.2f}"))
-    columns |= dict(spread=("spread", "{:.1%}"))
+    columns |= dict(estimated_memory=("estimate GB", "{:.2f}"), spread=("spread", "{:.1%}"))
     widths = [max(13, len(heading) + 2) for heading, _ in columns.values()]
     for activation_memory in cfg.sweep("activation_memory"):
         for loss_chunks in cfg.sweep("loss_chunks"):
@@ -379,7 +382,8 @@ if __name__ == "__main__":
                     print("".join(f"{heading:>{w}}" for (heading, _), w in zip(columns.values(), widths, strict=True)))
                 fits = status == "measured"
                 rows.append(changes | dict(status=status) | figures)
-                gigabytes = {"peak_memory": figures["peak_memory"] / 1e9} if figures.get("peak_memory") else {}
+                memory = {name: figures.get(name) for name in ("peak_memory", "estimated_memory")}
+                gigabytes = {name: size / 1e9 for name, size in memory.items() if size}
                 line = cells(rows[-1] | gigabytes, columns)
                 print("".join(f"{cell:>{w}}" for cell, w in zip(line, widths[: len(line)], strict=True)))
 

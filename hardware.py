@@ -152,6 +152,14 @@ def peak_flops(name, sm_count, dtype):
     return peak * 1e12, f"{peak:.1f} TFLOP/s dense {kind} peak of {name}{share}{guess}"
 
 
+def use_expandable_segments():
+    """Makes torch keep CUDA memory in segments that grow, instead of pieces of fixed size with gaps between them that
+    nothing fits into, unless the user has said otherwise. Read at the first use of CUDA; Linux has it, Windows not. It
+    costs nothing known but the sharing of tensors with other processes."""
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def pick_device(asked):
     """Returns (torch.device, why). asked: '' for the best there is, or 'cuda', 'cuda:1', 'mps', 'cpu'.
 

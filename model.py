@@ -239,9 +239,11 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
 
 def orthogonalize(matrices):
     """Returns, for matrices (N, A, B), those with the same singular vectors and all singular values near 1 (0.7 to 1.2
-    or so), bf16: five steps of a Newton-Schulz iteration whose coefficients prefer speed to an accuracy that makes no
-    difference here (Jordan 2024, https://kellerjordan.github.io/posts/muon/)."""
-    x = matrices.bfloat16()
+    or so): five steps of a Newton-Schulz iteration whose coefficients prefer speed to an accuracy that makes no
+    difference here (Jordan 2024, https://kellerjordan.github.io/posts/muon/). In bf16, where its products are fast."""
+    mkldnn = matrices.is_cpu and torch.backends.mkldnn.is_available()
+    fast = matrices.is_cuda or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    x = matrices.bfloat16() if fast else matrices.float()
     x = x.mT if x.size(1) > x.size(2) else x  # the products below have the shorter side
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1: it would diverge there
     for _ in range(5):

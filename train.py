@@ -178,6 +178,14 @@ def make_optimizers(model, cfg, device):
     return dict(optimizer=adamw, muon=muon)
 
 
+def memory_estimate(model, optimizers, cfg, dtype):
+    """Returns hardware.memory_needed of a run, whose optimizers have their moments already."""
+    params = model.get_num_params(non_embedding=False)
+    moments = checkpoint.tensors({name: optimizer.state for name, optimizer in optimizers.items()})
+    size, levers = sum(tensor.nbytes for tensor in moments), (cfg.compile, cfg.activation_memory, cfg.loss_chunks)
+    return hardware.memory_needed(params, size, model.config, cfg.batch_size, dtype, *levers)
+
+
 def embedding_rows(tokenizer):
     """Returns the vocab_size of a new model: the tokenizer's number of ids, rounded up to a multiple of 64, which suits
     the matmul kernels; as it is if there is a meta.pkl, that is for nanoGPT's own data, whose models are not padded."""
@@ -278,10 +286,7 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # machine
 
-    # Memory in segments that grow, instead of pieces of fixed size with gaps that nothing fits into. Read at the first
-    # use of CUDA. Costs nothing known but the sharing of tensors with other processes; Linux has it, Windows has not
-    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    hardware.use_expandable_segments()
     device, device_why = hardware.pick_device(cfg.device)
     dtype, dtype_why = hardware.pick_dtype(cfg.dtype, device)
     peak, peak_why = hardware.device_peak(device, dtype)
@@ -379,11 +384,7 @@ if __name__ == "__main__":
     print(f"vocabulary: {n_ids:,} ids in {vocab_size:,} rows")
     if backend := hardware.attention_backend(device, dtype, model.config):
         print(f"attention: {backend}")
-    n_params = model.get_num_params(non_embedding=False)
-    moments = checkpoint.tensors({name: optimizer.state for name, optimizer in optimizers.items()})
-    optimizer_bytes = sum(tensor.nbytes for tensor in moments)
-    levers = cfg.compile, cfg.activation_memory, cfg.loss_chunks
-    needed = hardware.memory_needed(n_params, optimizer_bytes, model.config, cfg.batch_size, dtype, *levers)
+    needed = memory_estimate(model, optimizers, cfg, dtype)
     if not cfg.eval_only:
         print(f"memory: {hardware.memory_line(needed, device)}")
     print(
@@ -580,7 +581,8 @@ if __name__ == "__main__":
                 save_checkpoint()
             if cfg.batch_size == 1 or not cfg.auto_fit:
                 available = hardware.available_memory(device)
-                why = hardware.no_room(n_params, optimizer_bytes, model.config, cfg, dtype, available)
+                params = model.get_num_params(non_embedding=False)
+                why = hardware.no_room(params, needed["optimizer"], model.config, cfg, dtype, available)
                 raise ValueError(f"{why} ({files.kept}, this is iteration {iter_num})")
             text = f"warning: out of memory with batch_size={cfg.batch_size}; from iteration {iter_num} on"
             cfg.batch_size, cfg.gradient_accumulation_steps = hardware.smaller_batch(cfg.batch_size, sequences_per_iter)

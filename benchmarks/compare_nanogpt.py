@@ -5,7 +5,8 @@ Training with nanoGPT and with this project: tokens/s, memory, time to the first
 
 Takes the configs and keys of train.py. Both programs' own train.py run in turn, `pairs` times, each in a process of its
 own, on the same token files (a part of the dataset, written in nanoGPT's format), with the same model, optimizer,
-schedule and tokens per iteration. Each evaluates before the first and after the last update only.
+schedule and tokens per iteration, each pair with another seed. Each evaluates before the first and after the last
+update only.
 
 tokens/s and the time to the first step are taken from when the lines of the log arrive here, one clock for both:
 nanoGPT's own `time` is of single iterations, some with an evaluation in it. own_ms in the JSON file is the median of
@@ -43,7 +44,10 @@ ROOT = os.path.dirname(os.path.abspath(checkpoint.__file__))
 ITER = re.compile(r"^iter (\d+): loss ([\d.]+|nan|inf), time ([\d.]+)ms")
 WARMUP = 10  # iterations that are not timed
 RUN = """
-import atexit, re, runpy, sys, torch
+import atexit, os, re, runpy, sys, torch
+
+set_seed = torch.manual_seed
+torch.manual_seed = lambda seed: set_seed(int(os.environ["COMPARED_SEED"]))  # nanoGPT's own is always 1337
 
 @atexit.register
 def report():
@@ -113,7 +117,8 @@ def train(program, values, folder):
     Raises ValueError, with the end of what it printed, if it fails."""
     config = os.path.join(folder, "compared.py")
     write_config(config, values | dict(out_dir=folder), program)
-    command, env = [sys.executable, "-u", "-c", RUN, config], os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-u", "-c", RUN, config]
+    env = os.environ | dict(PYTHONDONTWRITEBYTECODE="1", COMPARED_SEED=str(values["seed"]))
     start, arrived, own, peak, last = time.perf_counter(), {}, [], None, ""
     with open(os.path.join(folder, "stderr.txt"), "w+", encoding="utf-8") as errors:
         process = subprocess.Popen(command, cwd=program, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
@@ -173,7 +178,7 @@ if __name__ == "__main__":
             for name in list(contenders)[:: -1 if pair % 2 else 1]:  # no one is always first
                 program, values = contenders[name]
                 with tempfile.TemporaryDirectory() as folder:
-                    figures = train(program, values | dict(dataset=data), folder)
+                    figures = train(program, values | dict(dataset=data, seed=cfg.seed + pair), folder)
                     figures["val_loss"] = final_loss(folder, data, cfg, device, dtype)
                 runs[name].append(figures)
                 shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items())
@@ -193,10 +198,11 @@ if __name__ == "__main__":
     print("|---|---|---|---|---|---|---|---|")
     for name, m in medians.items():
         ratio, low, high = statistics.median(ratios[name]), min(ratios[name]), max(ratios[name])
+        losses = [run["val_loss"] for run in runs[name]]
         print(
             f"| {name} | {contenders[name][1]['batch_size']} | {m['tokens_per_s']:,.0f} | {ratio:.2f} ({low:.2f} to "
             f"{high:.2f}) | {m['ms_per_iter']:,.2f} | {m['peak_memory'] / 1e9:.2f} | {m['first_step_s']:.1f} s | "
-            f"{m['val_loss']:.4f} |"
+            f"{m['val_loss']:.4f} ({min(losses):.4f} to {max(losses):.4f}) |"
         )
     if cfg.json:
         argv = [arg for arg in sys.argv[1:] if not arg.startswith(("--json=", "--nanogpt="))]
