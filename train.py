@@ -165,7 +165,7 @@ def cooldown_start(cfg):
 
 def get_momentum(it):
     """Returns Muon's momentum of iteration it: 0.85 rising to 0.95 in 300 iterations, as the gradients of the first
-    ones are soon out of date (modded-nanogpt's record of 8 November 2024)."""
+    ones are soon out of date (modded-nanogpt, record of 6 November 2024)."""
     return 0.85 + 0.1 * min(1, it / 300)
 
 

@@ -1,7 +1,7 @@
 """
 Training with nanoGPT and with this project: tokens/s, memory, time to the first step, loss after the same tokens.
 
-    python benchmarks/compare_nanogpt.py config/quickstart.py --nanogpt=../nanoGPT --max_iters=600 --lr_decay_iters=600
+    python benchmarks/compare_nanogpt.py config/gpt2_124m.py --nanogpt=../nanoGPT --max_iters=60 --log_interval=10
 
 Takes the configs and keys of train.py. Both programs' own train.py run in turn, `pairs` times, each in a process of its
 own, on the same token files (a part of the dataset, written in nanoGPT's format), with the same model, optimizer,
@@ -79,6 +79,8 @@ class CompareConfig(TrainConfig):
         found, S = super().problems(), self.batch_size * self.gradient_accumulation_steps
         if not os.path.isfile(os.path.join(self.nanogpt, "train.py")):
             found.append(f"nanogpt={self.nanogpt!r} has no train.py; give a checkout of github.com/karpathy/nanoGPT")
+        if (self.arch, self.optimizer, self.schedule) != ("gpt2", "adamw", "cosine"):
+            found.append("nanoGPT has only --arch=gpt2 --optimizer=adamw --schedule=cosine; set these")
         if self.nanogpt_batch_size and S % self.nanogpt_batch_size:
             found.append(f"nanogpt_batch_size={self.nanogpt_batch_size} does not divide {S} sequences an iteration")
         if self.max_iters <= WARMUP + self.log_interval:

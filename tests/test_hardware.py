@@ -243,9 +243,12 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_ch
     assert needed["activations"] + of_loss == pytest.approx(kept_by_autograd(model, dtype), rel=0.1)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "modern"])
-@pytest.mark.parametrize("activation_memory", [1.0, 0.9, 0.8, 0.5])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "arch, dtype, activation_memory",
+    [("gpt2", "bfloat16", x) for x in (1.0, 0.9, 0.8, 0.5)]
+    + [("gpt2", "float32", x) for x in (1.0, 0.8)]
+    + [("modern", "bfloat16", x) for x in (1.0, 0.8, 0.5)],
+)
 def test_the_estimate_of_activations_is_what_the_compiler_keeps(arch, dtype, activation_memory):
     torch._dynamo.reset()
     model = GPT(GPTConfig(**SIZES, arch=arch)).train()
