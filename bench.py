@@ -107,7 +107,6 @@ def trainer(cfg, device, dtype):
     train.py does, and random tokens, unless cfg.real_data, go the way of its batches too."""
     folder, n_ids, vocab_size, _ = find_vocabulary(cfg)
     torch.manual_seed(cfg.seed)
-    hardware.keep_freed_memory(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     model_args = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}

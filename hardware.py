@@ -226,14 +226,6 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def keep_freed_memory(device):
-    """Makes a CPU's memory stay with the process when it is freed, up to 62 MB, instead of going back to the system and
-    coming anew, page by page: some 1,000 page faults in each iteration of config/quickstart.py. It does so by freeing a
-    block of 31 MB, from which glibc's malloc learns (mallopt(3), M_MMAP_THRESHOLD); elsewhere it has no effect."""
-    if device.type == "cpu":
-        torch.empty(31 << 20, dtype=torch.uint8)
-
-
 def synchronize(device):
     """Waits until all work given to device is done, so that a clock read next tells the truth."""
     if device.type != "cpu":

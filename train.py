@@ -297,7 +297,6 @@ if __name__ == "__main__":
     if cfg.compile and (obstacle := hardware.compile_obstacle(device)):
         raise ValueError(f"{obstacle}; or run without it: --compile=False")
     torch.manual_seed(cfg.seed)
-    hardware.keep_freed_memory(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as nanoGPT
 

