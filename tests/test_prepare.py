@@ -5,6 +5,7 @@ pytest tests/test_prepare.py
 """
 
 import ast
+import functools
 import gzip
 import hashlib
 import http.server
@@ -598,7 +599,7 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
 
 
 def test_a_full_disk_ends_it_cleanly_and_with_more_room_the_same_command_goes_on(run, tmp_path, big_source):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))  # noqa: E731
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
     process = start(tmp_path, *big_source, "--out_dir=out", preexec_fn=limit)
     _, err = process.communicate()
     assert process.returncode == 1
