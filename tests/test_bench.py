@@ -21,7 +21,7 @@ from bench import BenchConfig, recommend, training_command
 from configurator import ConfigError, configure
 
 SMALL = "--device=cpu --compile=False --dataset=none --n_layer=2 --n_head=2 --n_embd=64 --block_size=64".split()
-ROW = re.compile(r"^ +(\d+) +(\d+) +([\d.,]+) +([\d,]+) +([\d.]+) +n/a +([\d.]+) +([\d.]+)%$", re.M)
+ROW = re.compile(r"^ +(\d+) +(\d+) +([\d.,]+) +([\d,]+) +([\d.]+) +n/a +([\d.]+) +([\d.]+) +([\d.]+)%$", re.M)
 
 
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's /proc")
@@ -49,6 +49,8 @@ def test_every_row_has_the_tokens_of_the_iteration_and_the_file_says_the_same(ru
         assert row["tflops"] == pytest.approx(flops * row["tokens_per_s"] / 1e12)
         assert row["mfu"] is None and row["reserved_memory"] is None
         assert 1e8 < row["peak_memory"] < 4e9 and row["peak_memory"] / 1e9 == pytest.approx(shown[5], abs=0.006)
+        assert row["estimated_memory"] / 1e9 == pytest.approx(shown[6], abs=0.006)
+        assert 16 * 3.3e6 < row["estimated_memory"] < row["peak_memory"]  # 50304 * 64 weights and more; the process
     best = recommend(report["rows"])
     assert report["recommended"] == best
     command = shlex.split(out.splitlines()[-1])

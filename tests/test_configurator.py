@@ -81,7 +81,7 @@ def test_values_keep_their_type_and_may_hold_an_equals_sign():
         ("--no-fast", "--no-fast: write --fast=False"),
         ("--steps", "--steps: write --steps=VALUE"),
         ("--step", "--step: unknown key 'step' (did you mean 'steps'?); keys are written --key=value"),
-        ("absent.py", "cannot read the config file absent.py: No such file or directory"),
+        ("nowhere.py", "cannot read the config file nowhere.py: No such file or directory"),
     ],
 )
 def test_a_wrong_argument_is_explained(argument, message):

@@ -470,7 +470,9 @@ def test_bf16_autocast_keeps_the_residual_stream_in_bf16_and_stays_close_to_fp32
     model, (idx, targets) = tiny().train(), torch.randint(97, (2, 4, 32))
     expected = model(idx, targets)[1]
     streams = []
-    hooks = [block.register_forward_hook(lambda *args: streams.append(args[2].dtype)) for block in model.transformer.h]
+    hooks = [
+        block.register_forward_hook(lambda *args: streams.append(args[2][0].dtype)) for block in model.transformer.h
+    ]
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(idx, targets)[1]
     loss.backward()
