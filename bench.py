@@ -102,6 +102,21 @@ def find_vocabulary(cfg):
     return folder, tokenizer["vocab_size"], embedding_rows(tokenizer), f"{tokenizer['encoding']}, of {folder}"
 
 
+def loader_of(cfg, folder, n_ids, vocab_size, device):
+    """Returns a function that gives the micro-batch that begins at a sequence, or the same random one every time."""
+    if cfg.real_data:
+        windows = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, vocab_size)
+    random_tokens = np.random.RandomState(cfg.seed).randint(n_ids, size=(cfg.batch_size, cfg.block_size + 1))
+
+    def load(first):
+        tokens = random_tokens
+        if cfg.real_data:
+            tokens = windows.read(windows.training(first, cfg.batch_size, cfg.seed))
+        return as_batch(tokens, device)
+
+    return load
+
+
 def trainer(cfg, device, dtype):
     """Returns (model, estimate of its memory in bytes, micro_step, update); the latter two do what an iteration of
     train.py does, and random tokens, unless cfg.real_data, go the way of its batches too."""
@@ -120,17 +135,7 @@ def trainer(cfg, device, dtype):
         torch._functorch.config.activation_memory_budget = cfg.activation_memory
         model.compile(dynamic=False, mode=cfg.compile_mode)
 
-    if cfg.real_data:
-        windows = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, vocab_size)
-    random_tokens = np.random.RandomState(cfg.seed).randint(n_ids, size=(cfg.batch_size, cfg.block_size + 1))
-
-    def load(first):
-        tokens = random_tokens
-        if cfg.real_data:
-            tokens = windows.read(windows.training(first, cfg.batch_size, cfg.seed))
-        return as_batch(tokens, device)
-
-    loader = ThreadPoolExecutor(max_workers=1)
+    load, loader = loader_of(cfg, folder, n_ids, vocab_size, device), ThreadPoolExecutor(max_workers=1)
     first, upcoming, step_loss = 0, loader.submit(load, 0), torch.zeros((), device=device)
 
     def micro_step():
@@ -148,8 +153,8 @@ def trainer(cfg, device, dtype):
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        if math.isfinite((step_loss if scaler.is_enabled() else norm).item()):
-            if norm > cfg.grad_clip > 0:
+        if math.isfinite(size := norm.item()):
+            if size > cfg.grad_clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
             for optimizer in optimizers.values():
                 scaler.step(optimizer)

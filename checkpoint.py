@@ -135,9 +135,8 @@ def restore_optimizers(optimizers, state, path):
         saved = state[name]
         sizes = [len(group["params"]) for group in saved["param_groups"]]
         if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-            raise ValueError(
-                f"the optimizer state in {path} is not AdamW's in two groups, as nanoGPT and this project save it"
-            )
+            kind = "Muon's" if name == "muon" else "AdamW's"
+            raise ValueError(f"the optimizer state in {path} is not {kind} in two groups of this model's parameters")
         for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({name: value for name, value in current.items() if name != "params"})
         optimizer.load_state_dict(saved)

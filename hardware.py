@@ -287,14 +287,15 @@ def memory_needed(params, optimizer, config, batch_size, dtype, compile, activat
 
 
 def memory_line(needed, device):
-    """Returns memory_needed's estimate in words, with what the device has."""
-    of = ""
+    """Returns memory_needed's estimate in words, in GB or, below one, in MB, with what the device has."""
+    total, of = sum(needed.values()), ""
+    unit, size_of, digits = ("GB", 1e9, 2) if total >= 1e9 else ("MB", 1e6, 1)
     if available := available_memory(device):
         of = f" of {available / 1e9:.1f} GB free"
     elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
         of = f" of {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB of RAM"
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needed.items())
-    return f"about {sum(needed.values()) / 1e9:.2f} GB{of}: {parts}"
+    parts = ", ".join(f"{name} {size / size_of:.{digits}f}" for name, size in needed.items())
+    return f"about {total / size_of:.{digits}f} {unit}{of}: {parts}"
 
 
 def no_room(params, optimizer, config, cfg, dtype, available):

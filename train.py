@@ -454,10 +454,7 @@ if __name__ == "__main__":
         """The model before iteration iter_num, what it is, and how far the run has come."""
         seconds = earlier_seconds + time.perf_counter() - run_start
         progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, tokens_seen=tokens_seen, seconds=seconds)
-        described = dict(model_args=model_args, tokenizer=tokenizer, data=data)
-        described |= dict(
-            gelu=model.config.gelu, arch=cfg.arch
-        )  # not among model_args, which nanoGPT's GPTConfig takes
+        described = dict(model_args=model_args, gelu=model.config.gelu, arch=cfg.arch, tokenizer=tokenizer, data=data)
         described["config"] = dataclasses.asdict(cfg)
         return dict(model=model.state_dict(), bad_steps=bad_steps, bad_in_row=bad_in_row) | progress | described
 
@@ -536,9 +533,7 @@ if __name__ == "__main__":
                 hardware.synchronize(device)
                 start = time.perf_counter()
                 if files.save_before_cooldown(whole_state()):
-                    say(
-                        f"saving {files.before_cooldown}: copied to another out_dir as ckpt.pt, a longer run resumes it"
-                    )
+                    say(f"saving {files.before_cooldown}, from which a longer run can go on (README)")
                 window_start += time.perf_counter() - start
             if done or stopping:
                 break
@@ -593,15 +588,16 @@ if __name__ == "__main__":
             continue
 
         # Waits for the GPU, once an iteration: it then idles until the update has been launched. With fp16 an infinite
-        # gradient is the scaler's business, which skips the update and lowers its scale: there the loss decides.
-        bad = not math.isfinite((step_loss if scaler.is_enabled() else norm).item())
+        # gradient is usual: all optimizers skip the update, the scaler lowers its scale, and only a bad loss is bad.
+        size = norm.item()
+        bad = not math.isfinite(step_loss.item() if scaler.is_enabled() else size)
         bad_steps, bad_in_row = bad_steps + bad, bad_in_row + 1 if bad else 0
         if bad:
-            text = f"loss {step_loss.item():.4g} and gradient norm {norm.item():.4g} in iteration {iter_num}"
+            text = f"loss {step_loss.item():.4g} and gradient norm {size:.4g} in iteration {iter_num}"
             say(f"warning: {text}: its update is skipped ({bad_in_row} in a row)", sys.stderr)
-            record("bad_step", loss=step_loss.item(), norm=norm.item(), in_row=bad_in_row)
-        else:
-            if norm > cfg.grad_clip > 0:  # else there is nothing to scale: a pass over the gradients less
+            record("bad_step", loss=step_loss.item(), norm=size, in_row=bad_in_row)
+        elif math.isfinite(size):
+            if size > cfg.grad_clip > 0:  # else there is nothing to scale: a pass over the gradients less
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
@@ -620,10 +616,10 @@ if __name__ == "__main__":
             mfu = 100 * model.estimate_mfu(sequences_per_iter, dt, peak) if peak else None
             say(
                 f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f'{mfu:.2f}%' if peak else 'n/a'}, "
-                f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {norm:.3f}, lr {lr:.2e}, "
+                f"{tflops:.2f} TFLOP/s, {tokens_per_iter / dt:,.0f} tok/s, norm {size:.3f}, lr {lr:.2e}, "
                 f"eta {duration(eta)}"
             )
-            figures = dict(norm=norm.item(), lr=lr, tokens=tokens_seen, peak_memory=hardware.peak_memory(device))
+            figures = dict(norm=size, lr=lr, tokens=tokens_seen, peak_memory=hardware.peak_memory(device))
             record("iter", loss=loss, dt=dt, mfu=mfu, tflops=tflops, **figures)
             window_start, window_iters = time.perf_counter(), 0
         if bad_in_row >= cfg.max_bad_steps:

@@ -275,6 +275,9 @@ def test_the_memory_line_adds_up():
     line = hardware.memory_line(needed, torch.device("cpu"))
     parts = "weights 1.50, gradients 1.50, optimizer 3.00, activations 0.25, loss 0.50"
     assert re.fullmatch(rf"about 6\.75 GB( of [\d.]+ GB of RAM)?: {parts}", line)
+    line = hardware.memory_line({name: size / 100 for name, size in needed.items()}, torch.device("cpu"))
+    parts = "weights 15.0, gradients 15.0, optimizer 30.0, activations 2.5, loss 5.0"
+    assert re.fullmatch(rf"about 67\.5 MB( of [\d.]+ GB of RAM)?: {parts}", line)
 
 
 def test_the_attention_kernel_is_named_or_not():
