@@ -4,27 +4,27 @@ Find the micro-batch that trains fastest on this machine.
     python bench.py config/fineweb_125m.py
     python bench.py config/fineweb_125m.py --sweep_batch_size=8,16 --sweep_loss_chunks=1,8
 
-Tries sizes of micro-batch, with as many gradient_accumulation_steps as keep the tokens of an iteration, and prints a
-table and the command to train with. Takes the configs and keys of train.py; what only a run needs (out_dir,
-learning_rate, ...) has no effect.
+Tries sizes of micro-batch, with the gradient_accumulation_steps that keep the tokens of an iteration the
+same, and prints a table and the command to train with. Takes the configs and keys of train.py; keys that only
+a run needs (out_dir, learning_rate, ...) have no effect.
 
-Each row is measured in a process of its own, so that none inherits another's memory, and one that runs out of memory,
-even if the kernel kills it, is a row as well. After a warm-up a row times, in turn and several times, a block of
-micro-steps (reading a batch, forward, backward), waiting for the device only at its ends, and the update (clipping, the
-check that gradients are finite, optimizer step, zeroing them). From the medians of both
+Each row is measured in a process of its own, so that none inherits another's memory; one that runs out of
+memory, even if the kernel kills it, is a row as well. After a warm-up a row times, in turn and several times,
+a block of micro-steps (read a batch, forward, backward), waiting for the device only at its ends, and the
+update (clip the gradients, optimizer step, zero them). From the medians of both
 
     ms/iter = t(micro-step) * gradient_accumulation_steps + t(update)
 
-so a row takes some seconds, and its start and compilation, where an iteration takes a minute. spread is what its
-repetitions differ by, (slowest - fastest) / median. Peak memory is what torch has allocated on a CUDA GPU at most
-(nvidia-smi shows some 0.5 GB more), on a CPU the largest resident size of the process, libraries included; beside it is
-the estimate that train.py prints before it starts.
+so a row takes some seconds, plus its start and compilation, where an iteration takes a minute. spread is
+(slowest - fastest) / median of the repetitions. peak GB is what torch has allocated on a CUDA GPU at most
+(nvidia-smi shows some 0.5 GB more), on a CPU the largest resident size of the process, libraries included;
+beside it is the estimate that train.py prints before it starts.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import math
 import multiprocessing
 import os
 import shlex
@@ -33,27 +33,32 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import checkpoint
-import hardware
-import shards
-from configurator import convert, from_command_line, key, parse
-from model import GPT, GPTConfig
-from train import TrainConfig, as_batch, embedding_rows, make_optimizers, memory_estimate, to_device
+from configurator import convert, from_command_line, key, parse, run_script
+from model import make_gpt
+from sologpt import hardware, shards
+from sologpt.errors import UserError
+from sologpt.memory import memory_estimate
+from sologpt.optim import allocate_moments, make_optimizers
+from sologpt.tokenizer import BPETokenizer, read_tokenizer
+from train import TrainConfig, host_tensor, micro_batches, micro_step, model_config, prepare_model, update
 
-BLOCK_SECONDS, ROW_SECONDS, MOST_REPEATS = 1.0, 4.0, 20  # a block of micro-steps, all blocks of a row, their number
+BLOCK_SECONDS = 1.0  # a block of micro-steps
+ROW_SECONDS = 4.0  # all blocks of a row
+MOST_REPEATS = 20  # blocks of a row
 SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 
 
 @dataclass
 class BenchConfig(TrainConfig):
     # benchmark
-    sweep_batch_size: str = key("", "sizes to try, as in 8,16,32; empty: batch_size times 1/4, 1/2, 1, 2, 4 and 8")
+    sweep_batch_size: str = key(
+        "", "sizes to try, as in 8,16,32; empty: batch_size times 1/4, 1/2, 1, 2, 4, 8"
+    )
     sweep_activation_memory: str = key("", "values of activation_memory to try; empty: the one that is set")
     sweep_loss_chunks: str = key("", "values of loss_chunks to try; empty: the one that is set")
     real_data: bool = key(False, "read the batches from the dataset; False: random tokens")
@@ -61,140 +66,149 @@ class BenchConfig(TrainConfig):
     json: str = key("", "file to write all figures to")
 
     def problems(self):
+        """Returns messages about values that do not go together."""
         found = super().problems()
         for name in SWEPT:
             try:
                 self.sweep(name)
-            except ValueError as e:
+            except UserError as e:
                 found.append(f"sweep_{name}: {e}")
         return found
 
     def sweep(self, name):
-        """Returns the values of a key to try, ascending. Raises ValueError for one that the key cannot have."""
-        field = next(f for f in dataclasses.fields(self) if f.name == name)
-        S = self.batch_size * self.gradient_accumulation_steps
-        values = [self.batch_size * 2**k // 4 for k in range(6) if self.batch_size * 2**k % 4 == 0]
-        values = [b for b in values if S % b == 0] if name == "batch_size" else [getattr(self, name)]
-        if text := getattr(self, f"sweep_{name}"):
+        """Returns the values of a key to try, ascending. Raises UserError for one that the key cannot
+        have."""
+        text = getattr(self, f"sweep_{name}")
+        values = [getattr(self, name)]
+        if text:
+            field = next(f for f in dataclasses.fields(self) if f.name == name)
             values = sorted({convert(parse(part.strip(), field), field) for part in text.split(",")})
-        if name == "batch_size" and (odd := [b for b in values if S % b]):
-            sizes = ", ".join(str(b) for b in range(1, S + 1) if S % b == 0)
-            raise ValueError(f"{odd[0]} does not divide the {S} sequences of an iteration; these do: {sizes}")
+        elif name == "batch_size":
+            values = self.sizes_around()
+        if name == "batch_size":
+            self.check_sizes(values)
         if name == "activation_memory" and text and not self.compile and values != [1]:
-            raise ValueError("activation_memory acts through torch.compile only; set compile=True")
+            raise UserError("activation_memory acts through torch.compile only; set compile=True")
         return values
+
+    def sizes_around(self):
+        """Returns batch_size times 1/4, 1/2, 1, 2, 4 and 8, as far as these divide an iteration."""
+        S = self.sequences_per_iter
+        sizes = [self.batch_size * 2**k // 4 for k in range(6) if self.batch_size * 2**k % 4 == 0]
+        return [size for size in sizes if S % size == 0]
+
+    def check_sizes(self, sizes):
+        S = self.sequences_per_iter
+        for size in sizes:
+            if S % size:
+                fitting = ", ".join(str(b) for b in range(1, S + 1) if S % b == 0)
+                raise UserError(
+                    f"{size} does not divide the {S} sequences of an iteration; these do: {fitting}"
+                )
 
 
 # -----------------------------------------------------------------------------
 # one row, in a process of its own
 
 
-def find_vocabulary(cfg):
-    """Returns (folder of the dataset or None, ids, rows of the embedding, a phrase that says which vocabulary it is).
-    Raises FileNotFoundError if real_data is wanted and not there."""
+def find_data(cfg):
+    """Returns (folder of the dataset or None, its Tokenizer, a phrase that says which it is); GPT-2's if
+    there is no dataset. Raises FileNotFoundError if real_data is wanted and not there."""
     try:
         folder = shards.find_data(cfg.dataset)
     except FileNotFoundError:
         if cfg.real_data:
             raise
-        return None, 50257, 50304, f"GPT-2's, as there is no dataset {cfg.dataset!r}"
-    tokenizer = shards.read_tokenizer(folder)
-    return folder, tokenizer["vocab_size"], embedding_rows(tokenizer), f"{tokenizer['encoding']}, of {folder}"
+        return None, BPETokenizer("gpt2", 50257, 50256), f"GPT-2's, as there is no dataset {cfg.dataset!r}"
+    tokenizer = read_tokenizer(folder)
+    return folder, tokenizer, f"{tokenizer.encoding}, of {folder}"
 
 
-def loader_of(cfg, folder, n_ids, vocab_size, device):
-    """Returns a function that gives the micro-batch that begins at a sequence, or the same random one every time."""
-    if cfg.real_data:
-        windows = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, vocab_size)
-    random_tokens = np.random.RandomState(cfg.seed).randint(n_ids, size=(cfg.batch_size, cfg.block_size + 1))
+class Trainer:
+    """The model and optimizers of a run, and train.py's two parts of an iteration as functions without
+    arguments."""
 
-    def load(first):
-        tokens = random_tokens
+    def __init__(self, cfg, machine):
+        self.cfg, self.machine = cfg, machine
+        torch.manual_seed(cfg.seed)
+        folder, tokenizer, self.vocabulary = find_data(cfg)
+        self.n_ids, vocab_size = tokenizer.vocab_size, tokenizer.embedding_rows()
+        self.model = prepare_model(make_gpt(model_config(cfg, tokenizer, vocab_size)), cfg, machine)
+        # learning_rate=0: the same work, and weights that stay finite however often
+        self.optimizers = make_optimizers(
+            self.model, dataclasses.replace(cfg, learning_rate=0.0), machine.device
+        )
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+        allocate_moments(self.optimizers)
+        self.estimate = sum(memory_estimate(self.model, self.optimizers, cfg, machine.dtype).values())
+        random_tokens = np.random.RandomState(cfg.seed).randint(
+            self.n_ids, size=(cfg.batch_size, cfg.block_size + 1)
+        )
+        self.batches = itertools.repeat(host_tensor(random_tokens, machine.device))
         if cfg.real_data:
-            tokens = windows.read(windows.training(first, cfg.batch_size, cfg.seed))
-        return as_batch(tokens, device)
+            windows = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, vocab_size)
+            self.batches = micro_batches(windows, 0, cfg, machine.device)
 
-    return load
+    def micro_step(self):
+        accumulation = self.cfg.gradient_accumulation_steps
+        micro_step(self.model, next(self.batches), self.scaler, self.machine, accumulation)
 
+    def update(self):
+        update(self.model, self.optimizers, self.scaler, self.cfg.grad_clip)
 
-def trainer(cfg, device, dtype):
-    """Returns (model, estimate of its memory in bytes, micro_step, update); the latter two do what an iteration of
-    train.py does, and random tokens, unless cfg.real_data, go the way of its batches too."""
-    folder, n_ids, vocab_size, _ = find_vocabulary(cfg)
-    torch.manual_seed(cfg.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    model_args = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
-    model = GPT(GPTConfig(**model_args, vocab_size=vocab_size, n_ids=n_ids, arch=cfg.arch)).to(device)
-    # learning_rate=0: the same work, and weights that stay finite however often
-    optimizers = make_optimizers(model, dataclasses.replace(cfg, learning_rate=0.0), device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    checkpoint.allocate_moments(optimizers)
-    model.loss_chunks = cfg.loss_chunks
-    if cfg.compile:
-        torch._functorch.config.activation_memory_budget = cfg.activation_memory
-        model.compile(dynamic=False, mode=cfg.compile_mode)
+    def seconds(self, work, times=1):
+        """Returns the seconds that work() takes on average, called so many times with a sync at both ends
+        only."""
+        self.machine.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.machine.synchronize()
+        return (time.perf_counter() - start) / times
 
-    load, loader = loader_of(cfg, folder, n_ids, vocab_size, device), ThreadPoolExecutor(max_workers=1)
-    first, upcoming, step_loss = 0, loader.submit(load, 0), torch.zeros((), device=device)
-
-    def micro_step():
-        nonlocal first, upcoming, step_loss
-        x, y = to_device(upcoming.result(), device)
-        first += cfg.batch_size
-        upcoming = loader.submit(load, first)
-        with hardware.autocast(device, dtype):
-            _, loss = model(x, y)
-        loss = loss / cfg.gradient_accumulation_steps
-        step_loss += loss.detach()
-        scaler.scale(loss).backward()
-
-    def update():
-        for optimizer in optimizers.values():
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        if math.isfinite(size := norm.item()):
-            if size > cfg.grad_clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
-            for optimizer in optimizers.values():
-                scaler.step(optimizer)
-        scaler.update()
-        model.zero_grad(set_to_none=True)
-
-    return model, sum(memory_estimate(model, optimizers, cfg, dtype).values()), micro_step, update
+    def warm_up(self):
+        """Returns the seconds of the first micro-step, in which the model is compiled."""
+        with hardware.compiling():
+            first = self.seconds(self.micro_step)
+        self.seconds(self.update)
+        return first
 
 
-def seconds(work, device, times=1):
-    """Returns the seconds that work() takes on average, called so many times with a sync at both ends only."""
-    hardware.synchronize(device)
+def measure(trainer):
+    """Returns the figures of one row; see the docstring of this file."""
+    cfg, machine, model = trainer.cfg, trainer.machine, trainer.model
+    accumulation = cfg.gradient_accumulation_steps
+    first = trainer.warm_up()
+    block = min(accumulation, max(1, round(BLOCK_SECONDS / trainer.seconds(trainer.micro_step))))
+    trainer.seconds(trainer.update)
+    micro, updates = [], []
     start = time.perf_counter()
-    for _ in range(times):
-        work()
-    hardware.synchronize(device)
-    return (time.perf_counter() - start) / times
-
-
-def measure(micro_step, update, accumulation, device):
-    """Returns the figures of time of one row; see the docstring of this file."""
-    with hardware.compiling():
-        first = seconds(micro_step, device)
-    seconds(update, device)
-    n = min(accumulation, max(1, round(BLOCK_SECONDS / seconds(micro_step, device))))
-    seconds(update, device)
-    micro, updates, start = [], [], time.perf_counter()
     while not micro or (time.perf_counter() - start < ROW_SECONDS and len(micro) < MOST_REPEATS):
-        micro.append(seconds(micro_step, device, n))
-        updates.append(seconds(update, device))
+        micro.append(trainer.seconds(trainer.micro_step, block))
+        updates.append(trainer.seconds(trainer.update))
     iters = [m * accumulation + u for m, u in zip(micro, updates, strict=True)]
     dt = statistics.median(micro) * accumulation + statistics.median(updates)
-    figures = dict(ms_per_iter=1e3 * dt, micro_step_ms=1e3 * statistics.median(micro))
-    figures |= dict(update_ms=1e3 * statistics.median(updates), first_micro_step_s=first)
-    return figures | dict(repeats=len(iters), block=n, spread=(max(iters) - min(iters)) / dt)
+    cuda = machine.device.type == "cuda"
+    return dict(
+        ms_per_iter=1e3 * dt,
+        micro_step_ms=1e3 * statistics.median(micro),
+        update_ms=1e3 * statistics.median(updates),
+        first_micro_step_s=first,
+        repeats=len(iters),
+        block=block,
+        spread=(max(iters) - min(iters)) / dt,
+        tokens_per_s=cfg.tokens_per_iter / dt,
+        tflops=model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12,
+        mfu=model.estimate_mfu(cfg.sequences_per_iter, dt, machine.peak) if machine.peak else None,
+        peak_memory=peak_memory(machine.device),
+        estimated_memory=trainer.estimate,
+        reserved_memory=torch.cuda.max_memory_reserved(machine.device) if cuda else None,
+    )
 
 
 def peak_memory(device):
-    """Returns the bytes of memory that this process has had at most: allocated by torch on a CUDA device, resident on
-    the CPU; None where neither is known."""
+    """Returns the bytes of memory that this process has had at most: allocated by torch on a CUDA device,
+    resident on the CPU; None where neither is known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(ImportError):  # on Windows
@@ -213,70 +227,57 @@ def driver_version(device):
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def about(model, cfg, device, device_why, dtype, dtype_why, peak_why):
-    """Returns what a reader of the figures must know: a dict with the lines to print and entries for the JSON file."""
-    name = hardware.device_name(device)
-    *_, n_ids, vocab_size, which = find_vocabulary(cfg)
+def about(trainer):
+    """Returns what a reader of the figures must know: a dict with the lines to print and entries for the JSON
+    file."""
+    machine, model = trainer.machine, trainer.model
+    vocab_size = model.config.vocab_size
+    flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
     lines = [
-        f"device: {name} ({device_why}), {dtype} ({dtype_why})",
-        f"mfu: {peak_why}",
-        f"model: {model.get_num_params() / 1e6:.2f}M parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per token",
-        f"vocabulary: {n_ids:,} ids in {vocab_size:,} rows ({which})",
+        *machine.lines,
+        f"model: {model.get_num_params() / 1e6:.2f}M parameters, {flops}",
+        f"vocabulary: {trainer.n_ids:,} ids in {vocab_size:,} rows ({trainer.vocabulary})",
     ]
-    versions = dict(torch=torch.__version__, cuda=torch.version.cuda, threads=torch.get_num_threads())
-    return dict(lines=lines, device=name, driver=driver_version(device), dtype=dtype, vocab_size=vocab_size) | versions
-
-
-def out_of_memory(error):
-    """Whether it is one of the many ways in which torch, CUDA's libraries or the system say that memory ran out."""
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+    return dict(
+        lines=lines,
+        device=hardware.device_name(machine.device),
+        driver=driver_version(machine.device),
+        dtype=machine.dtype,
+        vocab_size=vocab_size,
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        threads=torch.get_num_threads(),
+    )
 
 
 def row_process(cfg, pipe):
-    """Sends ("about", dict), then ("row", figures), or ("memory", None) or ("error", text) where it has failed."""
+    """Sends ("about", dict), then ("row", figures), or ("memory", None) or ("error", text) where it has
+    failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's business, which ends this process
-    hardware.use_expandable_segments()
     try:
-        device, device_why = hardware.pick_device(cfg.device)
-        dtype, dtype_why = hardware.pick_dtype(cfg.dtype, device)
-        peak, peak_why = hardware.device_peak(device, dtype)
-        if cfg.peak_flops:
-            peak, peak_why = cfg.peak_flops, f"{cfg.peak_flops / 1e12:g} TFLOP/s as given by peak_flops"
-        if cfg.compile and (obstacle := hardware.compile_obstacle(device)):
-            raise ValueError(f"{obstacle}; or run without it: --compile=False")
-        model, estimate, micro_step, update = trainer(cfg, device, dtype)
-        pipe.send(("about", about(model, cfg, device, device_why, dtype, dtype_why, peak_why)))
-        if cfg.profile:
-            pipe.send(("row", profile(micro_step, update, device)))
-            return
-        figures = measure(micro_step, update, cfg.gradient_accumulation_steps, device)
-        dt, sequences = figures["ms_per_iter"] / 1e3, cfg.batch_size * cfg.gradient_accumulation_steps
-        tokens = sequences * cfg.block_size
-        figures |= dict(tokens_per_s=tokens / dt, tflops=model.flops_per_token() * tokens / dt / 1e12)
-        figures["mfu"] = model.estimate_mfu(sequences, dt, peak) if peak else None
-        figures |= dict(peak_memory=peak_memory(device), estimated_memory=estimate)
-        figures["reserved_memory"] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-        pipe.send(("row", figures))
+        trainer = Trainer(cfg, hardware.find_machine(cfg))
+        pipe.send(("about", about(trainer)))
+        pipe.send(("row", profile(trainer) if cfg.profile else measure(trainer)))
     except Exception as e:
-        if not out_of_memory(e) and not isinstance(e, (ValueError, OSError)):
+        if hardware.out_of_memory(e):
+            pipe.send(("memory", None))
+        elif isinstance(e, (UserError, OSError)):
+            pipe.send(("error", str(e)))
+        else:
             raise  # a fault of ours: its traceback, and the exit status says so
-        pipe.send(("memory", None) if out_of_memory(e) else ("error", str(e)))
 
 
-def profile(micro_step, update, device, count=5, rows=15):
+def profile(trainer, count=5, rows=15):
     """Returns lines about the operations that took most time of their own in count micro-steps."""
-    with hardware.compiling():
-        seconds(micro_step, device)
-    seconds(update, device)
+    trainer.warm_up()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        total = 1e6 * count * seconds(micro_step, device, count)
     kind, attribute = torch.autograd.DeviceType.CPU, "self_cpu_time_total"
-    if device.type == "cuda":  # kernels only: an operation's time on the GPU is that of the kernels it launched
+    # kernels only: an operation's time is that of the kernels it launched
+    if trainer.machine.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
         kind, attribute = torch.autograd.DeviceType.CUDA, "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as profiler:
+        total = 1e6 * count * trainer.seconds(trainer.micro_step, count)
     events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
     events = sorted(events, key=lambda event: -getattr(event, attribute))[:rows]
     lines = [f"{count} micro-steps in {total / 1e3:.1f} ms", f"{'ms':>10}{'share':>8}{'calls':>8}  operation"]
@@ -291,9 +292,11 @@ def profile(micro_step, update, device, count=5, rows=15):
 
 
 def run_row(cfg, tell):
-    """Returns (status, figures) of one row, measured in another process. tell gets what that says about itself.
+    """Returns (status, figures) of one row, measured in another process. tell gets what that says about
+    itself.
 
-    Status: measured, out of memory or killed. Raises ValueError for a user's error and if the process fails otherwise.
+    Status: measured, out of memory or killed. Raises UserError for a user's error and if the process fails
+    otherwise.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -306,7 +309,7 @@ def run_row(cfg, tell):
             if kind == "about":
                 tell(content)
             elif kind == "error":
-                raise ValueError(content)
+                raise UserError(content)
             else:
                 process.join(30)  # it has things of torch.compile to tidy up
                 return ("measured", content) if kind == "row" else ("out of memory", {})
@@ -314,7 +317,7 @@ def run_row(cfg, tell):
         process.join()
         if process.exitcode == -signal.SIGKILL:
             return "killed", {}
-        raise ValueError(
+        raise UserError(
             f"the process that measured batch_size={cfg.batch_size} ended with exit status {process.exitcode}"
         ) from None
     finally:
@@ -332,76 +335,117 @@ def recommend(rows):
 
 def training_command(argv, flags):
     """Returns the command that trains with flags, a dict, given the arguments of this script."""
-    mine = {f.name for f in dataclasses.fields(BenchConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
+    mine = {f.name for f in dataclasses.fields(BenchConfig)} - {
+        f.name for f in dataclasses.fields(TrainConfig)
+    }
     kept = [arg for arg in argv if arg.partition("=")[0].removeprefix("--") not in mine | flags.keys()]
     return shlex.join(["python", "train.py", *kept, *(f"--{name}={value}" for name, value in flags.items())])
 
 
-def cells(row, columns):
-    """Returns the cells of a row as strings, for columns {key: (heading, format)}."""
-    shown = [form.format(row[name]) if row.get(name) is not None else "n/a" for name, (_, form) in columns.items()]
-    if row["status"] != "measured":
-        known = [cell for cell, name in zip(shown, columns, strict=True) if name in row]
-        return known + [f"  {row['status']}"]
-    return shown
-
-
-if __name__ == "__main__":
-    cfg = from_command_line(BenchConfig, __doc__)
-    S = cfg.batch_size * cfg.gradient_accumulation_steps
-    tokens, headers, rows = S * cfg.block_size, {}, []
-
-    def tell(found):
-        """Prints, once, what a row's process says about device and model."""
-        if not headers:
-            headers.update(found)
-            print("\n".join(headers.pop("lines")))
-            if cfg.init_from not in ("scratch", "resume", "auto"):
-                print(
-                    f"note: init_from={cfg.init_from!r} is not loaded; the model is that of n_layer, n_head and n_embd"
-                )
-            print(f"iteration: {tokens:,} tokens in all rows{'' if cfg.real_data else ', random ones'}")
-
-    if cfg.profile:
-        status, lines = run_row(cfg, tell)
-        print("\n".join(lines if status == "measured" else [f"batch_size={cfg.batch_size}: {status}"]))
-        sys.exit(status != "measured")
-
+def columns_of(cfg):
+    """Returns the columns of the table: {key of a row: (heading, format)}."""
     columns = dict(batch_size=("batch_size", "{}"), gradient_accumulation_steps=("accumulation", "{}"))
-    columns |= {name: (name, "{:g}") for name in SWEPT[1:] if getattr(cfg, f"sweep_{name}")}
-    columns |= dict(ms_per_iter=("ms/iter", "{:,.2f}"), tokens_per_s=("tokens/s", "{:,.0f}"))
-    columns |= dict(tflops=("TFLOP/s", "{:.2f}"), mfu=("MFU", "{:.2%}"), peak_memory=("peak GB", "{:.2f}"))
-    columns |= dict(estimated_memory=("estimate GB", "{:.2f}"), spread=("spread", "{:.1%}"))
-    widths = [max(13, len(heading) + 2) for heading, _ in columns.values()]
+    for name in SWEPT[1:]:
+        if getattr(cfg, f"sweep_{name}"):
+            columns[name] = (name, "{:g}")
+    columns["ms_per_iter"] = ("ms/iter", "{:,.2f}")
+    columns["tokens_per_s"] = ("tokens/s", "{:,.0f}")
+    columns["tflops"] = ("TFLOP/s", "{:.2f}")
+    columns["mfu"] = ("MFU", "{:.2%}")
+    columns["peak_memory"] = ("peak GB", "{:.2f}")
+    columns["estimated_memory"] = ("estimate GB", "{:.2f}")
+    columns["spread"] = ("spread", "{:.1%}")
+    return columns
+
+
+def width(heading):
+    return max(13, len(heading) + 2)
+
+
+def table_line(row, columns):
+    """Returns the line of a row, for columns from columns_of; of one that was not measured what is known."""
+    measured = row["status"] == "measured"
+    line = ""
+    for name, (heading, form) in columns.items():
+        value = row.get(name)
+        if value is None and not measured:
+            continue
+        if name.endswith("_memory") and value is not None:
+            value /= 1e9
+        cell = "n/a" if value is None else form.format(value)
+        line += f"{cell:>{width(heading)}}"
+    return line if measured else f"{line}  {row['status']:>11}"
+
+
+def sweep(cfg, tell):
+    """Measures and prints all rows. Returns them."""
+    columns = columns_of(cfg)
+    rows = []
     for activation_memory in cfg.sweep("activation_memory"):
         for loss_chunks in cfg.sweep("loss_chunks"):
             fits = True
             for batch_size in cfg.sweep("batch_size"):
-                changes = dict(batch_size=batch_size, gradient_accumulation_steps=S // batch_size)
+                changes = dict(
+                    batch_size=batch_size, gradient_accumulation_steps=cfg.sequences_per_iter // batch_size
+                )
                 changes |= dict(activation_memory=activation_memory, loss_chunks=loss_chunks)
-                status, figures = "not tried", {}
+                status, figures = "not tried", {}  # a smaller one did not fit
                 if fits:
                     status, figures = run_row(dataclasses.replace(cfg, **changes), tell)
-                if not rows:
-                    print("".join(f"{heading:>{w}}" for (heading, _), w in zip(columns.values(), widths, strict=True)))
                 fits = status == "measured"
+                if not rows:
+                    print("".join(f"{heading:>{width(heading)}}" for heading, _ in columns.values()))
                 rows.append(changes | dict(status=status) | figures)
-                memory = {name: figures.get(name) for name in ("peak_memory", "estimated_memory")}
-                gigabytes = {name: size / 1e9 for name, size in memory.items() if size}
-                line = cells(rows[-1] | gigabytes, columns)
-                print("".join(f"{cell:>{w}}" for cell, w in zip(line, widths[: len(line)], strict=True)))
+                print(table_line(rows[-1], columns))
+    return rows
 
+
+def write_json(path, cfg, argv, headers, rows, best):
+    settings = dataclasses.asdict(cfg) | dict(json=os.path.basename(path))
+    command = ["python", "bench.py", *(arg for arg in argv if not arg.startswith("--json="))]
+    report = dict(
+        command=shlex.join(command), **headers, tokens_per_iter=cfg.tokens_per_iter, settings=settings
+    )
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(report | dict(rows=rows, recommended=best), f, indent=1)
+
+
+def main(argv):
+    cfg = from_command_line(BenchConfig, __doc__, argv)
+    headers = {}
+
+    def tell(found):
+        """Prints, once, what a row's process says about device and model."""
+        if headers:
+            return
+        headers.update(found)
+        print("\n".join(headers.pop("lines")))
+        if cfg.init_from not in ("scratch", "resume", "auto"):
+            sizes = "the model is that of n_layer, n_head and n_embd"
+            print(f"note: init_from={cfg.init_from!r} is not loaded; {sizes}")
+        print(
+            f"iteration: {cfg.tokens_per_iter:,} tokens in all rows{'' if cfg.real_data else ', random ones'}"
+        )
+
+    if cfg.profile:
+        status, lines = run_row(cfg, tell)
+        if status != "measured":
+            raise UserError(f"batch_size={cfg.batch_size}: {status}; try a smaller one")
+        print("\n".join(lines))
+        return
+    rows = sweep(cfg, tell)
     best = None
     if any(row["status"] == "measured" for row in rows):
         best = recommend(rows)
-        flags = ["batch_size", "gradient_accumulation_steps", *(n for n in SWEPT[1:] if getattr(cfg, f"sweep_{n}"))]
-        command = training_command(sys.argv[1:], {name: best[name] for name in flags})
+        flags = ["batch_size", "gradient_accumulation_steps"]
+        flags += [name for name in SWEPT[1:] if getattr(cfg, f"sweep_{name}")]
+        command = training_command(argv, {name: best[name] for name in flags})
         print(f"recommended, the least memory within 1 % of the fastest:\n{command}")
     if cfg.json:
-        settings = dataclasses.asdict(cfg) | dict(json=os.path.basename(cfg.json))
-        argv = ["bench.py", *(arg for arg in sys.argv[1:] if not arg.startswith("--json="))]
-        report = dict(command=shlex.join(["python", *argv]), **headers, tokens_per_iter=tokens, settings=settings)
-        with open(cfg.json, "w", encoding="utf-8") as f:
-            json.dump(report | dict(rows=rows, recommended=best), f, indent=1)
+        write_json(cfg.json, cfg, argv, headers, rows, best)
     if not best:
-        raise ValueError("no row fits into memory; try smaller ones: --sweep_batch_size=1, or --loss_chunks=8")
+        raise UserError("no row fits into memory; try smaller ones: --sweep_batch_size=1, or --loss_chunks=8")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -3,10 +3,10 @@ Configuration of a script: defaults < config file(s) < --key=value, applied left
 
     python train.py config/fineweb_125m.py --learning_rate=6e-4
 
-A script declares its keys as a dataclass, one `name: type = key(default, help)` a line, and reads them with
-`cfg = from_command_line(TrainConfig, __doc__)`. A config file is plain Python: it runs in a namespace of its own that
-starts with the values so far (so `lr_decay_iters = max_iters` works), and may do whatever Python may. Run only
-files that you trust.
+A script declares its keys as a dataclass, one `name: type = key(default, help)` a line, reads them in its
+main(argv) with `cfg = from_command_line(TrainConfig, __doc__, argv)`, and ends in run_script(main). A config
+file is plain Python: it runs in a namespace of its own that starts with the values so far (so `lr_decay_iters
+= max_iters` works), and may do whatever Python may. Run only files that you trust.
 """
 
 import ast
@@ -19,6 +19,8 @@ import os
 import sys
 import traceback
 
+from sologpt.errors import UserError
+
 LIMITS = {  # of a value, as key() takes them: how --help writes it, how an error says it, what holds
     "low": (">=", "at least", operator.ge),
     "above": (">", "above", operator.gt),
@@ -28,13 +30,15 @@ LIMITS = {  # of a value, as key() takes them: how --help writes it, how an erro
 
 
 def key(default, text, *, choices=(), low=None, above=None, below=None, high=None):
-    """A dataclass field with its --help text; choices and LIMITS, low and high inclusive, bound its values."""
+    """A dataclass field with its --help text; choices and LIMITS, low and high inclusive, bound its
+    values."""
     metadata = dict(text=text, choices=choices, low=low, above=above, below=below, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class Config:
-    """Base of a script's dataclass of keys. `given` holds the names that a file or the command line has set."""
+    """Base of a script's dataclass of keys. `given` holds the names that a file or the command line has
+    set."""
 
     given = frozenset()
 
@@ -43,7 +47,7 @@ class Config:
         return []
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """All that is wrong with a configuration, one problem a line."""
 
 
@@ -52,29 +56,31 @@ class ConfigError(ValueError):
 
 
 def convert(value, field):
-    """Returns value as the field's type: an int may fill a float, nothing else is converted. Raises ValueError."""
+    """Returns value as the field's type: an int may fill a float, nothing else is converted. Raises
+    UserError."""
     if field.type is float and type(value) is int:
         try:
             value = float(value)
         except OverflowError:
-            raise ValueError(f"{field.name} is too large for a float") from None
+            raise UserError(f"{field.name} is too large for a float") from None
     if type(value) is not field.type:
-        raise ValueError(f"{field.name} needs {a(field.type)}, not {value!r} ({a(type(value))})")
+        raise UserError(f"{field.name} needs {a(field.type)}, not {value!r} ({a(type(value))})")
     if field.type is float and not math.isfinite(value):
-        raise ValueError(f"{field.name} needs a finite number, not {value}")
+        raise UserError(f"{field.name} needs a finite number, not {value}")
     if field.type is str and "\0" in value:
-        raise ValueError(f"{field.name} must not contain a NUL character")
+        raise UserError(f"{field.name} must not contain a NUL character")
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"{field.name} must be {' or '.join(map(repr, limits['choices']))}, not {value!r}")
+        raise UserError(f"{field.name} must be {' or '.join(map(repr, limits['choices']))}, not {value!r}")
     for name, (_, words, holds) in LIMITS.items():
         if limits[name] is not None and not holds(value, limits[name]):
-            raise ValueError(f"{field.name} must be {words} {limits[name]}, not {value}")
+            raise UserError(f"{field.name} must be {words} {limits[name]}, not {value}")
     return value
 
 
 def parse(text, field):
-    """Returns the value that the text of --key=text stands for, still to be checked by convert. Raises ValueError."""
+    """Returns the value that the text of --key=text stands for, still to be checked by convert. Raises
+    UserError."""
     try:
         if field.type is bool:
             return {"True": True, "False": False}[text]
@@ -85,11 +91,12 @@ def parse(text, field):
         return unquote(text)
     except (ValueError, KeyError):
         hint = "; write True or False" if field.type is bool else ""
-        raise ValueError(f"{field.name} needs {a(field.type)}, not {text!r}{hint}") from None
+        raise UserError(f"{field.name} needs {a(field.type)}, not {text!r}{hint}") from None
 
 
 def unquote(text):
-    """Returns what text says as a Python string literal, else text: a shell without single quotes passes them on."""
+    """Returns what text says as a Python string literal, else text: a shell without single quotes passes them
+    on."""
     try:
         value = ast.literal_eval(text) if text.startswith(("'", '"')) else None
     except (ValueError, SyntaxError):
@@ -111,9 +118,12 @@ def unknown(name, fields):
 
 
 def read_file(path, fields, values):
-    """Returns (new values, problems) of the config file at path, run with `values` as its starting namespace."""
+    """Returns (new values, problems) of the config file at path, run with `values` as its starting
+    namespace."""
     try:
-        with open(path, encoding="utf-8-sig") as f:  # as text: "--encoding=bytes" in a comment is no coding cookie
+        with open(
+            path, encoding="utf-8-sig"
+        ) as f:  # as text: "--encoding=bytes" in a comment is no coding cookie
             source = f.read()
     except ValueError as e:  # not UTF-8, or no path at all
         return {}, [f"cannot read the config file {path!r}: {e}"]
@@ -138,15 +148,20 @@ def read_file(path, fields, values):
     lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
     new, problems = {}, []
     for name, value in sorted(namespace.items(), key=lambda item: lines.get(item[0], 0)):
-        if name.startswith("_") or inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value):
+        if (
+            name.startswith("_")
+            or inspect.ismodule(value)
+            or inspect.isroutine(value)
+            or inspect.isclass(value)
+        ):
             continue
         where = f"{path}:{lines[name]}" if name in lines else path
         try:
             if name not in fields:
-                raise ValueError(unknown(name, fields))
+                raise UserError(unknown(name, fields))
             if name in lines or value is not values[name]:
                 new[name] = convert(value, fields[name])
-        except ValueError as e:
+        except UserError as e:
             problems.append(f"{where}: {e}")
     return new, problems
 
@@ -156,7 +171,8 @@ def is_store(node):
 
 
 def malformed(argument, following, fields):
-    """Returns (problem, whether the following argument belongs to it) for an argument that is not --key=value."""
+    """Returns (problem, whether the following argument belongs to it) for an argument that is not
+    --key=value."""
     name = argument.lstrip("-")
     if "=" in name:
         return f"{argument}: write --{name}", False
@@ -175,10 +191,11 @@ def malformed(argument, following, fields):
 
 
 def configure(cls, argv):
-    """Returns an instance of cls: its defaults, changed by the config files and --key=value of argv, left to right.
+    """Returns an instance of cls: its defaults, changed by the config files and --key=value of argv, left to
+    right.
 
-    cls is a dataclass derived from Config whose fields are made by key(). Prints nothing. Raises ConfigError with
-    every problem found: unreadable files, unknown keys, wrong types, values out of range or at odds.
+    cls is a dataclass derived from Config whose fields are made by key(). Prints nothing. Raises ConfigError
+    with every problem found: unreadable files, unknown keys, wrong types, values out of range or at odds.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {name: f.default for name, f in fields.items()}
@@ -190,9 +207,9 @@ def configure(cls, argv):
             name, text = argument[2:].split("=", 1)
             try:
                 if name not in fields:
-                    raise ValueError(unknown(name, fields))
+                    raise UserError(unknown(name, fields))
                 new = {name: convert(parse(text, fields[name]), fields[name])}
-            except ValueError as e:
+            except UserError as e:
                 new = {}
                 problems.append(f"--{name}: {e}")
         elif argument.startswith("-") or ("=" in argument and not os.path.exists(argument)):
@@ -218,7 +235,8 @@ def configure(cls, argv):
 
 
 def usage(cls, doc, script):
-    """Returns the --help text: the script's docstring and every key with its type, default, limits and meaning."""
+    """Returns the --help text: the script's docstring and every key with its type, default, limits and
+    meaning."""
     lines = [doc.strip(), "", f"usage: python {script} [FILE.py ...] [--key=value ...]", "", "keys:"]
     for f in dataclasses.fields(cls):
         text, limits = f.metadata["text"], f.metadata
@@ -230,34 +248,37 @@ def usage(cls, doc, script):
     return "\n".join(lines)
 
 
-def report(kind, error, trace):
-    """An excepthook: a mistake of the user's is one line on stderr, a fault deep inside a library a traceback."""
-    frame = traceback.extract_tb(trace)[-1:]
-    ours = frame and os.path.dirname(os.path.abspath(frame[0].filename)) == os.path.dirname(os.path.abspath(__file__))
-    if issubclass(kind, BrokenPipeError):
-        return  # whoever read the output, `head` perhaps, has had enough
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    elif issubclass(kind, OSError) or (issubclass(kind, ValueError) and ours) or kind.__name__ == "OutOfMemoryError":
-        print(f"error: {error}".partition("\n")[0], file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def from_command_line(cls, doc):
-    """Returns configure(cls, sys.argv[1:]). Prints help and exits with 0, or all problems on stderr and exits with 2.
-
-    From here on an uncaught ValueError of ours or an OSError ends the script with one line and exit status 1, and
-    stdout is UTF-8 whatever the locale, each line written at once.
-    """
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+def from_command_line(cls, doc, argv):
+    """Returns configure(cls, argv). Prints help and exits with 0, or all problems on stderr and exits with
+    2."""
     script = os.path.basename(sys.argv[0])
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(usage(cls, doc, script))
+    if "--help" in argv or "-h" in argv:
+        print(usage(cls, doc or "", script))  # python -OO leaves no docstrings
         sys.exit(0)
-    sys.excepthook = report
     try:
-        return configure(cls, sys.argv[1:])
+        return configure(cls, argv)
     except ConfigError as e:
         print(f"{e}\npython {script} --help lists every key", file=sys.stderr)
         sys.exit(2)
+
+
+def run_script(main, argv=None):
+    """Runs main(argv), all that a script does; argv is that of the command line unless given.
+
+    A mistake of the user's (UserError, OSError, not enough memory) is one line on stderr and exit status 1; a
+    fault of the program keeps its traceback. stdout is UTF-8 whatever the locale, each line written at once.
+    """
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # whoever read the output, `head` perhaps, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at the end fails again
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if not isinstance(e, (UserError, OSError)) and type(e).__name__ != "OutOfMemoryError":
+            raise
+        print(f"error: {e}".partition("\n")[0], file=sys.stderr)
+        sys.exit(1)

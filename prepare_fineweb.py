@@ -1,15 +1,16 @@
 """
 Turn text into token shards that train.py reads.
 
-    python prepare_fineweb.py                                   FineWeb-Edu, 10B tokens, streamed from the hub (20 GB)
-    python prepare_fineweb.py --input=books/ --out_dir=data/books     your own .txt, .jsonl and .parquet files
-    python prepare_fineweb.py --input=stdlib --encoding=bytes         Python's own library, without any download
+    python prepare_fineweb.py                                   FineWeb-Edu, 10B tokens, streamed from the hub
+    (20 GB) python prepare_fineweb.py --input=books/ --out_dir=data/books     your own .txt, .jsonl and
+    .parquet files python prepare_fineweb.py --input=stdlib --encoding=bytes         Python's own library,
+    without any download
 
-Writes fineweb_val_000000.bin, fineweb_train_000001.bin, ... in llm.c's format, and meta.json last. A document is the
-end-of-text token followed by the tokens of its text; it may run on into the next shard. Validation takes whole
-documents from all over the source, chosen by a hash of their text: the same text gives the same split.
-It can be killed at any moment: the same command goes on after the last whole shard, and the files become the same,
-byte for byte, as those of a run that was left alone, whatever the number of workers.
+Writes fineweb_val_000000.bin, fineweb_train_000001.bin, ... in llm.c's format, and meta.json last. A document
+is the end-of-text token followed by the tokens of its text; it may run on into the next shard. Validation
+takes whole documents from all over the source, chosen by a hash of their text: the same text gives the same
+split. It can be killed at any moment: the same command goes on after the last whole shard, and the files
+become the same, byte for byte, as those of a run that was left alone, whatever the number of workers.
 """
 
 import codecs
@@ -39,26 +40,36 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import shards
-from configurator import Config, from_command_line, key
+from configurator import Config, from_command_line, key, run_script
+from sologpt import shards
+from sologpt.errors import UserError
+from sologpt.files import atomic_file, remove
+from sologpt.stop import SIGNALS, StopRequest
+from sologpt.tokenizer import EOT, find_tokenizer
 
-EOT = "<|endoftext|>"
 ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
-CHUNK = 2**20  # characters that go to a worker together: 0.1 s of its time, which makes the way there and back cheap
-LONGEST = 2**22  # characters; a longer document goes through in parts, so that memory does not depend on the input
-PIECE = 2**18  # characters that tiktoken gets at a time; it takes some 50 bytes for each in a run without a space
+# characters that go to a worker together: 0.1 s of its time, which makes the way there and back cheap
+CHUNK = 2**20
+# characters; a longer document goes through in parts, so that memory does not depend on the input
+LONGEST = 2**22
+# characters that tiktoken gets at a time; it takes some 50 bytes for each in a run without a space
+PIECE = 2**18
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
 
 @dataclass
 class PrepareConfig(Config):
-    input: str = key("", f"stdlib, or files, folders, globs (comma between) of {' '.join(ENDINGS)}; empty: the hub")
+    input: str = key(
+        "", f"stdlib, or files, folders, globs (comma between) of {' '.join(ENDINGS)}; empty: the hub"
+    )
     repo: str = key("HuggingFaceFW/fineweb-edu", "dataset on the Hugging Face hub, or a local folder of one")
     subset: str = key("sample-10BT", "its subset; may be empty")
     split: str = key("train", "its split")
     text_key: str = key("text", "name of the text in a .jsonl object or .parquet column")
     txt_documents: str = key(
-        "file", f"what a document is in a .txt without {EOT} between them", choices=("file", "blank_line", "line")
+        "file",
+        f"what a document is in a .txt without {EOT} between them",
+        choices=("file", "blank_line", "line"),
     )
     encoding: str = key("gpt2", "bytes (no download) or a tiktoken name: gpt2, cl100k_base, ...")
     out_dir: str = key("", "folder to write; empty: data/fineweb, or data/stdlib for --input=stdlib")
@@ -72,7 +83,9 @@ class PrepareConfig(Config):
 
     def problems(self):
         if self.val_tokens > self.shard_tokens:
-            return [f"val_tokens={self.val_tokens} must fit into one shard of shard_tokens={self.shard_tokens}"]
+            return [
+                f"val_tokens={self.val_tokens} must fit into one shard of shard_tokens={self.shard_tokens}"
+            ]
         return []
 
 
@@ -81,11 +94,13 @@ class PrepareConfig(Config):
 
 
 def find_files(source):
-    """Returns the files that `source` (see --input) stands for, in a fixed order. Raises FileNotFoundError for none."""
+    """Returns the files that `source` (see --input) stands for, in a fixed order. Raises FileNotFoundError
+    for none."""
     if source == "stdlib":
         root = sysconfig.get_paths()["stdlib"]
         found = glob.glob(f"{glob.escape(root)}/**/*.py", recursive=True)
-        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # broken on purpose, or not its own
+        # broken on purpose, or not its own
+        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         found = [path for path in found if not skipped & set(os.path.relpath(path, root).split(os.sep))]
         if not found:
             raise FileNotFoundError(
@@ -107,21 +122,22 @@ def find_files(source):
 
 
 def find_hub_files(repo, subset, split):
-    """Returns the addresses of a dataset's files, pinned to its present revision; the datasets library knows where they
-    are. Raises ValueError if there is no such dataset, or it has other kinds of files than are read here."""
+    """Returns the addresses of a dataset's files, pinned to its present revision; the datasets library knows
+    where they are. Raises UserError if there is no such dataset, or it has other kinds of files than are
+    read here."""
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(repo, subset or None)  # tries for half a minute to reach the hub
+        # tries for half a minute to reach the hub
+        builder = datasets.load_dataset_builder(repo, subset or None)
     except Exception as e:  # a wrong name, no network, ...
-        raise ValueError(f"cannot open {repo} {subset} (--repo, --subset): {first_line(e)}") from e
+        raise UserError(f"cannot open {repo} {subset} (--repo, --subset): {first_line(e)}") from e
     found = builder.config.data_files or {}
     if split not in found:
-        raise ValueError(
-            f"{repo} {subset} has no split {split!r} (--split); it has {', '.join(map(str, found)) or 'no files'}"
-        )
+        splits = ", ".join(map(str, found)) or "no files"
+        raise UserError(f"{repo} {subset} has no split {split!r} (--split); it has {splits}")
     if not all(name.endswith(ENDINGS) for name in found[split]):
-        raise ValueError(f"{repo} {subset} has files like {found[split][0]}; read are {', '.join(ENDINGS)}")
+        raise UserError(f"{repo} {subset} has files like {found[split][0]}; read are {', '.join(ENDINGS)}")
     return list(found[split])
 
 
@@ -160,7 +176,8 @@ def open_file(path):
 
 
 def read_text(path, divide):
-    """Yields the documents of a text file: parts between <|endoftext|> if it holds any, else as `divide` says."""
+    """Yields the documents of a text file: parts between <|endoftext|> if it holds any, else as `divide`
+    says."""
     separator, held, offset = EOT, "", 0
     if divide != "file" and not contains(path, EOT.encode()):
         separator = {"blank_line": "\n\n", "line": "\n"}[divide]
@@ -172,7 +189,7 @@ def read_text(path, divide):
                 held += newlines.decode(utf8.decode(block, final=not block), final=not block)
             except UnicodeDecodeError as e:
                 position = offset + len(block) - len(e.object) + e.start
-                raise ValueError(f"not UTF-8 text: {e.reason} at byte {position}") from None
+                raise UserError(f"not UTF-8 text: {e.reason} at byte {position}") from None
             offset += len(block)
             *whole, held = held.split(separator)
             yield from ((text, True) for text in whole)
@@ -203,32 +220,35 @@ def read_jsonl(path, text_key):
             try:
                 row = json.loads(line)
             except ValueError as e:
-                raise ValueError(f"line {number} is not JSON: {e}") from None
+                raise UserError(f"line {number} is not JSON: {e}") from None
             text = row.get(text_key, 0) if isinstance(row, dict) else 0
             if not isinstance(text, str | None):
                 there = ", ".join(row) if isinstance(row, dict) else f"only {type(row).__name__}"
-                raise ValueError(f"line {number} has no text under {text_key!r} (--text_key); it has {there}")
+                raise UserError(f"line {number} has no text under {text_key!r} (--text_key); it has {there}")
             yield text or "", True
 
 
 def read_parquet(path, text_key):
-    """Yields the text_key column; null is an empty text. A few rows at a time: a row group may be all of the file."""
+    """Yields the text_key column; null is an empty text. A few rows at a time: a row group may be all of the
+    file."""
     import pyarrow.parquet
 
     with open_file(path) as f:
         table = pyarrow.parquet.ParquetFile(f, buffer_size=2**20)
         if text_key not in table.schema_arrow.names:
-            raise ValueError(f"no text under {text_key!r} (--text_key); it has {', '.join(table.schema_arrow.names)}")
+            raise UserError(
+                f"no text under {text_key!r} (--text_key); it has {', '.join(table.schema_arrow.names)}"
+            )
         for rows in table.iter_batches(16, columns=[text_key]):
             for text in rows[text_key].to_pylist():
                 if not isinstance(text, str | None):
-                    raise ValueError(f"{text_key!r} (--text_key) holds {type(text).__name__}, not text")
+                    raise UserError(f"{text_key!r} (--text_key) holds {type(text).__name__}, not text")
                 yield text or "", True
 
 
 def retrying(rows):
-    """Yields what rows() yields. Where that fails for a reason that may pass, calls it again after a pause and leaves
-    out what has been yielded already. Raises ConnectionError after the last pause."""
+    """Yields what rows() yields. Where that fails for a reason that may pass, calls it again after a pause
+    and leaves out what has been yielded already. Raises ConnectionError after the last pause."""
     done, pauses = 0, iter(PAUSES)
     while True:
         try:
@@ -241,7 +261,9 @@ def retrying(rows):
         except Exception as e:  # each library below has network errors of its own
             why, pause = first_line(e), next(pauses, None)
             if pause is None:
-                raise ConnectionError(f"the hub cannot be reached ({why}); the same command continues later") from e
+                raise ConnectionError(
+                    f"the hub cannot be reached ({why}); the same command continues later"
+                ) from e
             print(f"the hub cannot be reached ({why}); trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
 
@@ -250,12 +272,13 @@ def first_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-SAFE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")  # before " a" after a letter, after a line
+# before " a" after a letter, after a line
+SAFE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
 
 
 def safe_cut(text, longest):
-    """Returns a place of at most `longest` where cutting changes no token: tiktoken's patterns all end a piece there.
-    In 100,000 characters without such a place the text is cut anywhere."""
+    """Returns a place of at most `longest` where cutting changes no token: tiktoken's patterns all end a
+    piece there. In 100,000 characters without such a place the text is cut anywhere."""
     places = [match.start() for match in SAFE.finditer(text, longest - 100_000, longest)]
     return places[-1] if places else longest
 
@@ -326,7 +349,7 @@ def read_chunks(files, cfg, position):
         except Exception as e:  # of many kinds, from decompression to Parquet
             what = f"cannot read {files[number]} after {done:,} documents: {first_line(e)}"
             if not cfg.skip_bad_files:
-                raise ValueError(f"{what}. Mend it or go on without it: --skip_bad_files=True") from e
+                raise UserError(f"{what}. Mend it or go on without it: --skip_bad_files=True") from e
             print(f"{what}. Going on with the next file", file=sys.stderr)
             bad_files += 1
         skip = 0
@@ -335,15 +358,6 @@ def read_chunks(files, cfg, position):
 
 # -----------------------------------------------------------------------------
 # tokens out
-
-
-def find_encoder(encoding):
-    """Returns (encode, vocab_size, eot_token); encode(text) gives the tokens of a text, NumPy. "<|endoftext|>" in it is
-    text like any other there."""
-    if encoding == "bytes":
-        return (lambda text: np.frombuffer(text.encode(), dtype=np.uint8)), 257, 256
-    bpe = shards.load_bpe(encoding)
-    return (lambda text: bpe.encode_to_numpy(text, disallowed_special=())), bpe.n_vocab, bpe.eot_token
 
 
 def token_dtype(vocab_size):
@@ -355,78 +369,96 @@ class Encoded(NamedTuple):
     parts: list  # of (begins, whole, tokens, bytes of text, hash of the text)
 
 
-def encode_parts(parts, encode, vocab_size, eot):
+def encode_parts(parts, tokenizer):
     """Returns the Encoded of a chunk; every document begins with the end-of-text token."""
-    arrays, rows, end_of_text = [], [], np.array([eot])
+    arrays, rows = [], []
+    end_of_text = np.array([tokenizer.eot_token])
     for text, begins, whole in parts:
         try:
             raw = text.encode()
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can hold: U+FFFD, as tiktoken's own encode() does
+        # a lone surrogate, which JSON can hold: U+FFFD, as tiktoken's own encode() does
+        except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             raw = text.encode()
-        encoded = [encode(piece) for piece in pieces(text, PIECE)]
+        encoded = [tokenizer.encode_document(piece) for piece in pieces(text, PIECE)]
         arrays += [end_of_text, *encoded] if begins else encoded
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
         rows.append((begins, whole, sum(map(len, encoded)) + begins, len(raw), digest))
-    dtype = token_dtype(vocab_size)
-    return Encoded(np.concatenate(arrays, dtype=dtype, casting="unsafe") if arrays else np.empty(0, dtype), rows)
+    dtype = token_dtype(tokenizer.vocab_size)
+    if not arrays:
+        return Encoded(np.empty(0, dtype), rows)
+    return Encoded(np.concatenate(arrays, dtype=dtype, casting="unsafe"), rows)
 
 
 def work(pipe, encoding):
-    """What a worker process does: a chunk in, its Encoded out, until the other end is closed or its process dead."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # for Windows, where it is not inherited
+    """What a worker process does: a chunk in, its Encoded out, until the other end is closed or its process
+    dead."""
+    for number in SIGNALS:  # for Windows, where it is not inherited
         signal.signal(number, signal.SIG_IGN)
-    encoder = find_encoder(encoding)
+    tokenizer = find_tokenizer(encoding)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            pipe.send(encode_parts(pipe.recv(), *encoder))
+            pipe.send(encode_parts(pipe.recv(), tokenizer))
 
 
-def encode_chunks(chunks, encoding, workers):
-    """Yields (position, Encoded) of each chunk, in order. What is read runs two chunks a worker ahead of that.
+class Workers:
+    """Processes that tokenize. Processes, because tiktoken in threads gains little; spawned, because that
+    works alike on every system. A thread here waits for each, so that one that is killed is noticed, whatever
+    it was doing."""
 
-    Processes, because tiktoken in threads gains little, spawned, because that works alike on every system; each has a
-    pipe and a thread here that waits for it, so that one that is killed is noticed, whatever it was doing.
-    """
-    context, idle, processes, waiting = multiprocessing.get_context("spawn"), queue.SimpleQueue(), [], deque()
-    # a stop comes to all processes at once: the workers inherit that they ignore it, the main one decides
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
-    for _ in range(workers):
-        pipe, its_end = context.Pipe()
-        processes.append((context.Process(target=work, args=(its_end, encoding), daemon=True), pipe))
-        processes[-1][0].start()
-        its_end.close()
-        idle.put(pipe)
-    for number, handler in before:
-        signal.signal(number, handler)
+    def __init__(self, encoding, count):
+        context = multiprocessing.get_context("spawn")
+        self.count = count
+        self.threads = ThreadPoolExecutor(count)
+        self.idle = queue.SimpleQueue()
+        self.processes = []
+        # a stop comes to all processes at once: the workers inherit that they ignore it, the main one decides
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        for _ in range(count):
+            pipe, its_end = context.Pipe()
+            process = context.Process(target=work, args=(its_end, encoding), daemon=True)
+            process.start()
+            its_end.close()
+            self.processes.append((process, pipe))
+            self.idle.put(pipe)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def encode(parts):
-        pipe = idle.get()
+    def submit(self, parts):
+        """Returns the future Encoded of the parts."""
+        return self.threads.submit(self.encode, parts)
+
+    def encode(self, parts):
+        pipe = self.idle.get()
         try:
             pipe.send(parts)
-            encoded = pipe.recv()
+            return pipe.recv()
         except (EOFError, OSError):
             raise OSError(
-                "a worker process died, perhaps for want of memory; the same command continues, with fewer --workers"
+                "a worker process died, perhaps for want of memory; "
+                "the same command continues, with fewer --workers"
             ) from None
         finally:
-            idle.put(pipe)
-        return encoded
+            self.idle.put(pipe)
 
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for position, parts in chunks:
-            waiting.append((position, pool.submit(encode, parts)))
-            while len(waiting) > 2 * workers:
-                position, encoded = waiting.popleft()
-                yield position, encoded.result()
-        for position, encoded in waiting:
-            yield position, encoded.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for process, pipe in processes:
+    def close(self):
+        self.threads.shutdown(cancel_futures=True)
+        for process, pipe in self.processes:
             pipe.close()
             process.join()
+
+
+def encode_chunks(chunks, workers):
+    """Yields (position, Encoded) of each chunk, in order. What is read runs two chunks a worker ahead of
+    that."""
+    waiting = deque()
+    for position, parts in chunks:
+        waiting.append((position, workers.submit(parts)))
+        while len(waiting) > 2 * workers.count:
+            position, encoded = waiting.popleft()
+            yield position, encoded.result()
+    for position, encoded in waiting:
+        yield position, encoded.result()
 
 
 # -----------------------------------------------------------------------------
@@ -435,15 +467,18 @@ def encode_chunks(chunks, encoding, workers):
 
 @dataclass
 class Progress:
-    """All that decides how a preparation goes on. Between two chunks of text; kept on disk after each whole shard."""
+    """All that decides how a preparation goes on. Between two chunks of text; kept on disk after each whole
+    shard."""
 
     position: Position = Position()
-    counts: dict = field(default_factory=lambda: dict(tokens=0, documents=0, bytes=0))  # train and val together
+    # train and val together
+    counts: dict = field(default_factory=lambda: dict(tokens=0, documents=0, bytes=0))
     heap: list = field(default_factory=list)  # validation: (-hash, document number, bytes, tokens)
     held: int = 0  # tokens in it
     eligible: int = 0  # tokens of all documents that were short enough for it
     files: dict = field(default_factory=dict)  # whole train shards, as in meta.json
-    tail: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))  # tokens of the train shard under way
+    # tokens of the train shard under way
+    tail: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))
 
     def save(self, path, settings):
         """Writes it to path, with the settings, which are plain values, that it belongs to."""
@@ -451,12 +486,12 @@ class Progress:
         facts = dict(position=self.position, counts=self.counts, eligible=self.eligible, files=self.files)
         facts["settings"] = settings
         facts["heap"] = [(*entry[:3], len(entry[3])) for entry in self.heap]
-        with shards.atomic_file(path) as f:
+        with atomic_file(path) as f:
             np.savez(f, facts=json.dumps(facts), tokens=np.concatenate(tokens), tail=len(self.tail))
 
     @classmethod
     def load(cls, path):
-        """Returns (Progress, settings) of save. Raises ValueError for a file that is damaged."""
+        """Returns (Progress, settings) of save. Raises UserError for a file that is damaged."""
         try:
             with np.load(path) as saved:
                 facts, tokens, tail = json.loads(str(saved["facts"])), saved["tokens"], int(saved["tail"])
@@ -467,16 +502,18 @@ class Progress:
             progress = cls(position, facts["counts"], heap, held, facts["eligible"], facts["files"], parts[0])
             return progress, facts["settings"]
         except Exception as e:  # NumPy and zipfile raise many kinds
-            raise ValueError(f"{path} is damaged ({first_line(e)}); delete its folder and begin again") from None
+            raise UserError(
+                f"{path} is damaged ({first_line(e)}); delete its folder and begin again"
+            ) from None
 
 
 def choose(progress, encoded, val_tokens, max_tokens):
     """Returns the tokens of an encoded chunk that go to training, up to max_tokens of both splits in all.
 
-    Validation keeps the documents with the smallest hashes: a heap of at least val_tokens tokens, out of which a
-    smaller hash pushes the largest. So it is a sample of the whole source without knowing its size beforehand. A
-    document in the heap reaches training late, or never. One that came in parts always goes to training: it alone
-    would be more than the usual validation.
+    Validation keeps the documents with the smallest hashes: a heap of at least val_tokens tokens, out of
+    which a smaller hash pushes the largest. So it is a sample of the whole source without knowing its size
+    beforehand. A document in the heap reaches training late, or never. One that came in parts always goes to
+    training: it alone would be more than the usual validation.
     """
     heap, counts, train, end = progress.heap, progress.counts, [], 0
     for begins, whole, n, n_bytes, digest in encoded.parts:
@@ -497,8 +534,8 @@ def choose(progress, encoded, val_tokens, max_tokens):
 
 
 def push_out(progress, wanted):
-    """Takes the documents with the largest hashes out of the heap while `wanted` tokens remain, and returns their
-    tokens. Equal texts leave together: the same document is never in both splits."""
+    """Takes the documents with the largest hashes out of the heap while `wanted` tokens remain, and returns
+    their tokens. Equal texts leave together: the same document is never in both splits."""
     heap, out = progress.heap, []
     while heap:
         equal = [heapq.heappop(heap)]
@@ -520,12 +557,15 @@ def push_out(progress, wanted):
 
 def differences(there, now):
     return "; ".join(
-        f"{name}: {there.get(name)!r} there, {now[name]!r} now" for name in now if there.get(name) != now[name]
+        f"{name}: {there.get(name)!r} there, {now[name]!r} now"
+        for name in now
+        if there.get(name) != now[name]
     )
 
 
 def prepared_already(out_dir, settings):
-    """Returns True if out_dir holds all that would be written. Raises ValueError if it holds something else."""
+    """Returns True if out_dir holds all that would be written. Raises UserError if it holds something
+    else."""
     path = os.path.join(out_dir, "meta.json")
     if not os.path.exists(path):
         return False
@@ -534,12 +574,16 @@ def prepared_already(out_dir, settings):
             there = dict(json.load(f))
         files = {name: int(n["tokens"]) for name, n in there.get("files", {}).items()}
     except (ValueError, TypeError, KeyError) as e:
-        raise ValueError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
+        raise UserError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
     if differing := differences(there, settings):
-        raise ValueError(f"{out_dir} was prepared otherwise ({differing}); choose another --out_dir or delete it")
+        raise UserError(
+            f"{out_dir} was prepared otherwise ({differing}); choose another --out_dir or delete it"
+        )
     for name, tokens in files.items():
         if shards.read_header(os.path.join(out_dir, name)).count != tokens:
-            raise ValueError(f"{out_dir}/{name} is not the one that meta.json names; delete {out_dir} and begin again")
+            raise UserError(
+                f"{out_dir}/{name} is not the one that meta.json names; delete {out_dir} and begin again"
+            )
     return True
 
 
@@ -548,27 +592,27 @@ def shards_in(folder):
 
 
 def unfinished(out_dir, path, settings):
-    """Returns the Progress that the file at path kept, and its settings; a new one if nothing is lost by that. Raises
-    ValueError if out_dir holds shards that are not from a run with these settings."""
+    """Returns the Progress that the file at path kept, and its settings; a new one if nothing is lost by
+    that. Raises UserError if out_dir holds shards that are not from a run with these settings."""
     if os.path.exists(path):
         progress, kept = Progress.load(path)
         differing = differences(kept, settings)
         if not differing:
             return progress, kept
         if shards_in(out_dir):
-            raise ValueError(
-                f"{out_dir} holds an unfinished run of another kind ({differing}); give its options to continue it, "
-                f"or choose another --out_dir, or delete it"
+            raise UserError(
+                f"{out_dir} holds an unfinished run of another kind ({differing}); "
+                f"give its options to continue it, or choose another --out_dir, or delete it"
             )
     elif shards_in(out_dir):
-        raise ValueError(f"{out_dir} holds shards of another origin; delete them or choose another --out_dir")
+        raise UserError(f"{out_dir} holds shards of another origin; delete them or choose another --out_dir")
     return Progress(), settings
 
 
 @contextlib.contextmanager
 def ending_well(progress_path):
-    """Removes the file of a progress that ends before there is a whole shard beside it, so that there is nothing to
-    continue; and says what to do about a full disk."""
+    """Removes the file of a progress that ends before there is a whole shard beside it, so that there is
+    nothing to continue; and says what to do about a full disk."""
     folder = os.path.dirname(progress_path)
     try:
         yield
@@ -576,19 +620,25 @@ def ending_well(progress_path):
         if not shards_in(folder):
             os.remove(progress_path)
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"cannot write to {folder}: {e.strerror}; with more room the same command continues") from e
+            raise OSError(
+                f"cannot write to {folder}: {e.strerror}; with more room the same command continues"
+            ) from e
         raise
 
 
-def expected_tokens(cfg, text_size, tokens, n_bytes):
-    """Returns how many tokens the source gives in all, about; 0 if that is unknown. text_size is that of local files,
-    and n_bytes of it have made tokens so far."""
-    if text_size:
-        found = text_size * tokens / n_bytes if tokens else text_size / (1 if cfg.encoding == "bytes" else 4.4)
-    else:
-        named = re.search(r"(\d+)BT$", cfg.subset)  # FineWeb's samples: sample-10BT has 10 billion GPT-2 tokens
-        found = int(named[1]) * 1e9 if named else 0
-    return int(min(found or cfg.max_tokens, cfg.max_tokens or found))
+def expected_tokens(job, counts):
+    """Returns how many tokens the source gives in all, about; 0 if that is unknown. counts: what it has given
+    so far."""
+    cfg, tokens = job.cfg, counts["tokens"]
+    expected = 0
+    if job.text_size and tokens:
+        expected = job.text_size * tokens / counts["bytes"]
+    elif job.text_size:
+        expected = job.text_size / (1 if cfg.encoding == "bytes" else 4.4)
+    # FineWeb's samples: sample-10BT has 10 billion GPT-2 tokens
+    elif named := re.search(r"(\d+)BT$", cfg.subset):
+        expected = int(named[1]) * 1e9
+    return int(min(expected or cfg.max_tokens, cfg.max_tokens or expected))
 
 
 def check_space(out_dir, tokens, itemsize):
@@ -596,134 +646,188 @@ def check_space(out_dir, tokens, itemsize):
     free, needed = shutil.disk_usage(out_dir).free, tokens * itemsize
     if needed > free:
         raise OSError(
-            f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB free; make "
-            f"room and give the same command, or choose another --out_dir, or take less with --max_tokens"
+            f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB "
+            f"free; make room and give the same command, or choose another --out_dir, or take less with "
+            f"--max_tokens"
         )
 
 
-stop_signals = []
+# -----------------------------------------------------------------------------
+# the whole preparation
 
 
-def ask_to_stop(number, frame):
-    """Signal handler for Ctrl-C and SIGTERM: the loop leaves after its chunk. A second one ends the process at once,
-    while it waits for the hub perhaps, which loses nothing more."""
-    stop_signals.append(number)
-    with contextlib.suppress(OSError):  # no print: the signal may have come in the middle of one
-        os.write(2, b"\nstopping; once more to leave at once\n")
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
+@dataclass
+class Job:
+    """What is to be prepared, from what, and where to."""
+
+    cfg: PrepareConfig
+    out_dir: str
+    settings: dict  # all that shapes the tokens, plain values, as in meta.json
+    files: list  # local paths or, in the order of the source, addresses on the hub
+    text_size: int  # bytes of text in local files, about; 0 for the hub
+
+    @property
+    def progress_path(self):
+        return os.path.join(self.out_dir, "unfinished.npz")
+
+    @property
+    def itemsize(self):
+        return token_dtype(self.settings["vocab_size"]).itemsize
+
+    @property
+    def train_command(self):
+        """The command to give next."""
+        name = "quickstart" if self.cfg.input == "stdlib" else "fineweb_125m"
+        dataset = f" --dataset={self.out_dir}" if self.cfg.out_dir else ""
+        return f"python train.py config/{name}.py{dataset}"
 
 
-if __name__ == "__main__":
-    cfg = from_command_line(PrepareConfig, __doc__)
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    stdlib = cfg.input == "stdlib"
-    out_dir = cfg.out_dir or ("data/stdlib" if stdlib else "data/fineweb")
-    prefix = "stdlib" if stdlib else "fineweb"
-    train_command = f"python train.py config/{'quickstart' if stdlib else 'fineweb_125m'}.py"
-    if cfg.out_dir:
-        train_command += f" --dataset={out_dir}"
-
-    # -------------------------------------------------------------------------
-    # what is asked for, and what is there
-
-    _, vocab_size, eot = find_encoder(cfg.encoding)
-    dtype = token_dtype(vocab_size)
-    source, files = f"{cfg.repo} {cfg.subset} {cfg.split}", []
+def plan(cfg):
+    """Returns the Job; the hub's files are still to be found."""
+    tokenizer = find_tokenizer(cfg.encoding)
+    source = f"{cfg.repo} {cfg.subset} {cfg.split}"
+    files = []
     if cfg.input:
         files = find_files(cfg.input)
         sizes = [os.path.getsize(path) for path in files]
         names = hashlib.sha256(json.dumps([files, sizes]).encode()).hexdigest()[:16]
         source = f"{cfg.input}: {len(files)} files, {sum(sizes):,} bytes, sha256 of names and sizes {names}"
-    options = ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens")
-    settings = dict(format=1, encoding=cfg.encoding, vocab_size=vocab_size, eot_token=eot, source=source)
-    settings |= {name: getattr(cfg, name) for name in options}
-    progress_path = os.path.join(out_dir, "unfinished.npz")
-    if prepared_already(out_dir, settings):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(progress_path)  # where the run was killed just before doing so itself
-        print(f"{out_dir} is prepared already. Next: {train_command}")
-        raise SystemExit
+    settings = dict(format=1) | tokenizer.fields() | dict(source=source)
+    for name in ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens"):
+        settings[name] = getattr(cfg, name)
+    out_dir = cfg.out_dir or ("data/stdlib" if cfg.input == "stdlib" else "data/fineweb")
+    return Job(cfg, out_dir, settings, files, sum(map(text_bytes, files)))
+
+
+def begin(job):
+    """Returns (Progress, the settings to keep with it) of a preparation that starts or goes on, on a disk
+    with room."""
+    cfg, out_dir = job.cfg, job.out_dir
     os.makedirs(out_dir, exist_ok=True)
-    progress, kept = unfinished(out_dir, progress_path, settings)
+    progress, kept = unfinished(out_dir, job.progress_path, job.settings)
     if not cfg.input:  # the hub's files as they were at the start, whatever has been changed there since
-        files = kept.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
-        kept = settings | dict(hub_files=files)
-    text_size = sum(map(text_bytes, files)) if cfg.input else 0
-    counts, before = progress.counts, progress.counts["tokens"]
-    expected = expected_tokens(cfg, text_size, counts["tokens"], counts["bytes"])
-    check_space(out_dir, expected - before, dtype.itemsize)
+        job.files = kept.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
+        kept = job.settings | dict(hub_files=job.files)
+    before = progress.counts["tokens"]
+    check_space(out_dir, expected_tokens(job, progress.counts) - before, job.itemsize)
     for partial in glob.glob(f"{glob.escape(out_dir)}/*.tmp"):
         os.remove(partial)
-    progress.save(progress_path, kept)
+    progress.save(job.progress_path, kept)
     if before:
         print(f"continuing {out_dir} after {before:,} tokens in {len(progress.files)} whole shards")
+    return progress, kept
 
-    # -------------------------------------------------------------------------
-    # a chunk of text at a time, from the source to the disk
 
-    workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    start = time.perf_counter()
+def number_of_workers(cfg):
+    if cfg.workers:
+        return cfg.workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def write_train(job, progress, kept, train, stop):
+    """Writes the training tokens, a chunk of text at a time, from the source to the disk. Leaves the script,
+    with what continues saved, if it is asked to stop."""
+    cfg, counts = job.cfg, progress.counts
+    train.write(progress.tail)
     with (
-        ending_well(progress_path),
-        shards.ShardWriter(out_dir, prefix, "train", cfg.shard_tokens, progress.files) as train,
-        shards.ShardWriter(out_dir, prefix, "val", cfg.shard_tokens, {}) as val,
-        tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True, initial=before) as bar,  # on a terminal
-        contextlib.closing(encode_chunks(read_chunks(files, cfg, progress.position), cfg.encoding, workers)) as chunks,
+        tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True, initial=counts["tokens"]) as bar,
+        contextlib.closing(Workers(cfg.encoding, number_of_workers(cfg))) as workers,
     ):
-        train.write(progress.tail)
-        for progress.position, encoded in chunks:
-            if stop_signals:
+        chunks = read_chunks(job.files, cfg, progress.position)
+        for progress.position, encoded in encode_chunks(chunks, workers):
+            if stop.number:
                 bar.close()
                 print("stopped; the same command continues after the last whole shard", file=sys.stderr)
-                sys.exit(128 + stop_signals[0])
-            tokens, whole = choose(progress, encoded, cfg.val_tokens, cfg.max_tokens), len(progress.files)
+                sys.exit(128 + stop.number)
+            whole = len(progress.files)
+            tokens = choose(progress, encoded, cfg.val_tokens, cfg.max_tokens)
             train.write(tokens)
-            bar.total = expected_tokens(cfg, text_size, counts["tokens"], counts["bytes"]) or None
+            bar.total = expected_tokens(job, counts) or None
             bar.update(counts["tokens"] - bar.n)
             if len(progress.files) > whole:
                 progress.tail = tokens[len(tokens) - train.open_tokens :]
-                progress.save(progress_path, kept)
-                check_space(out_dir, (bar.total or 0) - counts["tokens"], dtype.itemsize)
+                progress.save(job.progress_path, kept)
+                check_space(job.out_dir, (bar.total or 0) - counts["tokens"], job.itemsize)
             if cfg.max_tokens and counts["tokens"] >= cfg.max_tokens:
                 break
 
-        for tokens in push_out(progress, min(cfg.val_tokens, progress.eligible // 10)):
-            train.write(tokens)
-        held = sorted(progress.heap, key=lambda entry: entry[1])  # in the order of the source
-        n_val = dict(tokens=sum(len(e[3]) for e in held), documents=len(held), bytes=sum(e[2] for e in held))
-        n_train = {name: counts[name] - n_val[name] for name in counts}
-        if n_train["tokens"] <= n_val["tokens"]:
-            raise ValueError(
-                f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes whole "
-                f"documents, and these are too few, or one is huge. Separate them by {EOT}, or use "
-                f"--txt_documents=blank_line"
-            )
-        for entry in held:
-            val.write(entry[3])
-        val.finish()
-        train.finish()
 
-    # -------------------------------------------------------------------------
-    # meta.json last: with it the folder is complete
-
-    position = progress.position
-    meta = settings | dict(train=n_train, val=n_val, files=val.files | train.files)
-    meta |= dict(empty_documents=position.empty, bad_files=position.bad_files)
-    with shards.atomic_file(os.path.join(out_dir, "meta.json")) as f:
-        f.write(json.dumps(meta, indent=1).encode())
-    os.remove(progress_path)
-    seconds = time.perf_counter() - start
-    for n, writer in ((n_train, train), (n_val, val)):
-        print(
-            f"{writer.split}: {n['tokens']:,} tokens of {n['documents']:,} documents, {n['bytes']:,} bytes of text; "
-            f"shards: {len(writer.files)}"
+def write_val(job, progress, train, val):
+    """Writes the validation tokens, and what validation leaves to training. Returns the counts {split:
+    {"tokens": n, "documents": n, "bytes": n}}."""
+    for tokens in push_out(progress, min(job.cfg.val_tokens, progress.eligible // 10)):
+        train.write(tokens)
+    held = sorted(progress.heap, key=lambda entry: entry[1])  # in the order of the source
+    n_val = dict(tokens=sum(len(e[3]) for e in held), documents=len(held), bytes=sum(e[2] for e in held))
+    n_train = {name: count - n_val[name] for name, count in progress.counts.items()}
+    if n_train["tokens"] <= n_val["tokens"]:
+        raise UserError(
+            f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes "
+            f"whole documents, and these are too few, or one is huge. Separate them by {EOT}, or use "
+            f"--txt_documents=blank_line"
         )
+    for entry in held:
+        val.write(entry[3])
+    val.finish()
+    train.finish()
+    return dict(train=n_train, val=n_val)
+
+
+def write_meta(job, progress, counts, files):
+    """Writes meta.json, last: with it the folder is complete."""
+    position = progress.position
+    meta = job.settings | counts | dict(files=files)
+    meta |= dict(empty_documents=position.empty, bad_files=position.bad_files)
+    with atomic_file(os.path.join(job.out_dir, "meta.json")) as f:
+        f.write(json.dumps(meta, indent=1).encode())
+    os.remove(job.progress_path)
+
+
+def prepare(job, stop):
+    """Does the job, or what is left of it, and says what it did."""
+    progress, kept = begin(job)
+    before = progress.counts["tokens"]
+    start = time.perf_counter()
+    prefix = "stdlib" if job.cfg.input == "stdlib" else "fineweb"
+    shard_tokens = job.cfg.shard_tokens
+    with (
+        ending_well(job.progress_path),
+        shards.ShardWriter(job.out_dir, prefix, "train", shard_tokens, progress.files) as train,
+        shards.ShardWriter(job.out_dir, prefix, "val", shard_tokens, {}) as val,
+    ):
+        write_train(job, progress, kept, train, stop)
+        counts = write_val(job, progress, train, val)
+    files = val.files | train.files
+    write_meta(job, progress, counts, files)
+
+    seconds = time.perf_counter() - start
+    for writer in (train, val):
+        n = counts[writer.split]
+        print(
+            f"{writer.split}: {n['tokens']:,} tokens of {n['documents']:,} documents, "
+            f"{n['bytes']:,} bytes of text; shards: {len(writer.files)}"
+        )
+    skipped = progress.position
     print(
-        f"skipped: {position.empty:,} empty documents, {position.bad_files:,} files that could not be read to their end"
+        f"skipped: {skipped.empty:,} empty documents, "
+        f"{skipped.bad_files:,} files that could not be read to their end"
     )
-    size = sum(os.path.getsize(os.path.join(out_dir, name)) for name in meta["files"])
-    rate = (counts["tokens"] - before) / seconds
-    print(f"wrote {size / 1e6:,.1f} MB to {out_dir} in {seconds:.1f} s, {rate:,.0f} tokens/s")
-    print(f"next: {train_command}")
+    size = sum(os.path.getsize(os.path.join(job.out_dir, name)) for name in files)
+    rate = (progress.counts["tokens"] - before) / seconds
+    print(f"wrote {size / 1e6:,.1f} MB to {job.out_dir} in {seconds:.1f} s, {rate:,.0f} tokens/s")
+    print(f"next: {job.train_command}")
+
+
+def main(argv):
+    cfg = from_command_line(PrepareConfig, __doc__, argv)
+    with StopRequest("stopping; once more to leave at once") as stop:
+        job = plan(cfg)
+        if prepared_already(job.out_dir, job.settings):
+            remove(job.progress_path)  # where the run was killed just before doing so itself
+            print(f"{job.out_dir} is prepared already. Next: {job.train_command}")
+        else:
+            prepare(job, stop)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,13 +1,14 @@
-"""
-What a run survives: kills, full disks, damaged files, signals, exceptions, missing memory and fuzzed configurations.
+"""What a run survives: kills, full disks, damaged files, signals, exceptions, missing memory and fuzzed
+configurations.
 
-    python benchmarks/faults.py             100 kills, 220 damaged files, 6,000 configurations; 15 to 20 minutes
-    python benchmarks/faults.py --quick     a tenth of it
+    python benchmarks/faults.py             100 kills, 220 damaged files, 6,000 configurations; 15 to 20
+    minutes python benchmarks/faults.py --quick     a tenth of it
 
-Each fault meets train.py in a process of its own, on a small model with dropout on a CPU; afterwards the run is resumed
-with --init_from=auto, and its final state is compared, bit for bit, with that of a run that nothing has happened to.
-"lost" counts the cases in which they differed, an iteration was missing or twice in metrics.jsonl, or a traceback was
-printed. Some faults need Linux, some root (to mount a small disk); what cannot be tried here says so.
+Each fault meets train.py in a process of its own, on a small model with dropout on a CPU; afterwards the run
+is resumed with --init_from=auto, and its final state is compared, bit for bit, with that of a run that
+nothing has happened to. "lost" counts the cases in which they differed, an iteration was missing or twice in
+metrics.jsonl, or a traceback was printed. Some faults need Linux, some root (to mount a small disk); what
+cannot be tried here says so.
 """
 
 import argparse
@@ -33,18 +34,18 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import shards
 from configurator import ConfigError, configure
 from prepare_fineweb import PrepareConfig
 from sample import SampleConfig
+from sologpt import checkpoint, shards
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
-RUN = """--dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
---gradient_accumulation_steps=2 --dropout=0.2 --learning_rate=1e-2 --warmup_iters=5 --lr_decay_iters=200 --max_iters=200
---eval_interval=40 --eval_iters=1 --checkpoint_interval=5 --init_from=auto""".split()
+RUN = """--dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16
+--batch_size=4 --gradient_accumulation_steps=2 --dropout=0.2 --learning_rate=1e-2 --warmup_iters=5
+--lr_decay_iters=200 --max_iters=200 --eval_interval=40 --eval_iters=1 --checkpoint_interval=5
+--init_from=auto""".split()
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 # train.py with something done to it first; slow writes, so that a kill at a random moment often hits one
@@ -99,7 +100,9 @@ def start(folder, out, *more, fault="", limit=None):
     limited = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     command = [sys.executable, "-c", code, *RUN, f"--out_dir={out}", *more]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=ENV, text=True, stdout=pipe, stderr=pipe, preexec_fn=limited)
+    return subprocess.Popen(
+        command, cwd=folder, env=ENV, text=True, stdout=pipe, stderr=pipe, preexec_fn=limited
+    )
 
 
 def finish(folder, out, *more, **options):
@@ -110,11 +113,15 @@ def finish(folder, out, *more, **options):
 
 
 def outcome(folder, out):
-    """Returns what must not depend on what happened: weights, moments, random state, losses in metrics.jsonl."""
+    """Returns what must not depend on what happened: weights, moments, random state, losses in
+    metrics.jsonl."""
     state = checkpoint.load(folder / out / "ckpt.pt")
     lines = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
     figures = [
-        [line.get(name) for name in ("kind", "iter", "loss", "norm", "lr", "tokens", "train_loss", "val_loss")]
+        [
+            line.get(name)
+            for name in ("kind", "iter", "loss", "norm", "lr", "tokens", "train_loss", "val_loss")
+        ]
         for line in lines
         if line["kind"] in ("iter", "eval")
     ]
@@ -134,7 +141,8 @@ def same(a, b):
 
 
 def resumed_equals(folder, out, reference, parts=None):
-    """Whether the run in folder/out, resumed without faults, ends as the reference did (in its first parts)."""
+    """Whether the run in folder/out, resumed without faults, ends as the reference did (in its first
+    parts)."""
     status, _, errors = finish(folder, out)
     good = status == 0 and "Traceback" not in errors and same(outcome(folder, out)[:parts], reference[:parts])
     if not good:
@@ -169,12 +177,21 @@ def kills(folder, reference, times, rng):
                 process.stdout.close()
                 process.stderr.close()
         runs += 1
-        lost += status != 0 or bool(list((folder / out).glob("*.tmp"))) or not resumed_equals(folder, out, reference)
-    return f"kill -9 at a random moment, {in_a_write} of them while a file was written, in {runs} runs", done, lost
+        lost += (
+            status != 0
+            or bool(list((folder / out).glob("*.tmp")))
+            or not resumed_equals(folder, out, reference)
+        )
+    return (
+        f"kill -9 at a random moment, {in_a_write} of them while a file was written, in {runs} runs",
+        done,
+        lost,
+    )
 
 
 def signals(folder, reference, times, rng):
-    """SIGTERM and Ctrl-C at random moments of the loop; exit status and the printed command are checked too."""
+    """SIGTERM and Ctrl-C at random moments of the loop; exit status and the printed command are checked
+    too."""
     lost = 0
     for i in range(times):
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
@@ -183,7 +200,11 @@ def signals(folder, reference, times, rng):
         time.sleep(rng.uniform(0, 2))
         process.send_signal(number)
         stdout, errors = process.communicate()
-        clean = process.returncode == 128 + number and "--init_from=resume" in stdout and "Traceback" not in errors
+        clean = (
+            process.returncode == 128 + number
+            and "--init_from=resume" in stdout
+            and "Traceback" not in errors
+        )
         lost += not (clean and resumed_equals(folder, f"signal{i}", reference))
     return "Ctrl-C or SIGTERM at a random moment", times, lost
 
@@ -208,12 +229,15 @@ def exceptions(folder, reference, times, rng):
     for i in range(times):
         fault = AT_CALL.format(condition=f"calls == {rng.randrange(1, 400)}", error="RuntimeError('a fault')")
         status, _, errors = finish(folder, f"exception{i}", fault=fault)
-        lost += status != 1 or "a fault" not in errors or not resumed_equals(folder, f"exception{i}", reference)
+        lost += (
+            status != 1 or "a fault" not in errors or not resumed_equals(folder, f"exception{i}", reference)
+        )
     return "an exception in the loop", times, lost
 
 
 def file_limits(folder, reference, times, rng):
-    """A limit on the size of a file, as a quota has, that a checkpoint exceeds; every second time best.pt fits."""
+    """A limit on the size of a file, as a quota has, that a checkpoint exceeds; every second time best.pt
+    fits."""
     lost, size = 0, 0
     for i in range(times):
         out = f"limit{i}"
@@ -234,11 +258,13 @@ def mount(path, *options):
 
 
 def full_disks(folder, reference, times, rng):
-    """A disk that has room for one checkpoint, or two, but not for the next one, metrics.jsonl and the log being on it
-    too; every second time something else fills it up whenever there is room. Later it has room again.
+    """A disk that has room for one checkpoint, or two, but not for the next one, metrics.jsonl and the log
+    being on it too; every second time something else fills it up whenever there is room. Later it has room
+    again.
 
-    Only weights, moments, random state and iteration are compared: lines of metrics.jsonl that found no room until the
-    process ended, and a best.pt that found none, are lost, and the run cannot help it."""
+    Only weights, moments, random state and iteration are compared: lines of metrics.jsonl that found no room
+    until the process ended, and a best.pt that found none, are lost, and the run cannot help it.
+    """
     lost = failed = 0
     for i in range(times):
         disk = folder / f"disk{i}"
@@ -256,14 +282,19 @@ def full_disks(folder, reference, times, rng):
             # 120 is Python's own for a log, here on the same disk, whose last lines cannot be written
             clean = process.returncode in ((1, 120) if "could not be saved" in errors else (0, 120))
             mount(disk, "-o", "remount,size=100m")
-            lost += "Traceback" in errors or not clean or not resumed_equals(folder, disk / "out", reference, parts=4)
+            lost += (
+                "Traceback" in errors
+                or not clean
+                or not resumed_equals(folder, disk / "out", reference, parts=4)
+            )
         finally:
             subprocess.run(["umount", str(disk)])
     return f"a full disk (tmpfs of 0.6 to 1.5 MB); {failed} times the end could not be saved", times, lost
 
 
 def read_only(folder, reference, times, rng):
-    """A disk that becomes read-only while the run is on, as after an I/O error, and one that is from the start."""
+    """A disk that becomes read-only while the run is on, as after an I/O error, and one that is from the
+    start."""
     lost = 0
     for i in range(times):
         disk = folder / f"ro{i}"
@@ -273,7 +304,8 @@ def read_only(folder, reference, times, rng):
             process = start(folder, disk / "out", fault=SLOW_WRITES)
             read_until(process, f"iter {rng.randrange(6, 20)}:")
             process.send_signal(signal.SIGSTOP)
-            mounted = mount(disk, "-o", "remount,ro")  # refused while a file is open for writing: metrics.jsonl is
+            # refused while a file is open for writing: metrics.jsonl is
+            mounted = mount(disk, "-o", "remount,ro")
             process.send_signal(signal.SIGCONT)
             errors = process.communicate()[1]
             clean = "Traceback" not in errors and process.returncode == (1 if mounted else 0)
@@ -288,8 +320,8 @@ def read_only(folder, reference, times, rng):
 
 
 def damaged(folder, reference, times, rng, damage):
-    """Whatever is done to ckpt.pt, the state that is read is its own or that of ckpt_prev.pt; one case in twenty is
-    resumed to its end by train.py."""
+    """Whatever is done to ckpt.pt, the state that is read is its own or that of ckpt_prev.pt; one case in
+    twenty is resumed to its end by train.py."""
     finish(folder, "whole", "--max_iters=150")
     files = checkpoint.RunFiles(folder / "whole")
     raw, lost, fell_back = Path(files.ckpt).read_bytes(), 0, 0
@@ -312,7 +344,9 @@ def damaged(folder, reference, times, rng, damage):
 
 
 def truncated(folder, reference, times, rng):
-    fell_back, *counts = damaged(folder, reference, times, rng, lambda raw, rng: raw[: rng.randrange(len(raw))])
+    fell_back, *counts = damaged(
+        folder, reference, times, rng, lambda raw, rng: raw[: rng.randrange(len(raw))]
+    )
     return f"ckpt.pt cut short at a random length; ckpt_prev.pt taken {fell_back} times", *counts
 
 
@@ -328,8 +362,9 @@ def flipped(folder, reference, times, rng):
 
 
 def missing_memory(folder, reference, times, rng):
-    """torch.OutOfMemoryError, raised by a stand-in, from a random pass on for micro-batches above 1 or 2: the run ends,
-    and equals, bit for bit, what resuming its last state before the fault with the smaller batch_size gives."""
+    """torch.OutOfMemoryError, raised by a stand-in, from a random pass on for micro-batches above 1 or 2: the
+    run ends, and equals, bit for bit, what resuming its last state before the fault with the smaller
+    batch_size gives."""
     lost = 0
     for i in range(times):
         out, fits, at = f"memory{i}", rng.choice((1, 2)), rng.randrange(12, 398)
@@ -355,7 +390,9 @@ NAMES = {script: [field.name for field in dataclasses.fields(cls)] for script, c
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 VALUES = st.one_of(
     TEXT,
-    st.sampled_from(["True", "False", "0", "-1", "1e-3", "1e999", "nan", "0x10", "''", "'", "None", "cpu", "1_000"]),
+    st.sampled_from(
+        ["True", "False", "0", "-1", "1e-3", "1e999", "nan", "0x10", "''", "'", "None", "cpu", "1_000"]
+    ),
     st.integers().map(str),
     st.floats().map(str),
 )
@@ -364,25 +401,35 @@ VALUES = st.one_of(
 def arguments(script):
     """A strategy: argument lists for a script, some right, most wrong in one way or several."""
     setting = st.builds("--{}={}".format, st.sampled_from(NAMES[script]), VALUES)
-    bare = st.sampled_from(NAMES[script]).flatmap(lambda name: st.sampled_from([f"--{name}", f"--no-{name}", name]))
-    return st.lists(st.one_of(setting, setting, bare, TEXT.filter(lambda t: t not in ("-h", "--help"))), max_size=6)
+    bare = st.sampled_from(NAMES[script]).flatmap(
+        lambda name: st.sampled_from([f"--{name}", f"--no-{name}", name])
+    )
+    return st.lists(
+        st.one_of(setting, setting, bare, TEXT.filter(lambda t: t not in ("-h", "--help"))), max_size=6
+    )
 
 
 def sources(script):
-    """A strategy: config files for a script: assignments of all kinds of values, and text that is no Python at all."""
+    """A strategy: config files for a script: assignments of all kinds of values, and text that is no Python
+    at all."""
     plain = st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), TEXT)
     value = st.one_of(
         st.recursive(plain, st.lists, max_leaves=3).map(repr),
-        st.sampled_from([*NAMES[script], "1 / 0", "open", "lambda: 0", "(1, 2)", "1e3", "10 ** 5000", "__name__"]),
+        st.sampled_from(
+            [*NAMES[script], "1 / 0", "open", "lambda: 0", "(1, 2)", "1e3", "10 ** 5000", "__name__"]
+        ),
         VALUES,
     )
     line = st.builds("{} = {}".format, st.sampled_from([*NAMES[script], "_x", "learning_rat"]), value)
-    noise = st.one_of(TEXT, st.sampled_from(["import math", "def f(: pass", "(" * 300, "raise SystemExit", "\t x = 1"]))
+    noise = st.one_of(
+        TEXT, st.sampled_from(["import math", "def f(: pass", "(" * 300, "raise SystemExit", "\t x = 1"])
+    )
     return st.lists(st.one_of(line, line, line, noise), max_size=6).map("\n".join)
 
 
 def check(cls, argv):
-    """Raises AssertionError if configure lets a wrong value through, and whatever else it raises but ConfigError."""
+    """Raises AssertionError if configure lets a wrong value through, and whatever else it raises but
+    ConfigError."""
     try:
         config = configure(cls, argv)
     except ConfigError as e:
@@ -397,12 +444,17 @@ def check(cls, argv):
         assert field.type is not float or abs(value) < float("inf"), field.name
     for name, text in (argument[2:].split("=", 1) for argument in argv if argument.startswith("--")):
         last = [argument for argument in argv if argument.startswith(f"--{name}=")][-1]
-        if cls.__dataclass_fields__[name].type in (int, float) and f"--{name}={text}" == last and argv[-1] == last:
+        if (
+            cls.__dataclass_fields__[name].type in (int, float)
+            and f"--{name}={text}" == last
+            and argv[-1] == last
+        ):
             assert getattr(config, name) == cls.__dataclass_fields__[name].type(eval(text, {}, {})), argv
 
 
 def for_each(strategy, times, one):
-    """Calls one() with that many examples of a strategy. The first that raises is made as small as can be and shown."""
+    """Calls one() with that many examples of a strategy. The first that raises is made as small as can be and
+    shown."""
 
     @settings(max_examples=times, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
@@ -413,7 +465,8 @@ def for_each(strategy, times, one):
 
 
 def fuzz_configure(times, folder):
-    """Reads fuzzed argument lists and config files in this process; returns how many. Raises at the first fault."""
+    """Reads fuzzed argument lists and config files in this process; returns how many. Raises at the first
+    fault."""
     tried = 0
 
     def read(cls, argv):
@@ -432,10 +485,14 @@ def fuzz_configure(times, folder):
 
 
 def fuzz_scripts(times, folder):
-    """Runs the scripts with fuzzed arguments, which all end at the latest at a folder that is not there. Returns how
-    often, and how often there was a traceback or another exit status than 1 or 2."""
+    """Runs the scripts with fuzzed arguments, which all end at the latest at a folder that is not there.
+    Returns how often, and how often there was a traceback or another exit status than 1 or 2."""
     tried = wrong = 0
-    last = {"train.py": "--dataset=nowhere", "sample.py": "--out_dir=nowhere", "prepare_fineweb.py": "--input=nowhere"}
+    last = {
+        "train.py": "--dataset=nowhere",
+        "sample.py": "--out_dir=nowhere",
+        "prepare_fineweb.py": "--input=nowhere",
+    }
 
     def run(script, argv):
         nonlocal tried, wrong
@@ -455,13 +512,17 @@ def fuzz_scripts(times, folder):
 # -----------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of the cases")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments and places")
     parser.add_argument("--only", default="", help="one fault, by the name of its function")
     options = parser.parse_args()
     share, rng = (10 if options.quick else 1), random.Random(options.seed)
-    plan = dict(kills=100, signals=10, second_signals=10, exceptions=10, file_limits=10, full_disks=10, read_only=4)
+    plan = dict(
+        kills=100, signals=10, second_signals=10, exceptions=10, file_limits=10, full_disks=10, read_only=4
+    )
     plan |= dict(truncated=20, flipped=200, missing_memory=10)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

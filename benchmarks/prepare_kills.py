@@ -1,8 +1,8 @@
-"""
-Kills prepare_fineweb.py (kill -9) at random moments and starts it again, until it has been killed --kills times; then
-lets it finish, and compares every file with those of a run that was left alone.
+"""Kills prepare_fineweb.py (kill -9) at random moments and starts it again, until it has been killed --kills
+times; then lets it finish, and compares every file with those of a run that was left alone.
 
-    python benchmarks/prepare_kills.py --input=FOLDER [--kills=20] [--seed=0] [any option of prepare_fineweb.py]
+    python benchmarks/prepare_kills.py --input=FOLDER [--kills=20] [--seed=0] [any option of
+    prepare_fineweb.py]
 """
 
 import argparse
@@ -32,7 +32,9 @@ def contents(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args, options = parser.parse_known_args()
@@ -58,14 +60,17 @@ if __name__ == "__main__":
                 kills += 1
                 there = sorted(os.listdir(f"{folder}/killed")) if os.path.exists(f"{folder}/killed") else []
                 print(
-                    f"kill {kills} after {moment:.2f} s: {len([n for n in there if n.endswith('.bin')])} shards there"
+                    f"kill {kills} after {moment:.2f} s: "
+                    f"{len([n for n in there if n.endswith('.bin')])} shards there"
                 )
             spent += time.perf_counter() - began
         if start(f"{folder}/killed", options).wait():
             raise SystemExit("the last run failed")
         same = contents(f"{folder}/killed") == contents(f"{folder}/whole")
         print(
-            f"{kills} kills, {finished + 1} finished folders, {len(contents(f'{folder}/whole'))} files each: ", end=""
+            f"{kills} kills, {finished + 1} finished folders, "
+            f"{len(contents(f'{folder}/whole'))} files each: ",
+            end="",
         )
         print("every sha256 equals that of the run left alone" if same else "THE FILES DIFFER")
         raise SystemExit(not same)

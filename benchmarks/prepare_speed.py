@@ -1,13 +1,14 @@
-"""
-How fast prepare_fineweb.py is, against what tiktoken allows and against a pool in the style of build-nanogpt and llm.c.
+"""How fast prepare_fineweb.py is, against what tiktoken allows and against a pool in the style of
+build-nanogpt and llm.c.
 
     python benchmarks/prepare_speed.py --input=FOLDER [--workers=2] [--rounds=3] [--json=FILE]
 
-FOLDER holds .parquet files with a text column. Each round runs in turn: one process that does nothing but tokenize
-texts already in memory (times --workers, that is the limit); the pool (multiprocessing.Pool.imap over documents,
-encode_ordinary, one array a document, written with tofile); and prepare_fineweb.py as a user runs it, from starting
-Python to meta.json. Prints medians, and the ratio of each to the limit of the same round. Peak memory is the sum of the
-resident sizes of all its processes, sampled twenty times a second (Linux).
+FOLDER holds .parquet files with a text column. Each round runs in turn: one process that does nothing but
+tokenize texts already in memory (times --workers, that is the limit); the pool (multiprocessing.Pool.imap
+over documents, encode_ordinary, one array a document, written with tofile); and prepare_fineweb.py as a user
+runs it, from starting Python to meta.json. Prints medians, and the ratio of each to the limit of the same
+round. Peak memory is the sum of the resident sizes of all its processes, sampled twenty times a second
+(Linux).
 """
 
 import argparse
@@ -47,7 +48,11 @@ def limit(method, path):
     texts, bpe, n = list(texts_of([path])), tiktoken.get_encoding("gpt2"), 0
     start = time.perf_counter()
     for text in texts:
-        n += len(getattr(bpe, method)(text, disallowed_special=()) if "numpy" in method else getattr(bpe, method)(text))
+        n += len(
+            getattr(bpe, method)(text, disallowed_special=())
+            if "numpy" in method
+            else getattr(bpe, method)(text)
+        )
     return n / (time.perf_counter() - start)
 
 
@@ -81,7 +86,12 @@ def resident(pid):
 
 def ours(source, workers, folder):
     """Returns tokens a second of the whole command, and the peak of its memory in bytes."""
-    argv = [sys.executable, os.path.join(ROOT, "prepare_fineweb.py"), f"--input={source}", f"--out_dir={folder}/ours"]
+    argv = [
+        sys.executable,
+        os.path.join(ROOT, "prepare_fineweb.py"),
+        f"--input={source}",
+        f"--out_dir={folder}/ours",
+    ]
     start, peak = time.perf_counter(), 0
     with subprocess.Popen([*argv, f"--workers={workers}"], stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -94,7 +104,9 @@ def ours(source, workers, folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", required=True)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
@@ -114,7 +126,8 @@ if __name__ == "__main__":
             row["ours"], row["peak_bytes"] = ours(args.input, args.workers, folder)
         rounds.append(row)
         print(
-            f"round {number + 1}: " + ", ".join(f"{name} {n / 1e6:,.2f}M" for name, n in row.items()), file=sys.stderr
+            f"round {number + 1}: " + ", ".join(f"{name} {n / 1e6:,.2f}M" for name, n in row.items()),
+            file=sys.stderr,
         )
 
     print(f"{'':44}tokens/s   of the limit (median of {args.rounds}, {args.workers} workers)")
@@ -127,7 +140,8 @@ if __name__ == "__main__":
     ):
         ratio = statistics.median(row[name] / row["limit"] for row in rounds)
         print(f"{what:40}{statistics.median(row[name] for row in rounds):12,.0f}   {ratio:.2f}")
-    print(f"peak memory of prepare_fineweb.py, all processes: {max(row['peak_bytes'] for row in rounds) / 1e6:,.0f} MB")
+    peak = max(row["peak_bytes"] for row in rounds)
+    print(f"peak memory of prepare_fineweb.py, all processes: {peak / 1e6:,.0f} MB")
     if args.json:
         machine = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version())
         machine |= dict(

@@ -3,9 +3,10 @@ Tokens per second of sampling, against nanoGPT and against what the memory could
 
     python benchmarks/sampling.py --nanogpt=../nanoGPT --json=benchmarks/results/sampling_cpu.json
 
-Both sample from the same random weights of GPT-2's smallest size, in turn, `repeats` times; the table has medians. The
-bound is the time to move all weights once, which each token needs, at the bandwidth of a sum over the same tensors
-(which only reads, as sampling does) and of a copy of them (where bytes read and bytes written count).
+Both sample from the same random weights of GPT-2's smallest size, in turn, `repeats` times; the table has
+medians. The bound is the time to move all weights once, which each token needs, at the bandwidth of a sum
+over the same tensors (which only reads, as sampling does) and of a copy of them (where bytes read and bytes
+written count).
 """
 
 import importlib.util
@@ -22,10 +23,10 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-import hardware
 import sample
-from configurator import Config, from_command_line, key
+from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig
+from sologpt import hardware
 
 
 @dataclass
@@ -50,12 +51,17 @@ def processor():
     return platform.processor() or platform.machine()
 
 
+def synchronize(device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def seconds(work, device):
     """Returns the seconds that work() takes, all of the device's work included."""
-    hardware.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     work()
-    hardware.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -71,8 +77,11 @@ def load_nanogpt(folder, model, device):
 
 
 def weights_read(model):
-    """Returns the matrices that each token needs, as integers, which sum() takes as fast as memory gives them."""
-    return [p.data.view(torch.int64) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
+    """Returns the matrices that each token needs, as integers, which sum() takes as fast as memory gives
+    them."""
+    return [
+        p.data.view(torch.int64) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name
+    ]
 
 
 def copying(model):
@@ -81,8 +90,8 @@ def copying(model):
     return lambda: [t.copy_(w) for t, w in zip(targets, sources, strict=True)]
 
 
-if __name__ == "__main__":
-    cfg = from_command_line(BenchmarkConfig, __doc__)
+def main(argv):
+    cfg = from_command_line(BenchmarkConfig, __doc__, argv)
     device, _ = hardware.pick_device(cfg.device)
     torch.manual_seed(0)
     fp32 = GPT(GPTConfig(bias=False)).eval()
@@ -93,8 +102,8 @@ if __name__ == "__main__":
     prompt = torch.randint(fp32.config.n_ids, (1, cfg.prompt_tokens), device=device)
     one, many = cfg.max_new_tokens, cfg.max_new_tokens // 4
 
-    def sampling(model, idx, count):
-        return lambda: model.generate(idx, count, temperature=0.8, top_k=200)
+    def sampling(model, idx, count, **options):
+        return lambda: model.generate(idx, count, temperature=0.8, top_k=200, **options)
 
     # -------------------------------------------------------------------------
     # what is measured: name: (work, how often that does what the figure is of)
@@ -105,10 +114,10 @@ if __name__ == "__main__":
         kinds["nanoGPT, fp32"] = sampling(theirs, start, one), one
         kinds["nanoGPT, first token"] = sampling(theirs, prompt, 1), 1
     for dtype, model in models.items():
+        session = sample.Session(sample.SampleConfig(), model, None, device, None)
         if cfg.compile:
-            sample.compile_step(model, device, 1)
-            model.generate(start, 4, temperature=0.8, top_k=200)
-        kinds[f"soloGPT, {dtype}"] = sampling(model, start, one), one
+            sample.compile_step(session, 1)
+        kinds[f"soloGPT, {dtype}"] = sampling(model, start, one, **session.options), one
         kinds[f"reading the weights, {dtype}"] = (
             lambda m=model: [w.sum() for _ in range(32) for w in weights_read(m)],
             32,
@@ -130,9 +139,12 @@ if __name__ == "__main__":
     # the table
 
     gigabytes = {dtype: sum(w.nbytes for w in weights_read(model)) / 1e9 for dtype, model in models.items()}
-    print(f"{processor()}, {torch.get_num_threads()} threads; {device}; torch {torch.__version__}; {gigabytes} GB")
-    print(f"124M; {one} tokens after 1, {cfg.batch_size} * {many} in a batch; first token after {cfg.prompt_tokens}")
-    print("| what | ms | tokens/s | of nanoGPT | of the read bound | of the copy bound |\n|---|---|---|---|---|---|")
+    machine = f"{processor()}, {torch.get_num_threads()} threads; {device}; torch {torch.__version__}"
+    print(f"{machine}; {gigabytes} GB")
+    print(f"124M; {one} tokens after 1, {cfg.batch_size} * {many} in a batch")
+    print(f"first token after {cfg.prompt_tokens}")
+    print("| what | ms | tokens/s | of nanoGPT | of the read bound | of the copy bound |")
+    print("|---|---|---|---|---|---|")
     for name in ms:
         figures = [f"{ms[name]:.1f}"]
         if name.startswith(("nanoGPT, fp32", "soloGPT, fp32", "soloGPT, bf16")):
@@ -143,8 +155,14 @@ if __name__ == "__main__":
                 figures += [f"{100 * read / ms[name]:.0f} %", f"{100 * copy / 2 / ms[name]:.0f} %"]
         print(f"| {name} | {' | '.join(figures + [''] * (5 - len(figures)))} |")
     if cfg.json:
-        figures = dict(command=shlex.join(["python", *sys.argv]), cpu=processor(), threads=torch.get_num_threads())
+        figures = dict(
+            command=shlex.join(["python", *sys.argv]), cpu=processor(), threads=torch.get_num_threads()
+        )
         figures |= dict(device=str(device), torch=torch.__version__, gigabytes=gigabytes, median_ms=ms)
         figures |= dict(all_ms={name: [1e3 * t for t in some] for name, some in times.items()})
         with open(cfg.json, "w", encoding="utf-8") as f:
             json.dump(figures, f, indent=1)
+
+
+if __name__ == "__main__":
+    run_script(main)

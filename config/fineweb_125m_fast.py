@@ -1,11 +1,11 @@
-# The recommended way to train a 125M model on FineWeb-Edu: the architecture and the optimizer that learn more from a
-# token than GPT-2's do (README, "The modern recipe"). For a 12 GB card; on an 80 GB one add --batch_size=64
+# The recommended way to train a GPT-2-class model on FineWeb-Edu: an architecture and an optimizer that learn
+# more from a token than GPT-2's do (docs/recipe.md). For a 12 GB card; on an 80 GB one add --batch_size=64
 # --gradient_accumulation_steps=8: the same run, faster.
 # $ python prepare_fineweb.py
 # $ python train.py config/fineweb_125m_fast.py
 # 2.6B tokens: 5,000 iterations of 524,288.
-# Measured: nothing at this size yet. By what others have published, a loss of 3.28 on FineWeb takes 1.7B to 2.7B tokens
-# with parts like these, and 5B to 10B with GPT-2's; the learning rate is theirs, too, translated.
+# Measured: nothing at this size yet. By what others have published, a loss of 3.28 on FineWeb takes 1.7B to
+# 2.7B tokens with parts like these, and 5B to 10B with GPT-2's; the learning rate is theirs, too, translated.
 
 dataset = "fineweb"
 

@@ -1,0 +1,332 @@
+"""In and out of Hugging Face's world: the folders from which transformers loads a GPT-2, its tokenizer and
+model card.
+
+GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; sample.py --export adds the
+tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.
+"""
+
+import glob
+import importlib
+import json
+import os
+
+import torch
+
+from sologpt.errors import UserError
+from sologpt.tokenizer import EOT
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's, on the hub
+
+# config.json: what it calls the fields of GPTConfig, and what else it must say, or leave unsaid, to be our
+# GPT-2
+NAMES = dict(
+    vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd"
+)
+# activation_function: GPTConfig.gelu
+GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+REST = dict(
+    model_type="gpt2",
+    n_inner=None,  # 4 * n_embd
+    layer_norm_epsilon=1e-5,
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    add_cross_attention=False,
+    tie_word_embeddings=True,
+)
+# weights: the same names as ours; these are of a Conv1D, which keeps (in, out) where Linear keeps (out, in)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def require(module):
+    """Returns the module of that name. Raises UserError, with the command that installs it, if it is not
+    there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{package}, which Hugging Face's format needs, is not installed: pip install '.[hf]'"
+        ) from None
+
+
+# -----------------------------------------------------------------------------
+# in
+
+
+def find_folder(name):
+    """Returns name if it is a folder, else the folder of OpenAI's model of that name, from the hub or its
+    cache."""
+    if os.path.isdir(name):
+        return name
+    if name not in PRETRAINED:
+        raise FileNotFoundError(
+            f"there is no folder {name!r}, and of names only {', '.join(PRETRAINED)} are known"
+        )
+    hub = require("huggingface_hub")
+    try:
+        return hub.snapshot_download(
+            f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]
+        )
+    except Exception as e:  # of many kinds, most of them about the network
+        why = str(e).partition("\n")[0] or type(e).__name__
+        raise OSError(
+            f"cannot download {name} from the Hugging Face hub ({why}); without a network, copy the model's "
+            f"folder here and give its path instead of {name}"
+        ) from e
+
+
+def read_config(folder):
+    """Returns the fields of GPTConfig, a dict, that folder's config.json describes. Raises UserError for a
+    model that is not our GPT-2, naming every value that makes it another one."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            theirs = dict(json.load(f))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} is no model in Hugging Face's format: it has no config.json"
+        ) from None
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+    if theirs.get("n_inner") == 4 * theirs.get("n_embd", 0):
+        theirs["n_inner"] = None
+    gelu = theirs.get("activation_function", "gelu_new")
+    wrong = [f"{name}={theirs[name]!r}" for name in REST if theirs.get(name, REST[name]) != REST[name]]
+    if gelu not in GELUS:
+        wrong.append(f"activation_function={gelu!r}")
+    wrong += [f"{name}={theirs.get(name)!r}" for name in NAMES.values() if type(theirs.get(name)) is not int]
+    if "model_type" not in theirs:
+        wrong.append("no model_type")
+    if wrong:
+        raise UserError(f"{path} describes a model that is not GPT-2 as it is here: {', '.join(wrong)}")
+    fields = {ours: theirs[name] for ours, name in NAMES.items()}
+    return fields | dict(n_ids=fields["vocab_size"], bias=True, gelu=GELUS[gelu])
+
+
+def read_folder(name, dropout=0.0, block_size=None):
+    """Returns the fields of GPTConfig and the weights, fp32, by our names, of a GPT-2 in a folder or of
+    OpenAI's; a block_size below its own cuts its position embeddings.
+
+    Raises UserError for what GPT cannot represent and OSError for files that are not there.
+    """
+    folder = find_folder(name)
+    fields = read_config(folder)
+    weights = read_weights(folder)
+    block_size = block_size or fields["block_size"]
+    if block_size > fields["block_size"]:
+        raise UserError(
+            f"block_size={block_size} is more than {name} was trained with: {fields['block_size']}"
+        )
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size].clone()
+    return fields | dict(block_size=block_size, dropout=dropout), weights
+
+
+def read_weights(folder):
+    """Returns the weights of a folder, fp32, by our names; raises as read_folder."""
+    load_file = require("safetensors.torch").load_file
+    theirs = {}
+    for path in glob.glob(f"{glob.escape(folder)}/model*.safetensors"):  # large ones are cut into several
+        try:
+            theirs |= load_file(path)
+        except Exception as e:  # SafetensorError, derived from Exception itself
+            raise UserError(f"cannot read {path}: {e}") from None
+    if not theirs:
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors; only that format, which cannot run code, is read"
+        )
+    head = theirs.pop("lm_head.weight", None)  # a copy of the embedding, if it is there at all
+    weights = {}
+    for name, w in theirs.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in old files
+            continue
+        if name.endswith(TRANSPOSED):
+            w = w.t()
+        weights["transformer." + name.removeprefix("transformer.")] = w.float().contiguous()
+    for needed in ("transformer.wte.weight", "transformer.wpe.weight"):
+        if needed not in weights:
+            raise UserError(f"{folder} is no GPT-2 language model: its weights lack {needed}")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    if head is not None and not torch.equal(head.float(), weights["lm_head.weight"]):
+        raise UserError(f"{folder} has an output head of its own; here it is tied to the token embedding")
+    return weights
+
+
+def load_weights(model, weights, name):
+    """Gives a model on the meta device the weights of read_folder(name). Raises UserError if they do not
+    fit."""
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as e:
+        first = " ".join(str(e).splitlines()[1:2]).strip()
+        raise UserError(f"the weights of {name} are not those of a GPT-2 language model: {first}") from None
+
+
+# -----------------------------------------------------------------------------
+# out
+
+
+def write_json(folder, name, content):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1, ensure_ascii=False)
+
+
+def write_folder(folder, fields, weights, eot_token):
+    """Writes config.json, generation_config.json and model.safetensors for a GPT with these fields of
+    GPTConfig and these weights. eot_token: the id that starts and ends a text, or None."""
+    save_file = require("safetensors.torch").save_file
+    fields = fields | dict(vocab_size=fields["n_ids"])
+    tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
+    config = (
+        dict(architectures=["GPT2LMHeadModel"])
+        | REST
+        | {theirs: fields[ours] for ours, theirs in NAMES.items()}
+    )
+    config["activation_function"] = {"none": "gelu", "tanh": "gelu_new"}[fields["gelu"]]
+    config |= tokens
+    config |= {name: fields["dropout"] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    theirs = {}
+    for name, w in weights.items():
+        if name == "lm_head.weight":
+            continue  # tied: it is wte.weight
+        if name == "transformer.wte.weight":
+            w = w[: fields["n_ids"]]
+        stored = w.t() if name.endswith(TRANSPOSED) else w
+        theirs[name] = stored.detach().cpu().float().contiguous()
+        if not fields["bias"] and name.startswith(("transformer.h.", "transformer.ln_f.")):
+            theirs[name.removesuffix("weight") + "bias"] = torch.zeros(len(w))  # GPT-2 there has biases
+    os.makedirs(folder, exist_ok=True)
+    write_json(folder, "config.json", config)
+    write_json(folder, "generation_config.json", tokens)
+    save_file(theirs, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))
+
+
+def byte_alphabet():
+    """Returns GPT-2's printable stand-ins for the 256 bytes, a list of characters: printable Latin-1 stands
+    for itself, the others, in order, for the characters from 256 on (https://github.com/openai/gpt-2,
+    encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def bpe_merges(ranks):
+    """Returns the merges, pairs of bytes in the order of their ranks, that made the tokens of ranks {bytes:
+    rank}.
+
+    A token is made by the last merge of its own bytes when only merges of lower ranks are at hand.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            i = min(range(len(pairs)), key=pairs.__getitem__)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
+
+
+def character_tokenizer_json(itos):
+    """Returns the content of tokenizer.json for one id a character; another character is an error there
+    too."""
+    if odd := [text for text in itos.values() if len(text) != 1]:
+        raise UserError(
+            f"a tokenizer of characters cannot be exported with {odd[0]!r}, which is not one character"
+        )
+    return dict(
+        version="1.0",
+        added_tokens=[],
+        pre_tokenizer=dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False),
+        decoder=dict(type="Fuse"),
+        model=dict(type="WordLevel", vocab={text: i for i, text in itos.items()}, unk_token="<unk>"),
+    )
+
+
+def tokenizer_json(tokenizer):
+    """Returns the content of tokenizer.json for a Tokenizer. Raises UserError for an encoding that the
+    tokenizers library would not take apart exactly as we do."""
+    encoding, eot = tokenizer.encoding, tokenizer.eot_token
+    if encoding == "characters":
+        return character_tokenizer_json(tokenizer.itos)
+    if encoding not in ("gpt2", "bytes"):
+        raise UserError(f"the encoding {encoding!r} cannot be exported, only gpt2, bytes and characters can")
+    letters = byte_alphabet()
+    ranks = tokenizer.ranks()
+
+    def spell(token):
+        return "".join(letters[b] for b in token)
+
+    byte_level = dict(
+        type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=encoding == "gpt2"
+    )
+    special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return dict(
+        version="1.0",
+        added_tokens=[dict(id=eot, content=EOT) | special],
+        pre_tokenizer=byte_level,
+        decoder=byte_level,
+        model=dict(
+            type="BPE",
+            vocab={spell(token): i for token, i in ranks.items()} | {EOT: eot},
+            merges=[[spell(a), spell(b)] for a, b in bpe_merges(ranks)],
+        ),
+    )
+
+
+def write_tokenizer(folder, tokenizer, block_size):
+    """Writes the files from which AutoTokenizer loads a Tokenizer, and meta.json, which read_tokenizer itself
+    reads (not of characters: meta.json has no place for their table). Raises UserError as tokenizer_json
+    does, before anything is written."""
+    content = tokenizer_json(tokenizer)
+    settings = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size)
+    settings["clean_up_tokenization_spaces"] = False
+    if tokenizer.eot_token is not None:
+        settings |= dict(bos_token=EOT, eos_token=EOT)
+    write_json(folder, "tokenizer.json", content)
+    write_json(folder, "tokenizer_config.json", settings)
+    if tokenizer.encoding != "characters":
+        write_json(folder, "meta.json", tokenizer.fields())
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2]
+---
+A GPT-2 language model, trained with soloGPT. It continues text; it was not trained to follow instructions,
+and nothing keeps it from writing what is false or offensive.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+text = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50, do_sample=True)
+print(tokenizer.decode(text[0]))
+```
+
+| | |
+|---|---|
+"""
+
+
+def write_card(folder, state, parameters):
+    """Writes README.md, a model card with the training figures of a checkpoint; figures that it lacks are
+    left out."""
+    rows = dict(parameters=f"{parameters:,}")
+    sizes = "{n_layer} layers, {n_head} heads, {n_embd} wide, context of {block_size}"
+    rows["architecture"] = sizes.format(**state["model_args"])
+    if "tokenizer" in state:
+        rows["tokenizer"] = "{encoding}, {vocab_size:,} ids".format(**state["tokenizer"])
+    if "iter_num" in state:
+        rows["training iterations"] = f"{state['iter_num']:,}"
+    if "tokens_seen" in state:
+        rows["training tokens"] = f"{state['tokens_seen']:,}"
+    if "best_val_loss" in state:
+        rows["lowest validation loss"] = f"{float(state['best_val_loss']):.4f} nats per token"
+    config = state.get("config", {})
+    for name in ("dataset", "init_from", "learning_rate", "weight_decay", "dropout"):
+        if name in config:
+            rows[name] = f"`{config[name]}`"
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
+        f.write(CARD + "".join(f"| {name} | {value} |\n" for name, value in rows.items()))

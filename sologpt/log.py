@@ -1,0 +1,215 @@
+"""What a run tells: lines for the user, metrics.jsonl and Weights & Biases, and the clock that times its
+iterations."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from sologpt.errors import UserError
+from sologpt.files import atomic_file
+from sologpt.hardware import attention_backend
+from sologpt.memory import memory_line
+
+
+def say(text, file=None):
+    """Prints text to stdout or to file, above the progress bar if there is one. Where it cannot be written,
+    because the log is on a full disk, it is left out: no reason to end a run."""
+    try:
+        tqdm.write(text, file or sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
+def warn(text):
+    say(f"warning: {text}", sys.stderr)
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class Clock:
+    """Times the iterations between two log lines; what happens in paused() is not training and does not
+    count."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.restart()
+
+    def restart(self):
+        self.start = time.perf_counter()
+        self.iters = 0
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.machine.synchronize()  # updates in flight belong to the clock, what follows does not
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    def seconds_per_iter(self):
+        return (time.perf_counter() - self.start) / self.iters
+
+
+def rewind_metrics(path, iter_num):
+    """Drops the lines of metrics.jsonl about iter_num and later, and lines that were cut short, so that no
+    iteration appears twice after resuming there."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            kept = [line for line in f if is_before(line, iter_num)]
+    with atomic_file(path) as f:
+        f.write("".join(kept).encode())
+
+
+def is_before(line, iter_num):
+    try:
+        return json.loads(line)["iter"] < iter_num
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class Metrics:
+    """metrics.jsonl, open for appending, and Weights & Biases if a run of it is given.
+
+    A line that cannot be written, because the disk is full, is kept and written with the next one that can: a
+    log is no reason to end a run.
+    """
+
+    def __init__(self, path, wandb=None):
+        self.path = path
+        self.wandb = wandb
+        self.file = open(path, "ab", buffering=0)
+        self.waiting = b""
+        self.failing = False
+
+    def record(self, kind, iter_num, **figures):
+        """Writes one line. JSON has no infinity, which the first gradient norms in fp16 may be: null."""
+        line = dict(kind=kind, iter=iter_num) | {
+            name: finite_or_none(value) for name, value in figures.items()
+        }
+        self.write(json.dumps(line) + "\n")
+        if self.wandb and kind in ("iter", "eval"):  # train_loss is train/loss there, as in nanoGPT
+            self.wandb.log(
+                dict(iter=iter_num) | {name.replace("_", "/"): value for name, value in figures.items()}
+            )
+
+    def write(self, line):
+        self.waiting += line.encode()
+        try:
+            written = self.file.write(self.waiting)  # on a full disk only a part may go
+            self.waiting = self.waiting[written:]
+            self.failing = False
+        except OSError as e:
+            if not self.failing:  # once, not with every line
+                warn(f"cannot write {self.path}: {e.strerror}; trying again with each line")
+            self.failing = True
+
+    def sync(self):
+        """Puts the lines on disk: called before a checkpoint, which must not know of iterations that they do
+        not."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+
+
+def finite_or_none(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_metrics(run):
+    """Returns the Metrics of a Run of train.py, with its first line, and makes its out_dir ready."""
+    cfg, iter_num = run.cfg, run.at.iter_num
+    wandb = start_wandb(cfg) if cfg.wandb_log else None
+    path = os.devnull  # eval_only leaves the folder of a run, which may be going on, as it is
+    if not cfg.eval_only:
+        path = run.files.metrics
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        run.files.remove_partial()
+        rewind_metrics(path, iter_num)
+    metrics = Metrics(path, wandb)
+    kind = "resume" if iter_num else "config"
+    metrics.record(kind, iter_num, config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
+    return metrics
+
+
+def start_wandb(cfg):
+    """Returns the module wandb with a run begun. Raises UserError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False") from None
+    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=dataclasses.asdict(cfg))
+    return wandb
+
+
+def notes(cfg):
+    """Returns lines about values of train.py's keys that are allowed, but perhaps not what was meant."""
+    if "backend" in cfg.given:
+        return [f"backend={cfg.backend!r} has no effect: training runs on one GPU", *schedule_notes(cfg)]
+    return schedule_notes(cfg)
+
+
+def schedule_notes(cfg):
+    warmup = cfg.warmup_iters
+    if not cfg.decay_lr:
+        return []
+    if 0 < cfg.max_iters <= warmup:
+        return [f"note: the learning rate still rises when this run ends: warmup_iters={warmup}"]
+    if cfg.schedule == "wsd" and cfg.cooldown_start < warmup:
+        return [f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"]
+    if cfg.schedule == "cosine" and cfg.lr_decay_iters < warmup:
+        return [f"note: after warmup_iters={warmup} it drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
+    return []
+
+
+def describe(run):
+    """Prints what a Run of train.py will do, each number with the product that makes it."""
+    cfg, model, device = run.cfg, run.model, run.machine.device
+    train_data, val_data = run.train_data, run.val_data
+    tokens = f"{train_data.tokens:,} train + {val_data.tokens:,} val tokens"
+    print(f"data: {run.folder}, {tokens}, {run.tokenizer.encoding}")
+    flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
+    print(f"model: {model.get_num_params() / 1e6:.2f}M parameters, {flops}")
+    print(f"vocabulary: {run.tokenizer.vocab_size:,} ids in {model.config.vocab_size:,} rows")
+    if backend := attention_backend(run.machine, model.config):
+        print(f"attention: {backend}")
+    if not cfg.eval_only:
+        print(f"memory: {memory_line(run.memory, device)}")
+    print(
+        f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = "
+        f"{cfg.tokens_per_iter:,} tokens per iteration "
+        f"(batch_size * gradient_accumulation_steps * block_size)"
+    )
+    epochs = cfg.max_iters * cfg.sequences_per_iter / len(train_data)
+    print(
+        f"run: {cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {cfg.max_iters * cfg.tokens_per_iter:,} tokens, "
+        f"{epochs:.2f} epochs of {len(train_data):,} windows"
+    )
+    if cfg.decay_lr and cfg.schedule == "wsd":
+        constant = cfg.cooldown_start - cfg.warmup_iters
+        cooldown = cfg.max_iters - cfg.cooldown_start
+        print(
+            f"learning rate: {cfg.warmup_iters:,} iterations of warmup, {constant:,} constant, "
+            f"{cooldown:,} of cooldown"
+        )
+    print(
+        f"evaluation: 12 * {cfg.eval_iters} = {cfg.eval_windows:,} windows of train and val, which have "
+        f"{len(train_data):,} and {len(val_data):,}, every {cfg.eval_interval:,} iterations"
+    )
+    for split, windows in (("train", train_data), ("val", val_data)):
+        if len(windows) < cfg.eval_windows:
+            print(f"note: {split} has only {len(windows):,} windows; all of them are evaluated")

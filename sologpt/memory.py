@@ -1,0 +1,131 @@
+"""What memory training takes, by estimate, and what to say if there is not enough."""
+
+import dataclasses
+import os
+
+from sologpt.hardware import available_memory
+
+
+def memory_estimate(model, optimizers, cfg, dtype):
+    """Returns memory_needed of a run of train.py, whose optimizers have their moments already."""
+    params = model.get_num_params(non_embedding=False)
+    states = [state for optimizer in optimizers.values() for state in optimizer.state.values()]
+    optimizer_bytes = sum(moment.nbytes for state in states for moment in state.values())
+    levers = (cfg.compile, cfg.activation_memory, cfg.loss_chunks)
+    return memory_needed(params, optimizer_bytes, model.config, cfg.batch_size, dtype, *levers)
+
+
+def memory_needed(
+    params, optimizer, config, batch_size, dtype, compile, activation_memory=1.0, loss_chunks=1
+):
+    """Returns by estimate what training takes at its peak: bytes of weights, gradients, optimizer,
+    activations, loss.
+
+    params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig;
+    the rest is as in train.py. Counted is what torch's partitioner (2.13, on a CPU) keeps of a compiled model
+    for its backward pass: for each token and layer 17 numbers times n_embd (34 bytes in bf16, as in
+    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.1, without the attention scores,
+    which fused attention does not keep), and a bf16 copy of every matrix; at an activation_memory just below
+    1 only 11, and no copies; further down at most that share of all. For arch="modern" they are 21 and 13.
+    Within 3 % of the count at 1 and, with more tokens than the copies weigh, from 0.8 on; else it errs by
+    being too high, at 0.5 up to twice. Not compiled it is 16 times n_embd on a CPU, for arch="modern" 21, in
+    bf16 28; autocast's fp32 LayerNorm makes it more on a GPU. Left out: dropout's masks, and what the context
+    and the libraries take.
+    """
+    size = 4 if dtype == "float32" else 2
+    tokens = batch_size * config.block_size
+    C, V, layers = config.n_embd, config.vocab_size, config.n_layer
+    logits = size * V * tokens
+    most, least = 17, 11
+    if config.arch == "modern":
+        most, least = (21 if compile or size == 4 else 28), 13
+    activations = size * tokens * C * (most * layers + 2)
+    if size == 2:
+        activations += 2 * (12 * layers * C * C + V * C)
+    if compile and activation_memory < 1:
+        kept = logits if loss_chunks == 1 else 0  # they are activations too
+        share = max(activation_memory * (activations + kept) - kept, 0)
+        activations = min(size * tokens * C * (least * layers + 2), share)
+    if (
+        compile
+    ):  # logits and their gradient. On a CPU this was seen to take the place of those, not counted on here
+        loss = 2 * logits
+    else:  # fp32 log-probabilities, two gradients and the cap's; in chunks some more steps, none fused
+        loss = (12 if loss_chunks == 1 and config.arch == "gpt2" else 16) * V * tokens
+    if loss_chunks > 1:
+        loss = loss // loss_chunks + 4 * V * C  # the matrix's gradient exists from the forward pass on
+    gradients = 4 * params
+    if (
+        compile
+    ):  # a compiled backward pass returns all of its own at its end, when it has used up what follows
+        gradients += max(4 * params - activations - loss, 0)
+    sizes = dict(
+        weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss
+    )
+    return {name: round(bytes) for name, bytes in sizes.items()}
+
+
+def memory_line(needed, device):
+    """Returns memory_needed's estimate in words, in GB or, below one, in MB, with what the device has."""
+    total = sum(needed.values())
+    unit, unit_bytes, digits = "MB", 1e6, 1
+    if total >= 1e9:
+        unit, unit_bytes, digits = "GB", 1e9, 2
+    available = ""
+    if free := available_memory(device):
+        available = f" of {free / 1e9:.1f} GB free"
+    elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+        available = f" of {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB of RAM"
+    parts = ", ".join(f"{name} {size / unit_bytes:.{digits}f}" for name, size in needed.items())
+    return f"about {total / unit_bytes:.{digits}f} {unit}{available}: {parts}"
+
+
+def smaller_batch(batch_size, sequences):
+    """Returns (batch_size, gradient_accumulation_steps) for the same number of sequences an iteration: half
+    of batch_size, which must be at least 2, or the next smaller number that divides the sequences."""
+    smaller = next(b for b in range(batch_size // 2, 0, -1) if sequences % b == 0)
+    return smaller, sequences // smaller
+
+
+def no_room(params, optimizer, config, cfg, dtype, available):
+    """Returns what to tell the user of train.py when memory has run out and batch_size is not to be lowered.
+
+    params, optimizer, config: as memory_needed's; cfg: train.py's keys; available: bytes of memory, None if
+    unknown.
+    """
+    text = f"out of memory with batch_size={cfg.batch_size}"
+    if cfg.batch_size > 1:
+        batch_size, accumulation = smaller_batch(
+            cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps
+        )
+        flags = f"--batch_size={batch_size} --gradient_accumulation_steps={accumulation}"
+        return f"{text}; {flags} is the same run in less memory, and --auto_fit=True finds that by itself"
+
+    def total(config, **changes):
+        levers = dict(activation_memory=cfg.activation_memory, loss_chunks=cfg.loss_chunks) | changes
+        return sum(memory_needed(params, optimizer, config, 1, dtype, cfg.compile, **levers).values())
+
+    needed = total(config)
+    text += f"; by estimate {params / 1e6:.1f}M parameters need {needed / 1e9:.2f} GB with one sequence"
+    smaller = "a smaller --block_size, --n_layer or --n_embd"
+    if available is None:
+        return f"{text}: use {smaller}"
+    text += f", and {available / 1e9:.2f} GB are there"
+    if needed <= available:
+        return f"{text}, so it should fit, but does not: try --loss_chunks=8, or {smaller}"
+    levers = dict(loss_chunks=8)
+    if total(config, **levers) > available and cfg.compile:
+        levers["activation_memory"] = min(0.8, cfg.activation_memory)
+    if total(config, **levers) <= available:
+        return f"{text}, enough with {' '.join(f'--{name}={value}' for name, value in levers.items())}"
+    lengths = [T for T in range(64, config.block_size, 64) if total(with_length(config, T)) <= available]
+    if lengths:
+        return f"{text}, enough for about --block_size={lengths[-1]}"
+    most = available * params / (8 * params + optimizer)
+    return (
+        f"{text}, not enough for more than {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
+    )
+
+
+def with_length(config, block_size):
+    return dataclasses.replace(config, block_size=block_size)

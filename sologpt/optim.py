@@ -1,0 +1,117 @@
+"""What updates the weights: AdamW, and Muon for the matrices of the blocks."""
+
+import collections
+import math
+
+import torch
+
+
+def adamw(params, weight_decay, learning_rate, betas, device_type):
+    """Returns fused AdamW in two groups: matrices decay by weight_decay, biases and LayerNorm weights do
+    not."""
+    params = list(params)
+    groups = [
+        dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
+    ]
+    fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors instead of several for each
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def make_optimizers(model, cfg, device):
+    """Returns the optimizers of a run, a dict by their names in a checkpoint.
+
+    cfg.optimizer="adamw": {"optimizer": AdamW of all parameters}. "muon": Muon, under "muon", takes the
+    matrices of the blocks, AdamW the embeddings, the head and all vectors.
+    """
+    settings = (cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type)
+    if cfg.optimizer == "adamw":
+        return dict(optimizer=model.configure_optimizers(*settings))
+    matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
+    of_muon = set(matrices.values())
+    groups = [
+        dict(params=[p for name, p in matrices.items() if name.endswith("c_attn.weight")], fused=3),
+        dict(params=[p for name, p in matrices.items() if not name.endswith("c_attn.weight")], fused=1),
+    ]
+    rest = [p for p in model.parameters() if p not in of_muon]
+    muon = Muon(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    return dict(optimizer=adamw(rest, *settings), muon=muon)
+
+
+def allocate_moments(optimizers):
+    """Gives AdamW and Muon their moments now instead of in their first step.
+
+    So if memory runs out, it does so in a forward or backward pass, which can be repeated, never in an
+    update.
+    """
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = new_moments(optimizer, group, p)
+
+
+def new_moments(optimizer, group, p):
+    if isinstance(optimizer, Muon):
+        return dict(momentum_buffer=torch.zeros_like(p))
+    step = torch.zeros((), device=p.device if group["fused"] else "cpu")
+    return dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+
+def muon_momentum(it):
+    """Returns Muon's momentum of iteration it: 0.85 rising to 0.95 in 300 iterations, as the first gradients
+    are soon out of date (modded-nanogpt, record of 6 November 2024)."""
+    return 0.85 + 0.1 * min(1, it / 300)
+
+
+def orthogonalize(matrices):
+    """Returns matrices (N, A, B) with the singular vectors of the given ones and all singular values near 1
+    (about 0.7 to 1.2), in bf16 where bf16 matmuls are fast.
+
+    Five steps of a Newton-Schulz iteration whose coefficients favour speed over an accuracy that makes no
+    difference here (Jordan 2024, https://kellerjordan.github.io/posts/muon/).
+    """
+    mkldnn = matrices.is_cpu and torch.backends.mkldnn.is_available()
+    fast = matrices.is_cuda or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    x = matrices.bfloat16() if fast else matrices.float()
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.mT  # the products below then have the shorter side
+    # above a singular value of 1 the iteration would diverge
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon in few launches: all matrices of one shape at once, instead of some 20 launches for
+    each.
+
+    A parameter may hold several matrices on top of each other, as c_attn holds q, k and v: a group's `fused`,
+    1 or 3, says how many, and each is orthogonalized by itself. Updates are scaled to the size of AdamW's
+    (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2), so that learning rate and weight decay
+    are AdamW's too.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        """Updates all parameters; each must have a gradient."""
+        for group in self.param_groups:
+            same_shape = collections.defaultdict(list)
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(mean, group["momentum"])  # Nesterov's momentum
+                n = group["fused"]
+                same_shape[len(p) // n, p.size(1)] += zip(p.chunk(n), update.chunk(n), strict=True)
+            for shape, pairs in same_shape.items():
+                weights, updates = zip(*pairs, strict=True)
+                updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(
+                    weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"]
+                )

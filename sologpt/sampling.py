@@ -1,0 +1,129 @@
+"""From a model's logits to text: which token comes next, and the loop that continues from there."""
+
+import torch
+from torch.nn import functional as F
+
+from sologpt.errors import UserError
+
+
+def pick(logits, noise, temperature, top_k=None, top_p=None):
+    """Returns the next ids, int64 (B,), for logits (B, V) and noise, fp32 (B,), uniform on [0, 1).
+
+    An id is where the cumulative distribution reaches 1 - noise, so it is a function of these arguments
+    alone: the same noise gives the same text on any device and in any batch, up to rounding of the logits.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    V = logits.size(-1)
+    nucleus = top_p is not None and top_p < 1
+    ids = None
+    if top_k or nucleus:
+        logits, ids = logits.topk(min(top_k or V, V))  # the likeliest first
+    logits = logits.float() - logits.amax(-1, keepdim=True)  # no overflow, however small the temperature is
+    p = F.softmax(logits / temperature, dim=-1)
+    if nucleus:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps the fewest ids whose sum reaches top_p
+    mass = p.cumsum(-1)
+    # in (0, mass]: never an id without mass
+    chosen = torch.searchsorted(mass, (1 - noise[:, None]) * mass[:, -1:])
+    if ids is not None:
+        chosen = ids.gather(-1, chosen)
+    return chosen.squeeze(-1)
+
+
+def step(model, token, position, cache, noise, temperature, top_k, top_p):
+    """Returns the ids, int64 (B,), that follow token (B,) at position (B,), given the tokens before it in
+    cache.
+
+    All shapes are the same at every step, so that it compiles to one CUDA graph.
+    """
+    logits = model.next_logits(token, position, cache)
+    return pick(logits[:, : model.config.n_ids], noise, temperature, top_k, top_p)
+
+
+def check_prompt(idx, n_ids):
+    if not idx.numel():
+        raise UserError("the prompt is empty; sampling needs a token to start from")
+    if idx.min() < 0 or idx.max() >= n_ids:
+        raise UserError(f"the prompt has token ids {idx.min()} to {idx.max()}, the model 0 to {n_ids - 1}")
+
+
+@torch.no_grad()
+def stream(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    stop_token=None,
+    noise=None,
+    lengths=None,
+    cache=None,
+    step=step,
+):
+    """Yields the text so far, int64 (B, T + n), after the n-th new token of each row: one tensor that fills
+    up.
+
+    The first step reads the prompt and fills the cache; later steps read one token each. Past block_size
+    every step reads the last block_size tokens again, as nanoGPT does at every step: when the window slides,
+    each token's position changes, and with it all keys and values. Arguments are those of generate; cache,
+    from model.empty_cache, and step, the function above compiled, make a compiled step find its tensors in
+    the same place at every call.
+    """
+    B, T = idx.shape
+    block_size, n_ids = model.config.block_size, model.config.n_ids
+    device = idx.device
+    check_prompt(idx, n_ids)
+    if noise is None:
+        noise = torch.rand(B, max_new_tokens, device=device)
+    if lengths is None:
+        lengths = torch.full((B,), T, device=device)
+    if cache is None:
+        cache = model.empty_cache(B, min(T + max_new_tokens, block_size))
+    noise = noise[:, :max_new_tokens].to(device).t().contiguous()  # a row for each step
+    lengths = lengths.to(device)
+    rows = torch.arange(B, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    text = F.pad(idx, (0, max_new_tokens))
+    for end, u in enumerate(noise, T):  # end: of the longest row
+        if end == T or end > block_size:
+            start = (lengths - block_size).clamp(min=0)  # of each row's window
+            window = text.gather(1, start[:, None] + torch.arange(min(end, block_size), device=device))
+            fill = cache if end <= block_size else None
+            logits = model.prompt_logits(window, lengths - start - 1, fill)
+            if not logits.isfinite().all():
+                raise UserError(
+                    f"the model's logits are not finite: weights of NaN, or too large for {logits.dtype}"
+                )
+            token = pick(logits[:, :n_ids], u, temperature, top_k, top_p)
+        else:
+            last = lengths - 1
+            token = step(model, text[rows, last], last, cache, u, temperature, top_k, top_p)
+        text[rows, lengths] = token
+        lengths = lengths + 1
+        yield text[:, : end + 1]
+        if stop_token is not None:
+            done |= text[rows, lengths - 1] == stop_token
+            if done.all():
+                return
+
+
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+    """Returns idx, int64 (B, T), continued by up to max_new_tokens sampled ids; call it in eval mode.
+
+    temperature: 0 takes the likeliest id. top_k: sample among the k likeliest ids; None or 0: among all.
+    Options:
+
+    - top_p: sample among the fewest ids that have this share of the probability; None or 1: among all
+    - stop_token: end once every row has produced this id
+    - noise, fp32 (B, max_new_tokens), uniform on [0, 1): what the ids are drawn with; None: torch's random
+      numbers
+    - lengths, int64 (B,): row b's prompt is its first lengths[b] ids; new ids overwrite what follows them
+
+    Ids that only pad the vocabulary have no probability. A context longer than block_size is cut to its last
+    block_size tokens. Raises ValueError for a prompt that is empty or has ids that the tokenizer lacks.
+    """
+    for text in stream(model, idx, max_new_tokens, temperature, top_k, **options):
+        idx = text
+    return idx

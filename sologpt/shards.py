@@ -1,0 +1,305 @@
+"""
+Token files: write them, find and read them, and the order in which training visits them.
+
+Three formats are read, told apart by file name: shards with llm.c's header (`*train*_000001.bin`),
+build-nanogpt's NumPy shards (`*train*_000001.npy`) and nanoGPT's raw uint16 `train.bin`. Only the first is
+written. A split is cut into windows of block_size + 1 tokens that overlap by one: a window's inputs are all
+its tokens but the last, its targets all but the first. Windows never cross from one file into the next.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from sologpt.errors import UserError
+from sologpt.files import atomic_file, remove, sha256_of, sync_and_rename
+
+HEADER_BYTES = 1024  # 256 int32: magic, version, token count, zeros (llm.c, dev/data/data_common.py)
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: str
+    dtype: np.dtype
+    offset: int  # bytes before the first token
+    count: int  # tokens
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def shard_header(dtype, count):
+    """Returns the header, bytes, of a shard of count tokens of dtype, uint16 or uint32."""
+    magic = {np.dtype("<u2"): 20240520, np.dtype("<u4"): 20240801}[dtype]
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, FORMATS[magic][0], count
+    return header.tobytes()
+
+
+def write_shard(path, tokens):
+    """Writes tokens, a 1-D uint16 or uint32 array, to path in llm.c's format, whole or not at all."""
+    with atomic_file(path) as f:
+        f.write(shard_header(tokens.dtype, len(tokens)))
+        f.write(tokens)
+
+
+class ShardWriter:
+    """Writes the tokens of one split, as they come, into shards of shard_tokens each; the last may be
+    shorter.
+
+    files, a dict, gets {name: {"tokens": n, "sha256": hex}} of each shard that is whole and on disk; the
+    entries that it has at the start are of shards written before. open_tokens is the number of tokens in the
+    unfinished shard, which has a temporary name and is removed on leaving the `with`.
+    """
+
+    def __init__(self, folder, prefix, split, shard_tokens, files):
+        self.folder = folder
+        self.prefix = prefix
+        self.split = split
+        self.shard_tokens = shard_tokens
+        self.files = files
+        self.open_tokens = 0
+        self.file = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file:
+            with contextlib.suppress(
+                OSError
+            ):  # closing writes what is buffered, which a full disk refuses again
+                self.file.close()
+            remove(self.file.name)  # not there any more if a signal came just after the renaming
+
+    def path(self):
+        number = len(self.files)
+        if self.split == "train":
+            number += 1  # as llm.c numbers them: val is 0, train starts at 1
+        return os.path.join(self.folder, f"{self.prefix}_{self.split}_{number:06d}.bin")
+
+    def write(self, tokens):
+        """Appends tokens, a 1-D uint16 or uint32 array. Raises OSError, for a full disk for example."""
+        while len(tokens):
+            if not self.file:
+                self.file = open(f"{self.path()}.tmp", "wb")
+                self.file.write(bytes(HEADER_BYTES))
+            room = self.shard_tokens - self.open_tokens
+            chunk = tokens[:room]
+            tokens = tokens[room:]
+            self.file.write(chunk)
+            self.open_tokens += len(chunk)
+            self.dtype = chunk.dtype
+            if self.open_tokens == self.shard_tokens:
+                self.finish()
+
+    def finish(self):
+        """Completes the unfinished shard, if there is one."""
+        if not self.file:
+            return
+        path = self.path()
+        self.file.seek(0)
+        self.file.write(shard_header(self.dtype, self.open_tokens))
+        sync_and_rename(self.file, path)
+        self.files[os.path.basename(path)] = dict(tokens=self.open_tokens, sha256=sha256_of(path))
+        self.open_tokens = 0
+        self.file = None
+
+
+def read_header(path):
+    """Returns the Shard at path, a file in llm.c's format. Raises UserError if it is not, or not whole."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=3)
+    if len(header) < 3 or header[0] not in FORMATS or header[1] != FORMATS[header[0]][0]:
+        raise UserError(
+            f"{path} does not start with llm.c's shard header; write it again with prepare_fineweb.py"
+        )
+    dtype = FORMATS[header[0]][1]
+    count = int(header[2])
+    expected = HEADER_BYTES + count * dtype.itemsize
+    if size != expected:
+        raise UserError(
+            f"{path} has {size:,} bytes, its header promises {count:,} tokens in {expected:,}: it was cut "
+            f"short or damaged; copy or prepare it again"
+        )
+    return Shard(path, dtype, HEADER_BYTES, count)
+
+
+def read_npy(path):
+    """Returns the Shard at path, a 1-D uint16 or uint32 array saved by NumPy. Raises UserError if it is
+    not."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as e:
+        raise UserError(f"{path} is not a whole .npy file ({e}); copy or prepare it again") from None
+    if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise UserError(
+            f"{path} holds {array.dtype} of shape {array.shape}; tokens are uint16 or uint32, 1-D"
+        )
+    return Shard(path, array.dtype, array.offset, array.size)
+
+
+def read_raw(path):
+    """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises UserError at an odd number of
+    bytes."""
+    size = os.path.getsize(path)
+    if size % 2:
+        raise UserError(
+            f"{path} has an odd number of bytes ({size:,}), so it is not uint16 tokens or was cut short; "
+            f"copy or prepare it again"
+        )
+    return Shard(path, np.dtype("<u2"), 0, size // 2)
+
+
+def find_data(dataset):
+    """Returns the folder of a dataset: data/<dataset>, or dataset itself as a path. Raises
+    FileNotFoundError."""
+    for folder in (os.path.join("data", dataset), dataset):
+        if dataset and os.path.isdir(folder):
+            return folder
+    raise FileNotFoundError(
+        f"there is no folder {os.path.join('data', dataset)} for dataset={dataset!r}; "
+        f"write it with python prepare_fineweb.py, or name another with --dataset="
+    )
+
+
+def find_shards(folder, split):
+    """Returns the Shards of split, 'train' or 'val', in name order. Raises FileNotFoundError if there are
+    none.
+
+    Both splits have the same format: the first of which the folder holds any file.
+    """
+    formats = (
+        (r".*(train|val).*_\d+\.bin", read_header),
+        (r".*(train|val).*_\d+\.npy", read_npy),
+        (r"(train|val)\.bin", read_raw),
+    )
+    for pattern, read in formats:
+        names = [name for name in sorted(os.listdir(folder)) if re.fullmatch(pattern, name)]
+        of_split = [name for name in names if split_of(name) == split]
+        if of_split:
+            return [read(os.path.join(folder, name)) for name in of_split]
+        if names:
+            break
+    raise FileNotFoundError(
+        f"{folder} has no {split} tokens (looked for *{split}*_000001.bin, *{split}*_000001.npy and "
+        f"{split}.bin, in the format of the other split); write them with python prepare_fineweb.py"
+    )
+
+
+def split_of(name):
+    """Returns the split of a token file: the word in its name that comes last, as in
+    medieval_train_000001.bin."""
+    return "train" if name.rfind("train") > name.rfind("val") else "val"
+
+
+def fingerprint(shards, tokenizer):
+    """Returns {file name: what it holds}, all strings, of the Shards and their Tokenizer; checkpoints keep
+    it.
+
+    It reads the first 4,096 tokens of each file: a change after them that keeps the length goes unnoticed.
+    """
+    found = {}
+    for shard in shards:
+        start = np.fromfile(shard.path, shard.dtype, min(shard.count, 4096), offset=shard.offset)
+        crc = zlib.crc32(start.tobytes())
+        found[os.path.basename(shard.path)] = (
+            f"{shard.count:,} {shard.dtype.name} tokens (CRC {crc:08x} at its start)"
+        )
+    crc = zlib.crc32(json.dumps(tokenizer.fields(), sort_keys=True).encode())
+    found["tokenizer"] = f"{tokenizer.encoding} of {tokenizer.vocab_size:,} ids (CRC {crc:08x})"
+    return found
+
+
+def tokens_per_byte(folder, split):
+    """Returns the tokens of a split per byte of its texts in UTF-8, which turns a loss into bits per byte;
+    None if the data's meta.json does not say, or there is none."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            counts = json.load(f)[split]
+        return counts["tokens"] / counts["bytes"]
+    except (FileNotFoundError, KeyError, TypeError, ZeroDivisionError):  # meta.json may be somebody else's
+        return None
+
+
+# -----------------------------------------------------------------------------
+# windows and their order
+
+
+# a batch may straddle two epochs; 4 bytes a window: 40 MB for 10B tokens at 1024
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    """Returns the order in which an epoch visits n windows, uint32 (n,): a function of its arguments alone.
+
+    NumPy promises that the stream of RandomState never changes, so a run resumes under any later NumPy.
+    """
+    order = np.arange(n, dtype=np.uint32)
+    np.random.RandomState([seed, epoch]).shuffle(order)
+    return order
+
+
+class Windows:
+    """The windows of one split. len() is their number; their tokens are read from disk when asked for."""
+
+    def __init__(self, shards, block_size, vocab_size):
+        self.shards = shards
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.tokens = sum(shard.count for shard in shards)
+        counts = [max(shard.count - 1, 0) // block_size for shard in shards]
+        self.ends = np.cumsum(counts)  # number of windows up to and including each shard
+        if not len(self):
+            raise UserError(
+                f"{os.path.dirname(shards[0].path)}: {len(shards)} file(s) with {self.tokens:,} tokens like "
+                f"{os.path.basename(shards[0].path)} hold no window of block_size={block_size} (+ 1) tokens; "
+                f"prepare more data or lower --block_size"
+            )
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def training(self, first, count, seed):
+        """Returns the windows, int64 (count,), of sequences first to first + count - 1 of a training run:
+        every window once an epoch, each epoch shuffled anew."""
+        chosen = np.empty(count, dtype=np.int64)
+        for i in range(count):
+            epoch, place = divmod(first + i, len(self))
+            chosen[i] = epoch_order(len(self), seed, epoch)[place]
+        return chosen
+
+    def spread(self, count):
+        """Returns up to count windows, int64, evenly spread over the split: always the same ones."""
+        count = min(count, len(self))
+        return np.arange(count) * len(self) // count
+
+    def read(self, windows):
+        """Returns the tokens, int64 (len(windows), block_size + 1), of the windows with these numbers.
+
+        Each call maps the files anew: a mapping that stays open grows to the size of the whole file in RSS.
+        Raises UserError for an id that the model has no row for; on a GPU it would be a device-side assert.
+        """
+        tokens = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
+        owners = np.searchsorted(self.ends, windows, side="right")
+        for owner in np.unique(owners):
+            shard = self.shards[owner]
+            rows = np.flatnonzero(owners == owner)
+            first = self.ends[owner - 1] if owner else 0
+            starts = (windows[rows] - first) * self.block_size
+            data = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.count,))
+            tokens[rows] = data[starts[:, None] + np.arange(self.block_size + 1)]
+        if tokens.max() >= self.vocab_size:
+            paths = ", ".join(self.shards[owner].path for owner in np.unique(owners)[:3])
+            raise UserError(
+                f"token id {tokens.max()} in {paths} is not below the model's vocab_size={self.vocab_size}; "
+                f"the data was made with another tokenizer than its meta.json or meta.pkl (none: GPT-2) or "
+                f"the checkpoint says"
+            )
+        return tokens

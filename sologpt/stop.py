@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM as a request, which a loop answers where it can leave with everything saved."""
+
+import contextlib
+import os
+import signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Inside `with StopRequest(text) as stop`, the first signal writes text to stderr and sets stop.number; a
+    second one ends the process at once. After the `with`, signals do what they did before."""
+
+    def __init__(self, text):
+        self.text = text
+        self.number = 0  # of the signal; 0: nobody has asked
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        with contextlib.suppress(
+            OSError
+        ):  # a log on a full disk. No print: the signal may have interrupted one
+            os.write(2, f"\n{self.text}\n".encode())

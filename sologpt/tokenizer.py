@@ -1,0 +1,207 @@
+"""
+What token ids mean: a Tokenizer turns text into ids and ids into text.
+
+Three kinds, told apart by `encoding`: "bytes" (an id for each byte), "characters" (nanoGPT's meta.pkl), and
+every other name is one of tiktoken's. A checkpoint and a data folder keep only the fields of a tokenizer,
+which are plain values; tiktoken's files are loaded when the first text is encoded or decoded, so training
+does not need them.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pickle
+
+import numpy as np
+
+from sologpt.errors import UserError
+
+EOT = "<|endoftext|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """The base of the three kinds."""
+
+    encoding: str
+    vocab_size: int  # number of ids
+    eot_token: int | None  # the id of <|endoftext|>; None: there is none
+
+    def encode(self, text):
+        """Returns the ids of a text, a list; <|endoftext|> becomes the end-of-text id. Raises UserError for
+        text that the tokenizer cannot represent."""
+        raise NotImplementedError
+
+    def encode_document(self, text):
+        """Returns the ids of a document's text, NumPy; <|endoftext|> in it is text like any other."""
+        raise NotImplementedError
+
+    def spell(self, i):
+        """Returns the bytes that id i stands for, which may be a part of a character."""
+        raise NotImplementedError
+
+    def decode(self, ids):
+        """Returns the text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.spell, ids)).decode("utf-8", "replace")
+
+    def embedding_rows(self):
+        """Returns the vocab_size of a new model: the number of ids, rounded up to a multiple of 64 for
+        speed."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+    def fields(self):
+        """Returns what make_tokenizer needs to make it again, a dict of plain values: what checkpoints
+        keep."""
+        return dataclasses.asdict(self)
+
+
+class ByteTokenizer(Tokenizer):
+    def encode(self, text):
+        first, *others = text.split(EOT)
+        ids = list(first.encode("utf-8", "replace"))
+        for part in others:
+            ids += [self.eot_token, *part.encode("utf-8", "replace")]
+        return ids
+
+    def encode_document(self, text):
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def spell(self, i):
+        return EOT.encode() if i == self.eot_token else bytes([i])
+
+    def ranks(self):
+        """Returns {bytes: id} of all tokens but the end of text."""
+        return {bytes([b]): b for b in range(256)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterTokenizer(Tokenizer):
+    itos: dict  # {id: text}
+
+    @functools.cached_property
+    def stoi(self):
+        return {text: i for i, text in self.itos.items()}
+
+    def encode(self, text):
+        missing = sorted(set(text) - set(self.stoi))
+        if missing:
+            raise UserError(
+                f"the model's vocabulary of {len(self.stoi)} characters lacks {''.join(missing)!r}"
+            )
+        return [self.stoi[character] for character in text]
+
+    def spell(self, i):
+        return self.itos[i].encode("utf-8", "replace")
+
+    def embedding_rows(self):
+        """Returns the number of ids: nanoGPT does not pad the vocabulary of its own character data either."""
+        return self.vocab_size
+
+
+class BPETokenizer(Tokenizer):
+    @functools.cached_property
+    def bpe(self):
+        return load_bpe(self.encoding)
+
+    def encode(self, text):
+        return self.bpe.encode(text, allowed_special={EOT})
+
+    def encode_document(self, text):
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
+
+    def spell(self, i):
+        try:
+            return self.bpe.decode_single_token_bytes(i)
+        except KeyError:  # tiktoken's larger encodings leave out some ids
+            return "\ufffd".encode()
+
+    def ranks(self):
+        """Returns {bytes: id} of all tokens but the end of text."""
+        ids = [i for i in range(self.bpe.n_vocab) if i != self.eot_token]
+        return {self.bpe.decode_single_token_bytes(i): i for i in ids}
+
+
+def make_tokenizer(fields):
+    """Returns the Tokenizer with these fields, a dict."""
+    kinds = dict(bytes=ByteTokenizer, characters=CharacterTokenizer)
+    return kinds.get(fields["encoding"], BPETokenizer)(**fields)
+
+
+def find_tokenizer(encoding):
+    """Returns the Tokenizer of an encoding: "bytes" or a name that tiktoken knows, whose files are loaded
+    now."""
+    if encoding == "bytes":
+        return ByteTokenizer("bytes", 257, 256)
+    bpe = load_bpe(encoding)
+    return BPETokenizer(encoding, bpe.n_vocab, bpe.eot_token)
+
+
+def load_bpe(encoding):
+    """Returns tiktoken's Encoding of that name. Raises UserError if there is none or its files cannot be
+    had."""
+    import tiktoken
+
+    if encoding not in tiktoken.list_encoding_names():
+        names = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        raise UserError(f"encoding={encoding!r} is not known; use one of {names}")
+    try:
+        return tiktoken.get_encoding(encoding)
+    except OSError as e:  # requests' errors are OSErrors
+        files = "the two files vocab.bpe and encoder.json" if encoding == "gpt2" else "the file of merges"
+        command = f"import tiktoken; tiktoken.get_encoding('{encoding}')"
+        raise UserError(
+            f"cannot download tiktoken's {encoding!r}, {files} ({type(e).__name__}). On a machine with a "
+            f'network run TIKTOKEN_CACHE_DIR=DIR python -c "{command}", copy DIR here and set '
+            f"TIKTOKEN_CACHE_DIR to it"
+        ) from None
+
+
+# -----------------------------------------------------------------------------
+# the tokenizer of a data folder
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads a pickle of plain dicts, strings and numbers, and nothing that could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(
+            f"it refers to {module}.{name}; only dicts, strings and numbers are read"
+        )
+
+
+def read_tokenizer(folder):
+    """Returns the Tokenizer of a data folder: of meta.json (prepare_fineweb.py) or meta.pkl (nanoGPT);
+    without either it is GPT-2's, as in nanoGPT. Raises UserError for a file that cannot be read."""
+    path = os.path.join(folder, "meta.json")
+    if os.path.exists(path):
+        return read_meta_json(path)
+    path = os.path.join(folder, "meta.pkl")
+    if os.path.exists(path):
+        return read_meta_pkl(path)
+    return BPETokenizer("gpt2", 50257, 50256)
+
+
+def read_meta_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        eot = meta["eot_token"]
+        fields = dict(encoding=str(meta["encoding"]), vocab_size=int(meta["vocab_size"]))
+        fields["eot_token"] = None if eot is None else int(eot)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e!r}); prepare the data again") from None
+    return make_tokenizer(fields)
+
+
+def read_meta_pkl(path):
+    try:
+        with open(path, "rb") as f:
+            meta = PlainUnpickler(f).load()
+        itos = meta.get("itos", {})
+        pairs = itos.items() if isinstance(itos, dict) else enumerate(itos)
+        itos = {int(i): str(text) for i, text in pairs}
+        return CharacterTokenizer("characters", int(meta["vocab_size"]), None, itos)
+    except Exception as e:  # a damaged pickle may raise anything
+        raise UserError(f"cannot read {path}: {e!r}") from None
