@@ -312,10 +312,10 @@ class GPT(nn.Module):
         pasts = [Past(keys, values, position, mask) for keys, values in cache]
         return self.logits(self.hidden(token[:, None], position[:, None], pasts))[:, 0]
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
         """Returns idx, int64 (B, T), continued by max_new_tokens sampled ids; see sampling.generate for the
         options."""
-        return sampling.generate(self, idx, max_new_tokens, temperature, top_k, **options)
+        return sampling.generate(self, idx, max_new_tokens, temperature, top_k, top_p, **options)
 
     # -------------------------------------------------------------------------
     # in and out of Hugging Face's format

@@ -1,4 +1,5 @@
-"""Training with nanoGPT and with this project: tokens/s, memory, time to the first step, loss after the same
+"""
+Training with nanoGPT and with this project: tokens/s, memory, time to the first step, loss after the same
 tokens.
 
     python benchmarks/compare_nanogpt.py config/gpt2_124m.py --nanogpt=../nanoGPT --max_iters=60

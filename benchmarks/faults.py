@@ -1,4 +1,5 @@
-"""What a run survives: kills, full disks, damaged files, signals, exceptions, missing memory and fuzzed
+"""
+What a run survives: kills, full disks, damaged files, signals, exceptions, missing memory and fuzzed
 configurations.
 
     python benchmarks/faults.py             100 kills, 220 damaged files, 6,000 configurations; 15 to 20

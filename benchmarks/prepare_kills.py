@@ -1,4 +1,5 @@
-"""Kills prepare_fineweb.py (kill -9) at random moments and starts it again, until it has been killed --kills
+"""
+Kills prepare_fineweb.py (kill -9) at random moments and starts it again, until it has been killed --kills
 times; then lets it finish, and compares every file with those of a run that was left alone.
 
     python benchmarks/prepare_kills.py --input=FOLDER [--kills=20] [--seed=0] [any option of

@@ -1,4 +1,5 @@
-"""How fast prepare_fineweb.py is, against what tiktoken allows and against a pool in the style of
+"""
+How fast prepare_fineweb.py is, against what tiktoken allows and against a pool in the style of
 build-nanogpt and llm.c.
 
     python benchmarks/prepare_speed.py --input=FOLDER [--workers=2] [--rounds=3] [--json=FILE]

@@ -1,4 +1,5 @@
-"""How much more does the modern recipe learn from a token? A ladder from GPT-2 with AdamW to arch="modern"
+"""
+How much more does the modern recipe learn from a token? A ladder from GPT-2 with AdamW to arch="modern"
 with Muon.
 
     python prepare_fineweb.py --input=FOLDER --encoding=bytes --out_dir=data/corpus_bytes

@@ -1,4 +1,5 @@
-"""A run's state on disk: ckpt.pt with everything that continuing needs, ckpt_prev.pt with the state before
+"""
+A run's state on disk: ckpt.pt with everything that continuing needs, ckpt_prev.pt with the state before
 it, and best.pt with the best weights.
 
 Every .pt file is one dict of tensors and plain values, a superset of nanoGPT's, so that nanoGPT reads ours
@@ -91,12 +92,12 @@ def load(path):
 
 
 def check_archive(path):
-    """Raises ValueError at a wrong checksum: torch.load itself would take flipped bits for weights."""
+    """Raises BadZipFile at a wrong checksum: torch.load itself would take flipped bits for weights."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def strip(name):

@@ -1,4 +1,5 @@
-"""What this machine is: the device to train on, the dtype it is good at, and its peak FLOP/s, the
+"""
+What this machine is: the device to train on, the dtype it is good at, and its peak FLOP/s, the
 denominator of MFU.
 
 Peaks are dense (no 2:4 sparsity), with FP32 accumulation, at the vendor's rated boost clock. A GeForce in a

@@ -1,4 +1,5 @@
-"""In and out of Hugging Face's world: the folders from which transformers loads a GPT-2, its tokenizer and
+"""
+In and out of Hugging Face's world: the folders from which transformers loads a GPT-2, its tokenizer and
 model card.
 
 GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; sample.py --export adds the

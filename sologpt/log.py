@@ -1,5 +1,7 @@
-"""What a run tells: lines for the user, metrics.jsonl and Weights & Biases, and the clock that times its
-iterations."""
+"""
+What a run tells: lines for the user, metrics.jsonl and Weights & Biases, and the clock that times its
+iterations.
+"""
 
 import contextlib
 import dataclasses

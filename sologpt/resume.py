@@ -1,5 +1,7 @@
-"""Going on from a checkpoint: what has to fit together, what this run does differently, and where it had got
-to."""
+"""
+Going on from a checkpoint: what has to fit together, what this run does differently, and where it had got
+to.
+"""
 
 import dataclasses
 import time

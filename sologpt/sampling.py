@@ -109,13 +109,12 @@ def stream(
                 return
 
 
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
     """Returns idx, int64 (B, T), continued by up to max_new_tokens sampled ids; call it in eval mode.
 
     temperature: 0 takes the likeliest id. top_k: sample among the k likeliest ids; None or 0: among all.
-    Options:
+    top_p: sample among the fewest ids that have this share of the probability; None or 1: among all. Options:
 
-    - top_p: sample among the fewest ids that have this share of the probability; None or 1: among all
     - stop_token: end once every row has produced this id
     - noise, fp32 (B, max_new_tokens), uniform on [0, 1): what the ids are drawn with; None: torch's random
       numbers
@@ -124,6 +123,6 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, **options)
     Ids that only pad the vocabulary have no probability. A context longer than block_size is cut to its last
     block_size tokens. Raises ValueError for a prompt that is empty or has ids that the tokenizer lacks.
     """
-    for text in stream(model, idx, max_new_tokens, temperature, top_k, **options):
+    for text in stream(model, idx, max_new_tokens, temperature, top_k, top_p, **options):
         idx = text
     return idx

@@ -1,18 +1,28 @@
-"""What the tests share: the project on the path, tiny data, and scripts run as a user runs them."""
+"""
+What the tests share: tiny data, and two ways to run a script. `run` calls its main in this process, which
+has imported torch already; `spawn` starts a process of its own, for what only a process can show.
+"""
 
+import functools
+import importlib
+import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-import shards
+from configurator import run_script
+from sologpt import shards
 
 ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # enough for models of this size, and the sums are the same each time
+# enough for models of this size, and the sums are the same each time
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 TEXT = "pack my box with jugs now. " * 400  # 27 letters: in windows of 16, each comes at every position
 
@@ -22,23 +32,71 @@ def from_the_project_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+class Outcome(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def check(outcome, status):
+    """Asserts the exit status, and that nobody is shown a traceback or a warning of Python's."""
+    assert outcome.returncode == status, outcome.stdout + outcome.stderr
+    assert "Traceback" not in outcome.stderr and "Warning" not in outcome.stderr, outcome.stderr
+    return outcome
+
+
+def text_file(content=b""):
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", write_through=True)
+
+
+def text_of(file):
+    file.flush()
+    return file.buffer.getvalue().decode()
+
+
+def run_here(cwd, script, *argv, status=0, input=b"", **env):
+    """Runs a script's main as its last line does, in this process and the folder cwd, with these bytes on
+    stdin and these variables in the environment; returns what a process would have given."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    stdout, stderr = text_file(), text_file()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script])
+        for name, file in (("stdin", text_file(input)), ("stdout", stdout), ("stderr", stderr)):
+            patch.setattr(sys, name, file)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            run_script(main, [str(arg) for arg in argv])
+        except SystemExit as e:
+            code = e.code or 0
+    if "--compile=True" in argv:
+        torch._dynamo.reset()  # as a new process would begin
+    return check(Outcome(code, text_of(stdout), text_of(stderr)), status)
+
+
 @pytest.fixture
 def run(tmp_path):
-    """run('train.py', '--key=value', ...) runs a script in tmp_path; returns the process, exit status checked."""
-
-    def run(script, *argv, status=0, cwd=tmp_path, **env):
-        command = [sys.executable, "-W", "error::UserWarning", str(ROOT / script), *map(str, argv)]
-        process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ENV | env)
-        assert process.returncode == status, process.stdout + process.stderr
-        assert "Traceback" not in process.stderr and "Warning" not in process.stderr, process.stderr
-        return process
-
-    return run
+    """run('train.py', '--key=value', ...) is run_here in tmp_path."""
+    return functools.partial(run_here, tmp_path)
 
 
 @pytest.fixture
-def byte_data(tmp_path):
-    """A folder of byte tokens in our own format, cut into three train shards: a text small enough to be learned."""
+def spawn(tmp_path):
+    """spawn('train.py', '--key=value', ...) is run in a process of its own."""
+
+    def spawn(script, *argv, status=0, cwd=tmp_path, input=None, **env):
+        command = [sys.executable, "-W", "error::UserWarning", str(ROOT / script), *map(str, argv)]
+        process = subprocess.run(command, cwd=cwd, capture_output=True, input=input, env=ENV | env)
+        return check(Outcome(process.returncode, process.stdout.decode(), process.stderr.decode()), status)
+
+    return spawn
+
+
+def write_byte_data(tmp_path):
+    """Writes data/toy, byte tokens in our own format, in three train shards: a text small enough to be
+    learned."""
     folder = tmp_path / "data" / "toy"
     folder.mkdir(parents=True)
     ids = np.frombuffer(TEXT.encode(), dtype=np.uint8).astype(np.uint16)
@@ -49,10 +107,15 @@ def byte_data(tmp_path):
     return folder
 
 
+@pytest.fixture
+def byte_data(tmp_path):
+    return write_byte_data(tmp_path)
+
+
 TINY = """
 --dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
---gradient_accumulation_steps=2 --warmup_iters=2 --lr_decay_iters=12 --max_iters=12 --eval_interval=6 --eval_iters=1
---learning_rate=1e-2
+--gradient_accumulation_steps=2 --warmup_iters=2 --lr_decay_iters=12 --max_iters=12 --eval_interval=6
+--eval_iters=1 --learning_rate=1e-2
 """
 
 
@@ -60,3 +123,21 @@ TINY = """
 def tiny():
     """Arguments of a twelve-iteration run of a tiny model on byte_data; later ones win."""
     return TINY.split()
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """A folder with data/toy and, in out/, a run that has learned it."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_byte_data(folder)
+    run_here(
+        folder, "train.py", *TINY.split(), "--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150"
+    )
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path, run):
+    """run, in a copy of trained_once."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    return run

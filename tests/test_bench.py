@@ -1,6 +1,7 @@
 """
-bench.py as a user runs it, on tiny models: each row is a process. References: train.py's own log, arithmetic by hand,
-the recommendation by hand; memory is really refused (ulimit) and a process is really killed.
+bench.py as a user runs it, on tiny models: each row is a process. References: train.py's own log,
+arithmetic by hand, the recommendation by hand; memory is really refused (ulimit) and a process is really
+killed.
 Run: pytest tests/test_bench.py
 """
 
@@ -20,7 +21,9 @@ from conftest import ENV, ROOT
 from bench import BenchConfig, recommend, training_command
 from configurator import ConfigError, configure
 
-SMALL = "--device=cpu --compile=False --dataset=none --n_layer=2 --n_head=2 --n_embd=64 --block_size=64".split()
+SMALL = (
+    "--device=cpu --compile=False --dataset=none --n_layer=2 --n_head=2 --n_embd=64 --block_size=64".split()
+)
 ROW = re.compile(r"^ +(\d+) +(\d+) +([\d.,]+) +([\d,]+) +([\d.]+) +n/a +([\d.]+) +([\d.]+) +([\d.]+)%$", re.M)
 
 
@@ -48,9 +51,12 @@ def test_every_row_has_the_tokens_of_the_iteration_and_the_file_says_the_same(ru
         assert row["tokens_per_s"] == pytest.approx(12 * 64 / whole * 1e3) == pytest.approx(shown[3], abs=0.6)
         assert row["tflops"] == pytest.approx(flops * row["tokens_per_s"] / 1e12)
         assert row["mfu"] is None and row["reserved_memory"] is None
-        assert 1e8 < row["peak_memory"] < 4e9 and row["peak_memory"] / 1e9 == pytest.approx(shown[5], abs=0.006)
+        assert 1e8 < row["peak_memory"] < 4e9 and row["peak_memory"] / 1e9 == pytest.approx(
+            shown[5], abs=0.006
+        )
         assert row["estimated_memory"] / 1e9 == pytest.approx(shown[6], abs=0.006)
-        assert 16 * 3.3e6 < row["estimated_memory"] < row["peak_memory"]  # 50304 * 64 weights and more; the process
+        # 50304 * 64 weights and more; the process
+        assert 16 * 3.3e6 < row["estimated_memory"] < row["peak_memory"]
     best = recommend(report["rows"])
     assert report["recommended"] == best
     command = shlex.split(out.splitlines()[-1])
@@ -59,41 +65,29 @@ def test_every_row_has_the_tokens_of_the_iteration_and_the_file_says_the_same(ru
     assert not [arg for arg in command if "sweep" in arg or "json" in arg or "=2" in arg and "batch" in arg]
 
 
-def test_the_time_is_that_of_train(run, byte_data):
-    """Its iterations, by train.py's own log, are as long as bench.py says, within what this machine varies by."""
-    flags = [
-        "--dataset=toy",
-        "--batch_size=16",
-        "--gradient_accumulation_steps=4",
-        "--max_iters=31",
-        "--log_interval=10",
-    ]
-    flags = [*SMALL, *flags, "--n_embd=128", "--eval_iters=1", "--real_data=True", "--n_layer=4"]
-    out = run("bench.py", *flags, "--sweep_batch_size=16").stdout
-    assert "bytes, of data/toy" in out and "random" not in out
-    [[_, _, ms, *_]] = numbers(out)
-    log = run("train.py", *(flag for flag in flags if "real_data" not in flag)).stdout
-    times = [float(t) for t in re.findall(r"^iter \d+: loss [\d.]+, time ([\d.]+)ms", log, re.M)][1:]
-    assert min(times) / 2 < ms < 2 * max(times)
-
-
 @LINUX
 def test_a_row_without_memory_is_a_row_and_larger_ones_are_not_tried(tmp_path):
-    """The limit is a real one, of address space: what the script takes without any model, and 2 GB. The logits, their
-    logarithms and gradients of 256 * 16 tokens take 2.5 GB."""
+    """The limit is a real one, of address space: what the script takes without any model, and 1 GB. The
+    logits, their logarithms and gradients of 128 * 16 tokens take 1.2 GB."""
     status = [sys.executable, "-c", "import bench; print(open('/proc/self/status').read())"]
     status = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, env=ENV).stdout
-    limit = int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) + 2 * 2**20
-    flags = ["--batch_size=1", "--gradient_accumulation_steps=1280", "--sweep_batch_size=256,320", "--block_size=16"]
-    flags += ["--n_embd=32", "--n_layer=1"]
-    command = shlex.join([sys.executable, str(ROOT / "bench.py"), *SMALL, *flags, "--sweep_loss_chunks=1,128"])
-    limited = ["bash", "-c", f"ulimit -v {limit}; exec {command} --json=figures.json"]
+    limit = int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) + 2**20
+    flags = ["--batch_size=1", "--gradient_accumulation_steps=640", "--sweep_batch_size=128,160"]
+    flags += [
+        "--block_size=16",
+        "--n_embd=32",
+        "--n_layer=1",
+        "--sweep_loss_chunks=1,128",
+        "--json=figures.json",
+    ]
+    command = shlex.join([sys.executable, str(ROOT / "bench.py"), *SMALL, *flags])
+    limited = ["bash", "-c", f"ulimit -v {limit}; exec {command}"]
     process = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, env=ENV)
     assert process.returncode == 0 and "Traceback" not in process.stderr, process.stdout + process.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     expected = [(1, "out of memory"), (1, "not tried"), (128, "measured"), (128, "measured")]
     assert [(row["loss_chunks"], row["status"]) for row in rows] == expected
-    assert re.search(r"^ +256 +5 +1 +out of memory\n +320 +4 +1 +not tried$", process.stdout, re.M)
+    assert re.search(r"^ +128 +5 +1 +out of memory\n +160 +4 +1 +not tried$", process.stdout, re.M)
 
 
 def children(pid):
@@ -116,37 +110,62 @@ def test_a_killed_row_is_a_row(tmp_path):
     os.kill(victims[0], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert re.search(r"^ +1 +2 +killed$", out, re.M), out + err
-    assert process.returncode == 1 and err.startswith("error: no row fits into memory") and "Traceback" not in err
+    assert (
+        process.returncode == 1
+        and err.startswith("error: no row fits into memory")
+        and "Traceback" not in err
+    )
 
 
 def test_the_recommended_row_is_the_smallest_within_one_percent_of_the_fastest():
     def row(ms, memory, status="measured"):
         return dict(status=status, ms_per_iter=ms, peak_memory=memory)
 
-    rows = [row(102, 1), row(101, 3), row(100.5, 2), row(100, 4), dict(status="out of memory"), dict(status="killed")]
+    rows = [
+        row(102, 1),
+        row(101, 3),
+        row(100.5, 2),
+        row(100, 4),
+        dict(status="out of memory"),
+        dict(status="killed"),
+    ]
     assert recommend(rows) is rows[2]
     assert recommend([row(100, None), row(99.5, None)])["ms_per_iter"] == 99.5
 
 
 def test_the_command_keeps_what_was_asked_for_and_drops_what_is_of_the_benchmark():
-    argv = ["config/x.py", "--batch_size=8", "--n_layer=3", "--sweep_batch_size=8,16", "--json=a b", "--profile=False"]
+    argv = [
+        "config/x.py",
+        "--batch_size=8",
+        "--n_layer=3",
+        "--sweep_batch_size=8,16",
+        "--json=a b",
+        "--profile=False",
+    ]
     flags = dict(batch_size=16, gradient_accumulation_steps=4)
     expected = "python train.py config/x.py --n_layer=3 --batch_size=16 --gradient_accumulation_steps=4"
     assert training_command(argv, flags) == expected
 
 
+# fmt: skip
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--sweep_batch_size=3,x", "sweep_batch_size: batch_size needs an int, not 'x'"),
-        ("--sweep_batch_size=4,5", "sweep_batch_size: 5 does not divide the 12 sequences of an iteration; these do: "
-         "1, 2, 3, 4, 6, 12"),
+        (
+            "--sweep_batch_size=4,5",
+            "sweep_batch_size: 5 does not divide the 12 sequences of an iteration; these do: "
+            "1, 2, 3, 4, 6, 12",
+        ),
         ("--sweep_batch_size=0", "sweep_batch_size: batch_size must be at least 1, not 0"),
-        ("--sweep_activation_memory=1.5", "sweep_activation_memory: activation_memory must be at most 1, not 1.5"),
+        (
+            "--sweep_activation_memory=1.5",
+            "sweep_activation_memory: activation_memory must be at most 1, not 1.5",
+        ),
         ("--sweep_loss_chunks=2,,4", "sweep_loss_chunks: loss_chunks needs an int, not ''"),
         ("--sweep_loss_chunk=2", "unknown key 'sweep_loss_chunk' (did you mean 'sweep_loss_chunks'?)"),
     ],
-)  # fmt: skip
+)
 def test_nonsense_is_an_error_that_says_what_would_do(flag, message):
     with pytest.raises(ConfigError) as error:
         configure(BenchConfig, ["--batch_size=2", "--gradient_accumulation_steps=6", flag])
@@ -171,12 +190,16 @@ def test_every_config_of_train_and_nanogpts_keys_are_taken():
 
 
 def test_missing_data_is_an_error_only_if_it_is_to_be_read(run):
-    process = run("bench.py", *SMALL, "--batch_size=1", "--gradient_accumulation_steps=1", "--real_data=True", status=1)
+    process = run(
+        "bench.py", *SMALL, "--batch_size=1", "--gradient_accumulation_steps=1", "--real_data=True", status=1
+    )
     assert process.stderr.startswith("error: there is no folder data/none for dataset='none'")
 
 
-def test_a_profile_names_the_operations_that_take_the_time(run):
-    out = run("bench.py", *SMALL, "--batch_size=1", "--gradient_accumulation_steps=1", "--profile=True").stdout
+def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byte_data):
+    argv = ["--batch_size=1", "--gradient_accumulation_steps=1", "--profile=True", "--real_data=True"]
+    out = run("bench.py", *SMALL, "--dataset=toy", *argv).stdout
+    assert "bytes, of data/toy" in out and "random" not in out
     listed = [line.split() for line in out.splitlines() if line.split()[-1].startswith("aten::")]
     assert "aten::mm" in {line[-1] for line in listed[:3]}
     times = [float(line[0]) for line in listed]

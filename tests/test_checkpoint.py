@@ -1,11 +1,13 @@
 """
 The files of a run: whole or not there, whatever happens while they are written or to them afterwards.
-Reference: the states that went in. Run: pytest tests/test_checkpoint.py
+Reference: the states that went in.
+Run: pytest tests/test_checkpoint.py
 """
 
 import errno
 import json
 import math
+import os
 import random
 import shutil
 
@@ -13,12 +15,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-import hardware
-import shards
 from model import GPT, GPTConfig
+from sologpt import checkpoint, log, memory, optim, resume, shards
+from sologpt.tokenizer import BPETokenizer, ByteTokenizer
 from train import TrainConfig
 
+BYTES = ByteTokenizer("bytes", 257, 256)
 ARGS = dict(n_layer=1, n_head=1, n_embd=8, block_size=4, bias=False, vocab_size=16, dropout=0.0)
 
 
@@ -26,11 +28,14 @@ def state(iter_num):
     torch.manual_seed(iter_num)
     model = GPT(GPTConfig(**ARGS))
     optimizer = dict(state={0: dict(exp_avg=torch.rand(5))})
-    return dict(model=model.state_dict(), model_args=ARGS, optimizer=optimizer, iter_num=iter_num, best_val_loss=1.0)
+    return dict(
+        model=model.state_dict(), model_args=ARGS, optimizer=optimizer, iter_num=iter_num, best_val_loss=1.0
+    )
 
 
 def resumed(folder):
-    """What a new process would resume from in folder: iteration, file name, and why it is not ckpt.pt, if it is not."""
+    """What a new process would resume from in folder: iteration, file name, and why it is not ckpt.pt, if it
+    is not."""
     files = checkpoint.RunFiles(str(folder))
     loaded, why = files.load()
     expected = state(loaded["iter_num"])
@@ -64,7 +69,9 @@ def test_a_broken_ckpt_never_takes_the_place_of_the_good_one_before_it(tmp_path,
     files = checkpoint.RunFiles(str(tmp_path))
     loaded, why = files.load()
     assert (
-        loaded["iter_num"] == 5 and files.saved_iter is None and files.kept.endswith("ckpt_prev.pt holds iteration 5")
+        loaded["iter_num"] == 5
+        and files.saved_iter is None
+        and files.kept.endswith("ckpt_prev.pt holds iteration 5")
     )
     assert ("damaged or not one of ours" if broken == "damaged" else f"{path} is missing") in why
     files.save(state(11))
@@ -78,7 +85,9 @@ def test_two_damaged_states_are_both_named(tmp_path):
     files.save(state(5)), files.save(state(10))
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         (tmp_path / name).write_bytes(b"junk")
-    with pytest.raises(ValueError, match="cannot read the checkpoint .*ckpt.pt, .*cannot read .*ckpt_prev.pt, "):
+    with pytest.raises(
+        ValueError, match="cannot read the checkpoint .*ckpt.pt, .*cannot read .*ckpt_prev.pt, "
+    ):
         files.load()
 
 
@@ -107,8 +116,8 @@ def test_a_write_that_fails_at_any_point_leaves_a_whole_state(tmp_path, monkeypa
             raise OSError(errno.EIO, "Input/output error")
         return replace(*paths)
 
-    replace = shards.os.replace
-    monkeypatch.setattr(shards.os, call.split()[0], fails)
+    replace = os.replace
+    monkeypatch.setattr(os, call.split()[0], fails)
     assert not files.save(state(15)) and "warning: cannot save iteration 15: " in capsys.readouterr().err
     monkeypatch.undo()
     assert resumed(tmp_path)[0] == 10 and not list(tmp_path.glob("*.tmp"))
@@ -120,9 +129,10 @@ def test_a_disk_without_room_is_noticed_before_writing(tmp_path, monkeypatch, ca
     files, size = checkpoint.RunFiles(str(tmp_path)), sum(t.nbytes for t in checkpoint.tensors(state(1)))
     disk = dict(free=size)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), disk))
-    assert files.save(state(1)) and files.save(state(2))  # the tied matrix, counted twice in size, is written once
+    # the tied matrix, counted twice in size, is written once
+    assert files.save(state(1)) and files.save(state(2))
     disk["free"] = 1000
-    assert not files.save_best(state(3))
+    assert not files.write(files.best, state(3))
     assert "cannot save iteration 3: [Errno 28] 0.0 MB are needed, 0.0 MB are free" in capsys.readouterr().err
     # ckpt_prev.pt makes room for a newer state, and ckpt.pt, which is whole, stays
     assert not files.save(state(3)) and "deleting" in capsys.readouterr().err
@@ -149,7 +159,7 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
 
 
 def test_metrics_that_cannot_be_written_are_written_later(tmp_path, capsys):
-    metrics = checkpoint.Metrics(tmp_path / "metrics.jsonl")
+    metrics = log.Metrics(tmp_path / "metrics.jsonl")
     metrics.write("1\n")
     good, metrics.file = metrics.file, open("/dev/full", "ab", buffering=0)
     metrics.write("2\n"), metrics.write("3\n")
@@ -166,7 +176,7 @@ def test_moments_given_in_advance_change_nothing():
     models = [GPT(GPTConfig(**ARGS)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu") for model in models]
-    checkpoint.allocate_moments(dict(optimizer=optimizers[1]))
+    optim.allocate_moments(dict(optimizer=optimizers[1]))
     for model, optimizer in zip(models, optimizers, strict=True):
         for _ in range(3):
             model(torch.arange(4)[None], torch.arange(4)[None])[1].backward()
@@ -177,27 +187,28 @@ def test_moments_given_in_advance_change_nothing():
 
 
 def test_the_fingerprint_of_data_tells_other_data_apart(tmp_path):
-    tokenizer = dict(encoding="bytes", vocab_size=257, eot_token=256)
     path = tmp_path / "a_train_000001.bin"
 
-    def of(tokens, **other):
+    def of(tokens, tokenizer=BYTES):
         shards.write_shard(path, torch.tensor(tokens, dtype=torch.uint16).numpy())
-        return json.loads(json.dumps(shards.fingerprint(shards.find_shards(tmp_path, "train"), tokenizer | other)))
+        return json.loads(json.dumps(shards.fingerprint(shards.find_shards(tmp_path, "train"), tokenizer)))
 
     known = of([1, 2, 3])
     assert known == of([1, 2, 3]) and known[path.name].startswith("3 uint16 tokens (CRC ")
-    assert checkpoint.data_changes(dict(data=known), known) == checkpoint.data_changes({}, known) == ""
+    assert resume.data_changes(dict(data=known), known) == resume.data_changes({}, known) == ""
     for other in (of([1, 2, 4]), of([1, 2, 3, 4])):
         assert (
-            checkpoint.data_changes(dict(data=known), other)
+            resume.data_changes(dict(data=known), other)
             == f"{path.name}: {other[path.name]}, was {known[path.name]}"
         )
-    assert "tokenizer: gpt2 of" in checkpoint.data_changes(dict(data=known), of([1, 2, 3], encoding="gpt2"))
+    assert "tokenizer: gpt2 of" in resume.data_changes(
+        dict(data=known), of([1, 2, 3], BPETokenizer("gpt2", 50257, 50256))
+    )
     shutil.copy(path, tmp_path / "a_train_000002.bin")
-    assert "a_train_000002.bin: 3 uint16" in checkpoint.data_changes(dict(data=known), of([1, 2, 3]))
+    assert "a_train_000002.bin: 3 uint16" in resume.data_changes(dict(data=known), of([1, 2, 3]))
     many = {f"{i}.bin": "x" for i in range(9)}
-    assert checkpoint.data_changes(dict(data={}), many).endswith("3.bin: x, was missing; and 5 more")
-    assert "000002.bin: missing, was 3" in checkpoint.data_changes(dict(data=of([1, 2, 3])), known)
+    assert resume.data_changes(dict(data={}), many).endswith("3.bin: x, was missing; and 5 more")
+    assert "000002.bin: missing, was 3" in resume.data_changes(dict(data=of([1, 2, 3])), known)
 
 
 # -----------------------------------------------------------------------------
@@ -209,7 +220,7 @@ def test_the_fingerprint_of_data_tells_other_data_apart(tmp_path):
     [(12, 480, (6, 80)), (2, 2, (1, 2)), (5, 10, (2, 5)), (5, 15, (1, 15)), (9, 18, (3, 6)), (7, 7, (1, 7))],
 )
 def test_a_smaller_batch_divides_the_same_sequences(batch_size, sequences, expected):
-    assert hardware.smaller_batch(batch_size, sequences) == expected
+    assert memory.smaller_batch(batch_size, sequences) == expected
 
 
 def test_what_to_do_without_memory_for_one_sequence_by_hand():
@@ -217,18 +228,22 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
     cfg = TrainConfig(batch_size=1, compile=False)
 
     def advice(available, cfg=cfg, dtype="bfloat16"):
-        return hardware.no_room(124_400_000, 8 * 124_400_000, config, cfg, dtype, available)
+        return memory.no_room(124_400_000, 8 * 124_400_000, config, cfg, dtype, available)
 
     # 16 * 124.4e6 = 1,990e6; copies of 12 * 12 * 768^2 + 50,304 * 768 weights in bf16: 247e6; and 1,024 times
     # 2 * 768 * (17 * 12 + 2) = 316e3 and 12 * 50,304 = 604e3
     start = "out of memory with batch_size=1; by estimate 124.4M parameters need 3.18 GB with one sequence"
     assert advice(None) == f"{start}: use a smaller --block_size, --n_layer or --n_embd"
-    assert advice(4e9).startswith(f"{start}, and 4.00 GB are there, so it should fit, but does not: try --loss_ch")
+    assert advice(4e9).startswith(
+        f"{start}, and 4.00 GB are there, so it should fit, but does not: try --loss_ch"
+    )
     # 8 chunks: 77e6 for their part, 16 bytes a logit there, and 155e6 for the matrix's gradient
     assert advice(2.85e9).endswith("2.85 GB are there, enough with --loss_chunks=8")
     # 2,600e6 - 2,237e6 = 363e6 over 920e3 a token: 394
     assert advice(2.6e9).endswith("2.60 GB are there, enough for about --block_size=384")
-    assert advice(1.5e9).endswith("not enough for more than 94M parameters: use a smaller --n_layer or --n_embd")
+    assert advice(1.5e9).endswith(
+        "not enough for more than 94M parameters: use a smaller --n_layer or --n_embd"
+    )
     assert "need 2.77 GB" in advice(None, TrainConfig(batch_size=1))  # compiled: 4 bytes a logit
 
 

@@ -1,6 +1,7 @@
 """
 Configuration: precedence, types, what is refused and how it is said.
-Reference: the rules written by hand here. Run: pytest tests/test_configurator.py
+Reference: the rules written by hand here.
+Run: pytest tests/test_configurator.py
 """
 
 import subprocess
@@ -108,7 +109,8 @@ def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path):
 
 
 def test_a_config_file_is_python_that_sees_the_values_so_far(tmp_path):
-    text = "import math\ndef half(x): return x / 2\nclass Helper: pass\nsteps = steps * 2\nrate = half(math.cos(0))"
+    text = "import math\ndef half(x): return x / 2\nclass Helper: pass\n"
+    text += "steps = steps * 2\nrate = half(math.cos(0))"
     config = configure(Toy, ["--steps=21", write(tmp_path, text)])
     assert (config.steps, config.rate) == (42, 0.5)
 
@@ -122,7 +124,9 @@ def test_a_config_file_cannot_change_the_caller(tmp_path):
 def test_a_config_file_is_utf8_whatever_its_comments_say(tmp_path):
     assert configure(Toy, [write(tmp_path, "# --encoding=bytes\nname = 'ü'")]).name == "ü"
     (tmp_path / "latin.py").write_bytes(b"name = '\xfc'")
-    assert errors([str(tmp_path / "latin.py")])[0].endswith("can't decode byte 0xfc in position 8: invalid start byte")
+    assert errors([str(tmp_path / "latin.py")])[0].endswith(
+        "can't decode byte 0xfc in position 8: invalid start byte"
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,9 @@ def test_usage_shows_choices_and_limits():
     assert "which ('a', 'b')" in shown and "fraction [>= 0, < 1]" in shown
 
 
-words = st.one_of(st.text(max_size=12), st.sampled_from(["--", "--steps", "5", "--fast", "=", "-", "--no-name"]))
+words = st.one_of(
+    st.text(max_size=12), st.sampled_from(["--", "--steps", "5", "--fast", "=", "-", "--no-name"])
+)
 settings = st.builds("--{}={}".format, st.sampled_from([f.name for f in fields(Toy)]), st.text(max_size=12))
 
 

@@ -1,6 +1,7 @@
 """
-The peak table: each card gets its own peak and no other card's, and what cannot be known is not made up. Memory: the
-estimate is what is there. References: datasheet figures written by hand; what autograd and torch's partitioner keep.
+The peak table: each card gets its own peak and no other card's, and what cannot be known is not made up.
+Memory: the estimate is what is there. References: datasheet figures written by hand; what autograd and
+torch's partitioner keep.
 Run: pytest tests/test_hardware.py
 """
 
@@ -12,9 +13,9 @@ import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
-import hardware
-from hardware import PEAKS, peak_flops
-from model import GPT, GPTConfig
+from model import GPTConfig, make_gpt
+from sologpt import hardware, memory
+from sologpt.hardware import PEAKS, peak_flops
 
 
 def tflops(name, sm_count, dtype="bfloat16"):
@@ -122,7 +123,10 @@ def test_more_sms_than_the_row_has_are_another_card_and_an_estimate_is_called_on
 def test_cards_that_share_a_name_are_told_apart_by_their_sms():
     assert (tflops("NVIDIA GeForce RTX 3080", 68), tflops("NVIDIA GeForce RTX 3080", 70)) == (59.5, 61.3)
     assert (tflops("NVIDIA GeForce RTX 3050", 20), tflops("NVIDIA GeForce RTX 3050", 18)) == (18.2, 13.5)
-    assert (tflops("AMD Instinct MI250X/MI250", 110), tflops("AMD Instinct MI250X/MI250", 104)) == (191.5, 181.0)
+    assert (tflops("AMD Instinct MI250X/MI250", 110), tflops("AMD Instinct MI250X/MI250", 104)) == (
+        191.5,
+        181.0,
+    )
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "Quadro RTX 5000 with Max-Q Design", "", "Orin"])
@@ -137,7 +141,9 @@ def test_rows_that_state_their_arithmetic_agree_with_it():
         if stated and line.strip().startswith("("):
             sms, rate, ghz = int(stated[1]), int(stated[2]), float(stated[3])
             row = re.match(r'\s*\("[^"]+", (\d+), ([\d.]+), ([\d.]+)', line)
-            assert int(row[1]) == sms and float(row[3]) == pytest.approx(sms * rate * ghz / 1000, rel=0.01), line
+            assert int(row[1]) == sms and float(row[3]) == pytest.approx(sms * rate * ghz / 1000, rel=0.01), (
+                line
+            )
             checked += 1
     assert checked > 20
 
@@ -222,7 +228,9 @@ def kept_by_the_compiler(model, dtype):
         return forward, backward
 
     def backend(graph, inputs):
-        compiler = dict.fromkeys(("fw_compiler", "bw_compiler"), lambda graph, inputs: make_boxed_func(graph.forward))
+        compiler = dict.fromkeys(
+            ("fw_compiler", "bw_compiler"), lambda graph, inputs: make_boxed_func(graph.forward)
+        )
         return aot_module_simplified(
             graph, inputs, **compiler, partition_fn=partition, decompositions=select_decomp_table()
         )
@@ -235,9 +243,9 @@ def kept_by_the_compiler(model, dtype):
 @pytest.mark.parametrize("loss_chunks", [1, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_chunks):
-    model = GPT(GPTConfig(**SIZES, arch=arch)).train()
+    model = make_gpt(GPTConfig(**SIZES, arch=arch)).train()
     model.loss_chunks = loss_chunks
-    needed = hardware.memory_needed(0, 0, model.config, 32, dtype, False, loss_chunks=loss_chunks)
+    needed = memory.memory_needed(0, 0, model.config, 32, dtype, False, loss_chunks=loss_chunks)
     # of the loss, fp32 log-probabilities, and the tangents that cap the logits, or the gradient by the matrix
     of_loss = (4 if arch == "gpt2" else 8) * 2048 * 32 * 256 if loss_chunks == 1 else 4 * 2048 * 128
     assert needed["activations"] + of_loss == pytest.approx(kept_by_autograd(model, dtype), rel=0.1)
@@ -251,8 +259,8 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_ch
 )
 def test_the_estimate_of_activations_is_what_the_compiler_keeps(arch, dtype, activation_memory):
     torch._dynamo.reset()
-    model = GPT(GPTConfig(**SIZES, arch=arch)).train()
-    needed = hardware.memory_needed(0, 0, model.config, 32, dtype, True, activation_memory)
+    model = make_gpt(GPTConfig(**SIZES, arch=arch)).train()
+    needed = memory.memory_needed(0, 0, model.config, 32, dtype, True, activation_memory)
     logits = needed["loss"] / 2  # kept, too; the other half is their gradient
     with torch._functorch.config.patch(activation_memory_budget=activation_memory):
         kept = kept_by_the_compiler(model, dtype)
@@ -263,29 +271,36 @@ def test_the_estimate_grows_with_what_it_is_made_of():
     config = GPTConfig()
 
     def total(batch_size=8, compile=True, **levers):
-        return sum(hardware.memory_needed(124e6, 992e6, config, batch_size, "bfloat16", compile, **levers).values())
+        return sum(
+            memory.memory_needed(124e6, 992e6, config, batch_size, "bfloat16", compile, **levers).values()
+        )
 
     assert total(16) > total(8) > total(8, loss_chunks=4) > total(8, loss_chunks=8)
     assert total(8, compile=False) > total() > total(activation_memory=0.8) > total(activation_memory=0.3)
-    assert total(1, loss_chunks=8) > 16 * 124e6 + 4 * 124e6  # two sets of gradients, when there is nothing else
+    # two sets of gradients, when there is nothing else
+    assert total(1, loss_chunks=8) > 16 * 124e6 + 4 * 124e6
 
 
 def test_the_memory_line_adds_up():
     needed = dict(weights=1.5e9, gradients=1.5e9, optimizer=3e9, activations=0.25e9, loss=0.5e9)
-    line = hardware.memory_line(needed, torch.device("cpu"))
+    line = memory.memory_line(needed, torch.device("cpu"))
     parts = "weights 1.50, gradients 1.50, optimizer 3.00, activations 0.25, loss 0.50"
     assert re.fullmatch(rf"about 6\.75 GB( of [\d.]+ GB of RAM)?: {parts}", line)
-    line = hardware.memory_line({name: size / 100 for name, size in needed.items()}, torch.device("cpu"))
+    line = memory.memory_line({name: size / 100 for name, size in needed.items()}, torch.device("cpu"))
     parts = "weights 15.0, gradients 15.0, optimizer 30.0, activations 2.5, loss 5.0"
     assert re.fullmatch(rf"about 67\.5 MB( of [\d.]+ GB of RAM)?: {parts}", line)
 
 
+def machine(dtype, device="cpu"):
+    return hardware.Machine(torch.device(device), dtype, None, ())
+
+
 def test_the_attention_kernel_is_named_or_not():
-    config, cpu = GPTConfig(**SIZES), torch.device("cpu")
-    name = hardware.attention_backend(cpu, "bfloat16", config)
+    config = GPTConfig(**SIZES)
+    name = hardware.attention_backend(machine("bfloat16"), config)
     with torch.profiler.profile() as profile:
-        one_pass(GPT(config).train(), "bfloat16")
+        one_pass(make_gpt(config).train(), "bfloat16")
     kernels = {"FLASH_ATTENTION": "aten::_scaled_dot_product_flash_attention_for_cpu"}
     assert kernels[name] in {event.key for event in profile.key_averages()}
-    assert hardware.attention_backend(cpu, "float32", GPTConfig(**SIZES, dropout=0.1)) == "MATH"
-    assert hardware.attention_backend(torch.device("meta"), "float32", config) is None
+    assert hardware.attention_backend(machine("float32"), GPTConfig(**SIZES, dropout=0.1)) == "MATH"
+    assert hardware.attention_backend(machine("float32", "meta"), config) is None

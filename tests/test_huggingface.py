@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiktoken
 import torch
@@ -15,19 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-import huggingface
-import shards
 from model import GPT, GPTConfig
+from sologpt import huggingface
+from sologpt.tokenizer import BPETokenizer, ByteTokenizer, CharacterTokenizer, read_tokenizer
 
-BYTES = dict(encoding="bytes", vocab_size=257, eot_token=256)
-GPT2 = dict(encoding="gpt2", vocab_size=50257, eot_token=50256)
+BYTES = ByteTokenizer("bytes", 257, 256)
+GPT2 = BPETokenizer("gpt2", 50257, 50256)
 BPE_CACHED = os.environ.get("TIKTOKEN_CACHE_DIR")
 NANOGPT = os.environ.get("NANOGPT")
 SIZES = dict(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
 
 
 def shake(model):
-    """Random values everywhere, so that biases and LayerNorm weights, 0 and 1 at first, take part in a comparison."""
+    """Random values everywhere, so that biases and LayerNorm weights, 0 and 1 at first, take part in a
+    comparison."""
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -36,7 +38,9 @@ def shake(model):
 
 
 def ours(**changes):
-    return shake(GPT(GPTConfig(**dict(block_size=32, vocab_size=97, n_layer=3, n_head=4, n_embd=48) | changes)))
+    return shake(
+        GPT(GPTConfig(**dict(block_size=32, vocab_size=97, n_layer=3, n_head=4, n_embd=48) | changes))
+    )
 
 
 def theirs(**changes):
@@ -48,7 +52,9 @@ def compare(mine, other, n_ids):
     idx = torch.randint(n_ids, (3, 20))
     with torch.no_grad():
         logits, expected = mine(idx, idx)[0][..., :n_ids], other(idx).logits
-        greedy = other.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, eos_token_id=None)
+        greedy = other.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, eos_token_id=None
+        )
     assert expected.shape == (3, 20, n_ids) and (logits - expected).abs().max() < 1e-4
     assert torch.equal(mine.generate(idx, 12, temperature=0), greedy)
 
@@ -65,7 +71,8 @@ def test_transformers_computes_what_was_exported(tmp_path, bias, n_ids):
     assert not any(report.values()), report
     compare(model, loaded.eval(), n_ids)
     assert loaded.generation_config.eos_token_id == loaded.config.bos_token_id == 3
-    again = GPT.from_pretrained(tmp_path / "hf").eval()  # and back, where biases that were not there are zeros
+    # and back, where biases that were not there are zeros
+    again = GPT.from_pretrained(tmp_path / "hf").eval()
     idx = torch.randint(n_ids, (2, 32))
     assert torch.equal(again(idx, idx)[0], model(idx, idx)[0][..., :n_ids])
     assert again.config.gelu == model.config.gelu and again.lm_head.weight is again.transformer.wte.weight
@@ -84,10 +91,10 @@ def check_texts(encode, decode, loaded, text):
     [BYTES, pytest.param(GPT2, marks=pytest.mark.skipif(not BPE_CACHED, reason="set TIKTOKEN_CACHE_DIR"))],
 )
 def test_the_tokenizer_of_the_folder_is_the_same(tmp_path, tokenizer):
-    ours(vocab_size=tokenizer["vocab_size"]).save_pretrained(tmp_path, tokenizer["eot_token"])
+    ours(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path, tokenizer.eot_token)
     huggingface.write_tokenizer(tmp_path, tokenizer, 32)
-    loaded, (encode, decode) = AutoTokenizer.from_pretrained(tmp_path), shards.text_codec(tokenizer)
-    assert loaded.eos_token_id == tokenizer["eot_token"] and len(loaded) == tokenizer["vocab_size"]
+    loaded, encode, decode = AutoTokenizer.from_pretrained(tmp_path), tokenizer.encode, tokenizer.decode
+    assert loaded.eos_token_id == tokenizer.eot_token and len(loaded) == tokenizer.vocab_size
     assert loaded.model_max_length == 32
     for text in (
         Path(__file__).read_text(encoding="utf-8"),
@@ -101,7 +108,7 @@ def test_the_tokenizer_of_the_folder_is_the_same(tmp_path, tokenizer):
     check_texts(encode, decode, loaded)
     broken = encode("🙂")[:-1] + encode("a")  # a character that was cut short, as a model may write it
     assert loaded.decode(broken) == decode(broken)
-    assert shards.read_tokenizer(tmp_path) == tokenizer
+    assert read_tokenizer(tmp_path) == tokenizer
 
 
 @pytest.mark.skipif(not BPE_CACHED, reason="set TIKTOKEN_CACHE_DIR to a folder with tiktoken's gpt2 files")
@@ -110,19 +117,22 @@ def test_the_merges_are_all_that_bpe_needs():
     bpe = tiktoken.get_encoding("gpt2")
     tokens = [bpe.decode_single_token_bytes(i) for i in range(50256)]
     merges = huggingface.bpe_merges({token: i for i, token in enumerate(tokens)})
-    assert len(merges) == 50000 and [a + b for a, b in merges] == tokens[256:]  # GPT-2's ids are in that order
+    # GPT-2's ids are in that order
+    assert len(merges) == 50000 and [a + b for a, b in merges] == tokens[256:]
 
 
 def test_a_tokenizer_of_characters_is_the_same(tmp_path):
     letters = "\n\t abcABC1.é漢🙂'<|endoftext|>"
     itos = dict(enumerate(sorted(set(letters))))
-    tokenizer = dict(encoding="characters", vocab_size=len(itos), eot_token=None, itos=itos)
+    tokenizer = CharacterTokenizer("characters", len(itos), None, itos)
     ours(vocab_size=len(itos)).save_pretrained(tmp_path)
     huggingface.write_tokenizer(tmp_path, tokenizer, 32)
-    loaded, (encode, decode) = AutoTokenizer.from_pretrained(tmp_path), shards.text_codec(tokenizer)
+    loaded, encode, decode = AutoTokenizer.from_pretrained(tmp_path), tokenizer.encode, tokenizer.decode
     assert loaded.eos_token_id is None and len(loaded) == len(itos)
     for text in ("", letters, "  ab\n\n A 漢🙂🙂 ", "<|endoftext|>"):
-        assert loaded(text)["input_ids"] == encode(text) and loaded.decode(encode(text)) == text == decode(encode(text))
+        assert loaded(text)["input_ids"] == encode(text) and loaded.decode(encode(text)) == text == decode(
+            encode(text)
+        )
     with pytest.raises(Exception, match="Missing .UNK."):
         loaded("z")
 
@@ -131,10 +141,10 @@ def test_a_tokenizer_of_characters_is_the_same(tmp_path):
     "tokenizer, message",
     [
         (
-            dict(encoding="r50k_base", eot_token=50256),
+            BPETokenizer("r50k_base", 50257, 50256),
             "'r50k_base' cannot be exported, only gpt2, bytes and characters",
         ),
-        (dict(encoding="characters", eot_token=None, itos={0: "a", 1: "bc"}), "'bc', which is not one character"),
+        (CharacterTokenizer("characters", 2, None, {0: "a", 1: "bc"}), "'bc', which is not one character"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_exported_is_named(tokenizer, message):
@@ -175,7 +185,10 @@ def test_old_cut_and_half_precision_folders_are_read(tmp_path):
 
 def test_dropout_and_a_shorter_context_can_be_chosen(tmp_path):
     theirs().save_pretrained(tmp_path)
-    model, full = GPT.from_pretrained(tmp_path, dict(dropout=0.25, block_size=8)), GPT.from_pretrained(tmp_path)
+    model, full = (
+        GPT.from_pretrained(tmp_path, dict(dropout=0.25, block_size=8)),
+        GPT.from_pretrained(tmp_path),
+    )
     assert (model.config.dropout, full.config.dropout) == (0.25, 0.0)
     assert model.transformer.h[0].attn.dropout == 0.25
     idx = torch.randint(97, (2, 8))
@@ -213,7 +226,9 @@ def test_a_model_that_cannot_be_represented_is_refused_by_name(tmp_path, change,
 def test_what_is_no_folder_of_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="it has no config.json"):
         GPT.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no folder 'nowhere', and of names only gpt2, gpt2-medium"):
+    with pytest.raises(
+        FileNotFoundError, match="there is no folder 'nowhere', and of names only gpt2, gpt2-medium"
+    ):
         GPT.from_pretrained("nowhere")
     theirs().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10" + 40 * b"\0")
@@ -246,20 +261,26 @@ def test_a_checkpoint_is_exported_and_loads_without_our_code(run, byte_data, tin
     card = (tmp_path / "hf/README.md").read_text()
     loss = torch.load(tmp_path / "out/best.pt", weights_only=True)["best_val_loss"]
     assert f"| lowest validation loss | {loss:.4f} nats per token |" in card
-    assert "| training tokens | 19,200 |" in card and card.startswith(
-        "---\nlibrary_name: transformers\n"
-    )  # 150 * 4 * 2 * 16
+    # 150 * 4 * 2 * 16
+    assert "| training tokens | 19,200 |" in card and card.startswith("---\nlibrary_name: transformers\n")
     out = run("train.py", *tiny, "--init_from=hf", "--max_iters=0", "--eval_only=True", "--bias=True")
     assert float(out.stdout.rsplit("val loss ")[-1].split()[0]) == pytest.approx(loss, abs=2e-4)
 
 
-def cached(tmp_path, name, **sizes):
-    """A tiny model where the hub's cache keeps OpenAI's of that name; returns the environment that uses it."""
-    repo = tmp_path / f"hub/models--openai-community--{name}"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs/main").write_text("0" * 40)
-    theirs(**sizes).save_pretrained(repo / "snapshots" / ("0" * 40))
-    return dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """cached(name, **sizes) puts a tiny model where the hub's cache keeps OpenAI's of that name, offline."""
+
+    def cached(name, **sizes):
+        repo = tmp_path / f"hub/models--openai-community--{name}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs/main").write_text("0" * 40)
+        theirs(**sizes).save_pretrained(repo / "snapshots" / ("0" * 40))
+        # as HF_HUB_CACHE and HF_HUB_OFFLINE in the environment of a new process
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    return cached
 
 
 def gpt2_data(tmp_path, dataset):
@@ -272,10 +293,16 @@ def gpt2_data(tmp_path, dataset):
 TINY_GPT2 = dict(vocab_size=50257, n_positions=1024, n_embd=8, n_layer=1, n_head=1)
 
 
-def test_training_goes_on_from_openais_weights_and_keeps_their_gelu(run, tmp_path):
-    env = cached(tmp_path, "gpt2", **TINY_GPT2)
+def test_training_goes_on_from_openais_weights_and_keeps_their_gelu(run, cached, tmp_path):
+    cached("gpt2", **TINY_GPT2)
     gpt2_data(tmp_path, "toy")
-    argv = ["--init_from=gpt2", "--dataset=toy", "--compile=False", "--batch_size=1", "--gradient_accumulation_steps=1"]
+    argv = [
+        "--init_from=gpt2",
+        "--dataset=toy",
+        "--compile=False",
+        "--batch_size=1",
+        "--gradient_accumulation_steps=1",
+    ]
     argv += [
         "--block_size=16",
         "--eval_iters=1",
@@ -284,33 +311,48 @@ def test_training_goes_on_from_openais_weights_and_keeps_their_gelu(run, tmp_pat
         "--decay_lr=False",
         "--dropout=0.1",
     ]
-    out = run("train.py", *argv, **env)
+    out = run("train.py", *argv)
     model = GPT.from_pretrained(tmp_path / "hub/models--openai-community--gpt2/snapshots" / ("0" * 40)).eval()
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-    assert state["gelu"] == "tanh" and state["model_args"]["dropout"] == 0.1 and state["model_args"]["block_size"] == 16
-    assert state["model_args"].keys() == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    assert (
+        state["gelu"] == "tanh"
+        and state["model_args"]["dropout"] == 0.1
+        and state["model_args"]["block_size"] == 16
+    )
+    assert state["model_args"].keys() == {
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "block_size",
+        "bias",
+        "vocab_size",
+        "dropout",
+    }
     assert torch.equal(state["model"]["transformer.wpe.weight"], model.transformer.wpe.weight[:16])
-    resumed = run("train.py", *argv[1:], "--init_from=resume", "--max_iters=3", **env)
+    resumed = run("train.py", *argv[1:], "--init_from=resume", "--max_iters=3")
     first, last = (text.stdout.rsplit("val loss ")[-1].split()[0] for text in (out, resumed))
     assert first == last  # as the learning rate is 0
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["gelu"] == "tanh"
     sampled = ["--start=FILE:ids", "--temperature=0", "--num_samples=1", "--max_new_tokens=4"]
     (tmp_path / "ids").write_text("a")
     if BPE_CACHED:
-        assert run("sample.py", *sampled).stdout == run("sample.py", *sampled, "--init_from=gpt2", **env).stdout
-    out = run("train.py", *argv, "--n_layer=2", status=1, **env)
+        assert run("sample.py", *sampled).stdout == run("sample.py", *sampled, "--init_from=gpt2").stdout
+    out = run("train.py", *argv, "--n_layer=2", status=1)
     assert "gpt2 is of another model: n_layer=1, not 2" in out.stderr
-    out = run("train.py", *argv[1:], "--init_from=gpt2-xl", status=1, **env)
-    assert "cannot download gpt2-xl from the Hugging Face hub" in out.stderr and len(out.stderr.splitlines()) == 1
+    out = run("train.py", *argv[1:], "--init_from=gpt2-xl", status=1)
+    assert (
+        "cannot download gpt2-xl from the Hugging Face hub" in out.stderr
+        and len(out.stderr.splitlines()) == 1
+    )
 
 
 @pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
-def test_nanogpts_configs_that_start_from_openais_weights_run(run, tmp_path):
+def test_nanogpts_configs_that_start_from_openais_weights_run(run, cached, tmp_path):
     gpt2_data(tmp_path, "shakespeare")
     shutil.copytree(tmp_path / "data/shakespeare", tmp_path / "data/openwebtext")
-    env = cached(tmp_path, "gpt2-xl", **TINY_GPT2)
+    cached("gpt2-xl", **TINY_GPT2)
     fewer = ["--gradient_accumulation_steps=1", "--max_iters=1"]  # its 32 * 20 take too long here
     for name, arguments in (("finetune_shakespeare", fewer), ("eval_gpt2_xl", [])):
-        out = run("train.py", f"{NANOGPT}/config/{name}.py", "--compile=False", "--device=cpu", *arguments, **env)
+        out = run("train.py", f"{NANOGPT}/config/{name}.py", "--compile=False", "--device=cpu", *arguments)
         assert "step 0: train loss " in out.stdout
     assert os.path.exists(tmp_path / "out-shakespeare/ckpt.pt")

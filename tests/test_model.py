@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig, pick
+from model import GPT, GPTConfig
+from sologpt import sampling
+from sologpt.sampling import pick
 
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768)
 TINY = dict(block_size=32, vocab_size=97, n_layer=3, n_head=4, n_embd=48)
@@ -24,7 +26,8 @@ def tiny(seed=0, **changes):
 
 
 def shake(model):
-    """Random values everywhere, so that biases and LayerNorm weights, 0 and 1 at first, take part in a comparison."""
+    """Random values everywhere, so that biases and LayerNorm weights, 0 and 1 at first, take part in a
+    comparison."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -34,17 +37,22 @@ def shake(model):
 def test_logits_and_loss_equal_those_of_transformers():
     ours = shake(tiny(bias=True))
     sizes = dict(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4)
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu", bos_token_id=0, eos_token_id=0)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(**sizes, activation_function="gelu", bos_token_id=0, eos_token_id=0)
+    ).eval()
     weights = theirs.state_dict()
     for name, p in ours.state_dict().items():
-        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # Conv1D there, Linear here
+        # Conv1D there, Linear here
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         weights[name].copy_(p.t() if transposed else p)
     idx, targets = torch.randint(97, (2, 5, 32))
     with torch.no_grad():
         logits, loss = ours(idx, targets)
         expected = theirs(idx).logits
     assert (logits - expected).abs().max() < 1e-4
-    assert loss.item() == pytest.approx(F.cross_entropy(expected.flatten(0, 1), targets.flatten()).item(), abs=1e-5)
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(expected.flatten(0, 1), targets.flatten()).item(), abs=1e-5
+    )
 
 
 def test_attention_equals_softmax_of_scaled_products():
@@ -57,7 +65,7 @@ def test_attention_equals_softmax_of_scaled_products():
         scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
         heads.append(scores.softmax(-1) @ v[..., h])
     expected = attention.c_proj(torch.cat(heads, dim=-1))
-    assert torch.allclose(attention(x, None)[0], expected, atol=1e-5)
+    assert torch.allclose(attention(x), expected, atol=1e-5)
 
 
 def test_a_token_does_not_change_what_was_predicted_before_it():
@@ -116,10 +124,12 @@ def test_targets_of_minus_one_do_not_count():
 
 
 def gradients(model, idx, targets, dtype=torch.float32, scale=1.0):
-    """The loss, and the gradients of the tied matrix, of a vector in the trunk and of the stream that the head reads,
-    times scale in the backward pass as a GradScaler does it."""
+    """The loss, and the gradients of the tied matrix, of a vector in the trunk and of the stream that the
+    head reads, times scale in the backward pass as a GradScaler does it."""
     stream = []
-    hook = model.transformer.ln_f.register_forward_hook(lambda module, x, y: (y.retain_grad(), stream.append(y))[0])
+    hook = model.transformer.ln_f.register_forward_hook(
+        lambda module, x, y: (y.retain_grad(), stream.append(y))[0]
+    )
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits, loss = model.train()(idx, targets)
     hook.remove()
@@ -130,7 +140,8 @@ def gradients(model, idx, targets, dtype=torch.float32, scale=1.0):
     return loss.detach(), [g / scale for g in found]
 
 
-@pytest.mark.parametrize("chunks", [2, 4, 7, 1000])  # of 5 * 31 tokens: 7 do not divide them, 1000 are too many
+# of 5 * 31 tokens: 7 do not divide them, 1000 are too many
+@pytest.mark.parametrize("chunks", [2, 4, 7, 1000])
 def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(chunks):
     model, (idx, targets) = shake(tiny(bias=True)), torch.randint(97, (2, 5, 31))
     targets[2], targets[0, :9] = -1, -1
@@ -143,7 +154,8 @@ def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(chunks):
 
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
 def test_a_loss_in_chunks_is_as_exact_in_half_precision_as_the_plain_one(dtype, scale):
-    """Both against fp32, in fp16 with the scale that a GradScaler begins with, without errors or a bias of its own."""
+    """Both against fp32, in fp16 with the scale that a GradScaler begins with, without errors or a bias of
+    its own."""
     model, (idx, targets) = shake(tiny(vocab_size=5000)), torch.randint(5000, (2, 8, 32))
     targets[0, 0] = -1
     exact, reference = gradients(model, idx, targets)
@@ -225,7 +237,8 @@ def test_mfu_of_published_runs(why, sizes, parameters, tokens, milliseconds, tfl
 def test_flops_of_gpt2_by_hand():
     with torch.device("meta"):
         model = GPT(GPTConfig(bias=False))
-    # 50304 * 768 embedding, 12 layers of 12 * 768^2 matrices and 2 * 768 norms, 768 final norm; attention 12 L C T
+    # 50304 * 768 embedding, 12 layers of 12 * 768^2 matrices and 2 * 768 norms, 768 final norm; attention 12
+    # L C T
     n = 50304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768
     assert model.get_num_params() == n == 123_587_328
     assert model.get_num_params(non_embedding=False) == n + 1024 * 768
@@ -241,11 +254,14 @@ def test_greedy_generation_takes_the_likeliest_token_and_slides_past_the_block()
         assert torch.equal(out[:, t], expected)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0), dict(top_k=90), dict(temperature=5.0, top_k=0)])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(temperature=0), dict(top_k=90), dict(temperature=5.0, top_k=0)]
+)
 def test_padded_ids_are_never_generated(options):
     model = tiny(n_ids=5)
     with torch.no_grad():
-        model.lm_head.weight[5:] = 10 * model.lm_head.weight[:1].sign()  # what pads is made the likeliest by far
+        # what pads is made the likeliest by far
+        model.lm_head.weight[5:] = 10 * model.lm_head.weight[:1].sign()
         out = model.generate(torch.zeros(64, 1, dtype=torch.long), 20, **options)
     assert out.max() < 5
 
@@ -321,8 +337,8 @@ with torch.random.fork_rng():
     seed=st.integers(0, 2**31),
 )
 def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, seed):
-    """Prompts of different length in one batch, below, at and above block_size=12: each row equals that prompt alone
-    without a cache, for the same noise."""
+    """Prompts of different length in one batch, below, at and above block_size=12: each row equals that
+    prompt alone without a cache, for the same noise."""
     generator = torch.Generator().manual_seed(seed)
     idx = torch.randint(31, (len(lengths), max(lengths)), generator=generator)
     noise = torch.rand(len(lengths), count, generator=generator)
@@ -334,9 +350,12 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
 
 
 def test_a_token_is_computed_once_until_the_window_slides():
-    """What each call reads, counted at the first matmul: the prompt, then a token a call, then whole windows."""
+    """What each call reads, counted at the first matmul: the prompt, then a token a call, then whole
+    windows."""
     rows = []
-    hook = SMALL.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, x, y: rows.append(x[0].numel() // 16))
+    hook = SMALL.transformer.h[0].mlp.c_fc.register_forward_hook(
+        lambda m, x, y: rows.append(x[0].numel() // 16)
+    )
     SMALL.generate(torch.zeros(1, 5, dtype=torch.long), 11)
     hook.remove()
     assert rows == [5] + [1] * 7 + [12] * 3
@@ -352,7 +371,7 @@ def test_generation_is_a_function_of_the_noise_of_its_row():
 
 def test_the_stream_is_the_text_as_it_grows():
     idx = torch.zeros(2, 4, dtype=torch.long)
-    texts = [text.tolist() for text in SMALL.stream(idx, 10, temperature=0)]
+    texts = [text.tolist() for text in sampling.stream(SMALL, idx, 10, temperature=0)]
     full = SMALL.generate(idx, 10, temperature=0)
     assert texts == [full[:, : 5 + n].tolist() for n in range(10)]
     assert torch.equal(SMALL.generate(idx, 0), idx)
@@ -417,8 +436,8 @@ def test_the_step_compiles_to_one_graph_whatever_the_position():
         graphs.append(graph)
         return graph.forward
 
-    model.step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend)
-    assert torch.equal(model.generate(idx, 12, temperature=0), expected) and len(graphs) == 1
+    step = torch.compile(sampling.step, fullgraph=True, dynamic=False, backend=backend)
+    assert torch.equal(model.generate(idx, 12, temperature=0, step=step), expected) and len(graphs) == 1
 
 
 def test_a_context_longer_than_the_block_is_refused():
@@ -452,11 +471,13 @@ def test_gpt2s_padded_vocabulary_is_known():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself does that
+# torch.compile itself does that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_torch_compile_takes_the_model_with_its_loss_as_one_graph(training, chunks):
     model, (idx, targets) = tiny(dropout=0.1).train(training), torch.randint(97, (2, 4, 32))
     model.loss_chunks = chunks
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")  # raises at the first graph break
+    # raises at the first graph break
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(idx, targets)[1].item() == pytest.approx(math.log(97), rel=0.05)
 
@@ -471,7 +492,8 @@ def test_bf16_autocast_keeps_the_residual_stream_in_bf16_and_stays_close_to_fp32
     expected = model(idx, targets)[1]
     streams = []
     hooks = [
-        block.register_forward_hook(lambda *args: streams.append(args[2][0].dtype)) for block in model.transformer.h
+        block.register_forward_hook(lambda *args: streams.append(args[2][0].dtype))
+        for block in model.transformer.h
     ]
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(idx, targets)[1]

@@ -1,7 +1,7 @@
 """
 Preparing text: what is read, what is written, and what is said when it cannot be.
-References: a plain loop over the same texts; tiktoken itself; a run that nobody killed. Run:
-pytest tests/test_prepare.py
+References: a plain loop over the same texts; tiktoken itself; a run that nobody killed.
+Run: pytest tests/test_prepare.py
 """
 
 import ast
@@ -33,26 +33,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare_fineweb
-import shards
 from prepare_fineweb import (
     Part,
     Progress,
     choose,
     encode_parts,
-    find_encoder,
     find_files,
     pieces,
     push_out,
     read_text,
     retrying,
 )
+from sologpt import shards
+from sologpt.tokenizer import find_tokenizer
 
 TEXTS = [f"Document {i}: " + "some words, ünd möre. " * (1 + i % 7) for i in range(200)]
 
 
 def tokens_in(folder, split):
     """All tokens of a split, read without the project's own reader."""
-    return np.concatenate([np.fromfile(path, np.uint16)[512:] for path in sorted(folder.glob(f"*{split}*.bin"))])
+    return np.concatenate(
+        [np.fromfile(path, np.uint16)[512:] for path in sorted(folder.glob(f"*{split}*.bin"))]
+    )
 
 
 def documents_in(folder, eot=256):
@@ -96,7 +98,9 @@ def test_every_document_lands_whole_in_one_split(run, tmp_path):
     for split in found:
         n_bytes = sum(map(len, found[split]))
         assert meta[split] == dict(tokens=n[split], documents=len(found[split]), bytes=n_bytes)
-        assert f"{split}: {n[split]:,} tokens of {len(found[split])} documents, {n_bytes:,} bytes" in out.stdout
+        assert (
+            f"{split}: {n[split]:,} tokens of {len(found[split])} documents, {n_bytes:,} bytes" in out.stdout
+        )
     assert sorted(meta["files"]) == names[:-1]
     for name, about in meta["files"].items():
         raw = (tmp_path / "out" / name).read_bytes()
@@ -138,11 +142,13 @@ def test_text_jsonl_and_parquet_may_be_mixed_in_a_folder(run, tmp_path):
     assert sorted(found["train"] + found["val"]) == sorted(list(text.encode()) for text in TEXTS)
 
 
-def test_a_dataset_of_the_hubs_kind_is_streamed(run, tmp_path):
+def test_a_dataset_of_the_hubs_kind_is_streamed(spawn, tmp_path):
     """--repo takes a local folder too: the way that FineWeb-Edu takes from the hub, without the network."""
     (tmp_path / "repo").mkdir()
-    datasets.Dataset.from_dict({"body": TEXTS, "id": list(range(200))}).to_parquet(tmp_path / "repo/train.parquet")
-    prepare(run, "--repo=repo", "--subset=", "--text_key=body", HF_HOME=str(tmp_path / "hf"))
+    datasets.Dataset.from_dict({"body": TEXTS, "id": list(range(200))}).to_parquet(
+        tmp_path / "repo/train.parquet"
+    )
+    prepare(spawn, "--repo=repo", "--subset=", "--text_key=body", HF_HOME=str(tmp_path / "hf"))
     found = documents_in(tmp_path / "out")
     assert sorted(found["train"] + found["val"]) == sorted(list(text.encode()) for text in TEXTS)
 
@@ -194,11 +200,13 @@ def split(texts, val_tokens, chunk=7):
     progress, train = Progress(), []
     for first in range(0, len(texts), chunk):
         parts = [Part(text, True, True) for text in texts[first : first + chunk]]
-        train += choose(progress, encode_parts(parts, *find_encoder("bytes")), val_tokens, 0).tolist()
+        train += choose(progress, encode_parts(parts, find_tokenizer("bytes")), val_tokens, 0).tolist()
     for tokens in push_out(progress, min(val_tokens, progress.eligible // 10)):
         train += tokens.tolist()
     whole = " ".join("|" if i == 256 else str(i) for i in train).split("|")
-    return [bytes(map(int, part.split())) for part in whole[1:]], [bytes(e[3][1:].tolist()) for e in progress.heap]
+    return [bytes(map(int, part.split())) for part in whole[1:]], [
+        bytes(e[3][1:].tolist()) for e in progress.heap
+    ]
 
 
 def test_a_tenth_of_a_small_source_goes_to_validation():
@@ -210,7 +218,9 @@ def test_a_tenth_of_a_small_source_goes_to_validation():
 
 def test_validation_is_the_documents_with_the_smallest_hashes_in_whatever_order_they_come():
     texts = [f"{i:09d}" for i in range(200)]
-    smallest = sorted(map(str.encode, texts), key=lambda text: hashlib.blake2b(text, digest_size=8).digest())[:10]
+    smallest = sorted(map(str.encode, texts), key=lambda text: hashlib.blake2b(text, digest_size=8).digest())[
+        :10
+    ]
     for order, chunk in ((texts, 7), (texts, 50), (texts[::-1], 7)):
         train, val = split(order, 100, chunk)
         assert sorted(val) == sorted(smallest) and sorted(train + val) == sorted(map(str.encode, texts))
@@ -227,20 +237,25 @@ def test_short_first_documents_and_one_that_outweighs_the_rest(run, tmp_path):
     prepare(run, "--input=a.txt", "--txt_documents=line")
     found = documents_in(tmp_path / "out")
     assert len(found["train"]) + len(found["val"]) == 51 and 4 <= len(found["val"]) <= 8
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "y"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "y"}) + "\n"
+    )
     refused = prepare(run, "--input=b.jsonl", "--out_dir=b", status=1).stderr
     assert "to train on" in refused and not list((tmp_path / "b").iterdir())
 
 
-def test_a_name_that_the_dataset_does_not_know_is_one_line(run, tmp_path):
+def test_a_name_that_the_dataset_does_not_know_is_one_line(spawn, tmp_path):
     (tmp_path / "repo").mkdir()
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "repo/train.parquet")
     hub = dict(HF_HOME=str(tmp_path / "hf"), status=1)
-    out = prepare(run, "--repo=repo", "--subset=", "--split=trian", **hub)
-    assert "repo  has no split 'trian' (--split); it has train" in out.stderr and len(out.stderr.splitlines()) == 1
-    out = prepare(run, "--repo=repo", "--subset=", "--text_key=body", **hub)
+    out = prepare(spawn, "--repo=repo", "--subset=", "--split=trian", **hub)
+    assert (
+        "repo  has no split 'trian' (--split); it has train" in out.stderr
+        and len(out.stderr.splitlines()) == 1
+    )
+    out = prepare(spawn, "--repo=repo", "--subset=", "--text_key=body", **hub)
     assert "no text under 'body' (--text_key); it has text" in out.stderr
-    out = prepare(run, "--repo=nowhere", "--subset=", HF_HUB_OFFLINE="1", **hub)
+    out = prepare(spawn, "--repo=nowhere", "--subset=", HF_HUB_OFFLINE="1", **hub)
     assert "cannot open nowhere  (--repo, --subset): Couldn't reach" in out.stderr
 
 
@@ -270,7 +285,11 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
     "content, argv, message",
     [
         (b"", ["--input=none.txt"], "--input=none.txt: no such file"),
-        (b"ok \xff", ["--input=a.txt"], "a.txt after 0 documents: not UTF-8 text: invalid start byte at byte 3"),
+        (
+            b"ok \xff",
+            ["--input=a.txt"],
+            "a.txt after 0 documents: not UTF-8 text: invalid start byte at byte 3",
+        ),
         (
             b"one document",
             ["--input=a.txt"],
@@ -285,7 +304,11 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
         ),
         (b'["x"]', ["--input=a.jsonl"], "line 1 has no text under 'text' (--text_key); it has only list"),
         (b"PAR1 damaged", ["--input=a.parquet"], "cannot read a.parquet after 0 documents: "),
-        (gzip.compress(b"x" * 999)[:-9], ["--input=a.txt.gz"], "a.txt.gz after 0 documents: Truncated compressed"),
+        (
+            gzip.compress(b"x" * 999, mtime=0)[:-9],
+            ["--input=a.txt.gz"],
+            "a.txt.gz after 0 documents: Truncated compressed",
+        ),
         (b"not compressed", ["--input=a.txt.zst"], "cannot read a.txt.zst after 0 documents: "),
         (b"x", ["--input=a.txt", "--encoding=gpt3"], "encoding='gpt3' is not known; use one of bytes, "),
     ],
@@ -352,22 +375,31 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
         if path == f"/api/datasets/owner/name/revision/{self.revision}" or path == "/api/datasets/owner/name":
-            about = dict(id="owner/name", sha=self.revision, private=False, disabled=False, gated=False, tags=[])
+            about = dict(
+                id="owner/name", sha=self.revision, private=False, disabled=False, gated=False, tags=[]
+            )
             about |= dict(downloads=0, likes=0, siblings=[dict(rfilename=name) for name in self.files])
             return self.answer(200, json.dumps(about).encode())
         if match := re.match(r"/api/datasets/owner/name/tree/[^/]+/(.+)", path):
-            inside = [name.removeprefix(match[1] + "/") for name in self.files if name.startswith(match[1] + "/")]
+            inside = [
+                name.removeprefix(match[1] + "/") for name in self.files if name.startswith(match[1] + "/")
+            ]
             entries = {
                 f"{match[1]}/{name.split('/')[0]}": dict(type="directory", oid="0")
                 if "/" in name
                 else dict(type="file", oid="1", size=len(self.files[f"{match[1]}/{name}"]))
                 for name in inside
             }
-            return self.answer(200, json.dumps([entry | dict(path=name) for name, entry in entries.items()]).encode())
+            return self.answer(
+                200, json.dumps([entry | dict(path=name) for name, entry in entries.items()]).encode()
+            )
         match = re.match(r"/datasets/owner/name/resolve/[^/]+/(.+)", path)
         if not match or match[1] not in self.files:
             return self.answer(404, b"", X_Error_Code="EntryNotFound")
-        raw, headers = self.files[match[1]], dict(ETag='"1"', X_Repo_Commit=self.revision, Accept_Ranges="bytes")
+        raw, headers = (
+            self.files[match[1]],
+            dict(ETag='"1"', X_Repo_Commit=self.revision, Accept_Ranges="bytes"),
+        )
         if "Range" not in self.headers or self.command == "HEAD":
             return self.answer(200, raw, **headers)
         if self.failures:
@@ -394,23 +426,25 @@ def hub(tmp_path):
     thread.join()
 
 
-def test_the_hub_is_read_where_HF_ENDPOINT_says_and_into_the_same_shards(run, tmp_path, hub):
-    out = prepare(run, "--repo=owner/name", **hub)
+def test_the_hub_is_read_where_HF_ENDPOINT_says_and_into_the_same_shards(spawn, tmp_path, hub):
+    out = prepare(spawn, "--repo=owner/name", **hub)
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     assert meta["source"] == "owner/name sample-10BT train" and not out.stderr
     for name, raw in Hub.files.items():
         if name.endswith(".parquet"):
             (tmp_path / os.path.basename(name)).write_bytes(raw)
-    prepare(run, "--input=001.parquet,002.parquet", "--out_dir=local")
+    prepare(spawn, "--input=001.parquet,002.parquet", "--out_dir=local")
     assert tokens_in(tmp_path / "out", "train").tolist() == tokens_in(tmp_path / "local", "train").tolist()
     assert len(documents_in(tmp_path / "out")["train"]) + len(documents_in(tmp_path / "out")["val"]) == 200
 
 
-def test_a_network_that_fails_for_a_while_is_asked_again(run, tmp_path, hub):
-    prepare(run, "--repo=owner/name", **hub)
+def test_a_network_that_fails_for_a_while_is_asked_again(spawn, tmp_path, hub):
+    prepare(spawn, "--repo=owner/name", **hub)
     Hub.failures[:] = [404, 404]  # which the hub's own library takes for final
-    again = prepare(run, "--repo=owner/name", "--out_dir=again", **hub)
-    assert not Hub.failures and "trying again in 1 s" in again.stderr and "trying again in 2 s" in again.stderr
+    again = prepare(spawn, "--repo=owner/name", "--out_dir=again", **hub)
+    assert (
+        not Hub.failures and "trying again in 1 s" in again.stderr and "trying again in 2 s" in again.stderr
+    )
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
@@ -428,7 +462,9 @@ def test_trying_again_ends_and_leaves_nothing_out(monkeypatch, capsys):
 
     got = retrying(rows)
     assert [next(got) for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(ConnectionError, match=r"cannot be reached \(again\); the same command continues later"):
+    with pytest.raises(
+        ConnectionError, match=r"cannot be reached \(again\); the same command continues later"
+    ):
         next(got)
     assert capsys.readouterr().err.count("trying again") == 4
 
@@ -438,7 +474,7 @@ def test_trying_again_ends_and_leaves_nothing_out(monkeypatch, capsys):
 
 
 def encoded(*texts, encoding="bytes"):
-    return encode_parts([Part(text, True, True) for text in texts], *find_encoder(encoding)).tokens
+    return encode_parts([Part(text, True, True) for text in texts], find_tokenizer(encoding)).tokens
 
 
 def test_bytes_are_uint16_after_an_end_of_text_token():
@@ -460,11 +496,15 @@ def test_any_text_becomes_its_bytes(texts):
     expected = b"".join(
         b"|" + text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() for text in texts
     )
-    got = encode_parts([Part(text, True, True) for text in texts], *find_encoder("bytes")) if texts else None
+    got = encode_parts([Part(text, True, True) for text in texts], find_tokenizer("bytes")) if texts else None
     assert got is None or bytes(ord("|") if i == 256 else i for i in got.tokens.tolist()) == expected
 
 
-@given(st.lists(nasty, max_size=9).map("".join), st.sampled_from(["file", "blank_line", "line"]), st.integers(1, 40))
+@given(
+    st.lists(nasty, max_size=9).map("".join),
+    st.sampled_from(["file", "blank_line", "line"]),
+    st.integers(1, 40),
+)
 def test_text_files_are_divided_alike_however_they_are_read(tmp_path_factory, text, divide, block):
     """Blocks of a few bytes cut characters, line ends and separators at every place."""
     path = tmp_path_factory.mktemp("divided") / "a.txt"
@@ -484,13 +524,17 @@ def test_text_files_are_divided_alike_however_they_are_read(tmp_path_factory, te
 
 @pytest.mark.parametrize("name", ["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base"])
 @given(
-    st.lists(nasty | st.sampled_from(["word", " word", " ", "\n", ".", "1", "don't", "漢"]), max_size=12).map("".join)
+    st.lists(nasty | st.sampled_from(["word", " word", " ", "\n", ".", "1", "don't", "漢"]), max_size=12).map(
+        "".join
+    )
 )
 def test_cutting_a_long_text_changes_no_token(name, text):
-    """tiktoken cuts a text into pieces by a pattern before it merges bytes: no piece may cross the place of a cut."""
+    """tiktoken cuts a text into pieces by a pattern before it merges bytes: no piece may cross the place of a
+    cut."""
     import regex
 
-    with pytest.MonkeyPatch.context() as patch:  # the pattern without the vocabulary, which would be downloaded
+    # the pattern without the vocabulary, which would be downloaded
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
         patch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
         pattern = regex.compile(getattr(tiktoken_ext.openai_public, name)()["pat_str"])
@@ -507,15 +551,18 @@ def test_a_long_text_is_cut_at_a_word_or_anywhere_if_it_has_none():
     assert list(map(len, pieces("x" * 300_000, 200_000))) == [200_000, 100_000]
 
 
-def test_fifty_megabytes_on_one_line_in_any_kind_of_file(run, tmp_path):
-    line = "all work and no play makes a dull line. " * 1_250_000
+def test_a_line_that_is_read_in_several_parts_is_one_document_in_any_kind_of_file(run, tmp_path):
+    line = "all work and no play makes a dull line. " * 250_000  # 10 MB
+    assert len(line) > 2 * prepare_fineweb.LONGEST
     others = [f"another text, number {i}" for i in range(5000)]
     write_jsonl(tmp_path / "a.jsonl", [*others, line])
     (tmp_path / "b.txt").write_text("\n".join([*others, line]))
     datasets.Dataset.from_dict({"text": [*others, line]}).to_parquet(tmp_path / "c.parquet")
     expected = np.bincount(np.frombuffer("".join([*others, line]).encode(), np.uint8))
     for name in ("a.jsonl", "b.txt", "c.parquet"):
-        prepare(run, f"--input={name}", "--txt_documents=line", f"--out_dir={name}.out", "--shard_tokens=20000000")
+        prepare(
+            run, f"--input={name}", "--txt_documents=line", f"--out_dir={name}.out", "--shard_tokens=20000000"
+        )
         train, val = (tokens_in(tmp_path / f"{name}.out", split) for split in ("train", "val"))
         ids = np.concatenate([train, val])
         assert len(val) < 20_000 and sum(ids == 256) == 5001  # the long one trains, and is one document
@@ -556,7 +603,9 @@ def test_killed_anywhere_it_continues_to_the_same_files(run, tmp_path, big_sourc
     expected, kills = contents(tmp_path / "out"), 0
     moments = random.Random(11)
     while not (tmp_path / "again/meta.json").exists():
-        process = start(tmp_path, *big_source, "--out_dir=again", "--workers=3" if kills % 2 else "--workers=1")
+        process = start(
+            tmp_path, *big_source, "--out_dir=again", "--workers=3" if kills % 2 else "--workers=1"
+        )
         before = shards_in(tmp_path / "again")
         while kills < 6 and process.poll() is None and shards_in(tmp_path / "again") < before + 1:
             time.sleep(0.01)
@@ -583,7 +632,9 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
     ]
     assert not out
     for _ in range(100):  # the workers are gone; a Z would be waiting for whoever adopted it
-        states = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
+        states = subprocess.run(
+            ["ps", "-eo", "pgid=,stat="], capture_output=True, text=True
+        ).stdout.splitlines()
         alive = [line for line in states if line.split()[0] == str(process.pid) and "Z" not in line]
         if not alive:
             break
@@ -626,7 +677,11 @@ def test_a_worker_that_is_killed_ends_it_with_one_line(run, tmp_path, big_source
     ).stdout
     os.kill(int(workers.split()[0]), signal.SIGKILL)
     out, err = process.communicate()
-    assert process.returncode == 1 and err.startswith("error: a worker process died") and len(err.splitlines()) == 1
+    assert (
+        process.returncode == 1
+        and err.startswith("error: a worker process died")
+        and len(err.splitlines()) == 1
+    )
     assert "continuing out after " in prepare(run, *big_source).stdout
 
 
@@ -661,4 +716,7 @@ def test_shards_of_uint32_where_ids_need_it(tmp_path):
         100_277
     ) == np.uint32
     assert np.fromfile(first.path, "<i4", 6).tolist() == [20240801, 7, 3, 0, 0, 0]
-    assert [np.fromfile(shard.path, "<u4")[256:].tolist() for shard in (first, second)] == [[1, 70_000, 3], [4]]
+    assert [np.fromfile(shard.path, "<u4")[256:].tolist() for shard in (first, second)] == [
+        [1, 70_000, 3],
+        [4],
+    ]

@@ -1,6 +1,7 @@
 """
-The modern recipe against independent math: rotations as complex multiplication, Muon against an SVD and against torch's
-own Muon, norms and caps by hand, the schedule wsd by hand, and runs of it against uninterrupted ones.
+The modern recipe against independent math: rotations as complex multiplication, Muon against an SVD and
+against torch's own Muon, norms and caps by hand, the schedule wsd by hand, and runs of it against
+uninterrupted ones.
 Run: pytest tests/test_recipe.py
 """
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from configurator import ConfigError, configure
-from model import GPT, GPTConfig, Muon, normed_and_rotated, orthogonalize
-from train import TrainConfig, cooldown_start, get_lr, get_momentum
+from model import GPT, GPTConfig, make_gpt, rms_norm, rotate
+from sologpt.optim import Muon, make_optimizers, muon_momentum, orthogonalize
+from train import TrainConfig, get_lr
 
 TINY = dict(block_size=32, vocab_size=97, n_layer=3, n_head=2, n_embd=48, bias=False)
 
@@ -64,14 +66,15 @@ def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart():
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
     model = GPT(GPTConfig(**TINY))
-    adamw, muon = model.configure_muon(0.1, 1e-3, (0.9, 0.95), "cpu")
+    adamw, muon = make_optimizers(model, TrainConfig(optimizer="muon"), torch.device("cpu")).values()
     mine = {id(p) for group in muon.param_groups for p in group["params"]}
     others = {id(p) for group in adamw.param_groups for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in mine}
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert names == {f"transformer.h.{i}.{part}.weight" for i in range(3) for part in parts}
     assert not mine & others and len(mine | others) == len(list(model.parameters()))
-    assert [len(group["params"]) for group in muon.param_groups] == [3, 9]  # c_attn, of three matrices each, and others
+    # c_attn, of three matrices each, and others
+    assert [len(group["params"]) for group in muon.param_groups] == [3, 9]
     assert [group["fused"] for group in muon.param_groups] == [3, 1]
 
 
@@ -80,19 +83,25 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
 
 
 def test_wsd_by_hand():
-    argv = "--schedule=wsd --learning_rate=1.0 --min_lr=0.1 --warmup_iters=3 --max_iters=20 --cooldown_frac=0.5"
+    argv = (
+        "--schedule=wsd --learning_rate=1.0 --min_lr=0.1 --warmup_iters=3 --max_iters=20 --cooldown_frac=0.5"
+    )
     cfg = configure(TrainConfig, argv.split())
-    assert cooldown_start(cfg) == 10
+    assert cfg.cooldown_start == 10
     expected = {0: 0.25, 2: 0.75, 3: 1.0, 10: 1.0, 11: 0.91, 15: 0.55, 19: 0.19, 20: 0.1}
     assert {it: get_lr(it, cfg) for it in expected} == pytest.approx(expected)
     cfg.cooldown_frac = 0.0
     assert get_lr(19, cfg) == 1.0
     cfg.cooldown_frac = 0.33  # 6.6 of 20 iterations: 7
-    assert cooldown_start(cfg) == 13 and get_lr(13, cfg) == 1.0 and get_lr(14, cfg) == pytest.approx(0.1 + 0.9 * 6 / 7)
+    assert (
+        cfg.cooldown_start == 13
+        and get_lr(13, cfg) == 1.0
+        and get_lr(14, cfg) == pytest.approx(0.1 + 0.9 * 6 / 7)
+    )
 
 
 def test_the_momentum_of_muon_rises_for_300_iterations():
-    assert [get_momentum(it) for it in (0, 150, 300, 10**6)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert [muon_momentum(it) for it in (0, 150, 300, 10**6)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
 
 
 # -----------------------------------------------------------------------------
@@ -101,7 +110,7 @@ def test_the_momentum_of_muon_rises_for_300_iterations():
 
 def modern(seed=0, **changes):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**TINY | dict(arch="modern") | changes)).eval()
+    model = make_gpt(GPTConfig(**TINY | dict(arch="modern") | changes)).eval()
     with torch.no_grad():  # nothing stays at the zeros and ones of the start
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -119,7 +128,8 @@ def as_complex(x):
 
 
 def plain_logits(model, idx):
-    """The architecture written down a second time, from its description, one head and one position after the other."""
+    """The architecture written down a second time, from its description, one head and one position after the
+    other."""
     weights, config = dict(model.named_parameters()), model.config
     H, D = config.n_head, config.n_embd // config.n_head
     turn = torch.polar(torch.ones(D // 2), 10000.0 ** (-2 * torch.arange(D // 2) / D))  # of one position
@@ -159,18 +169,19 @@ def test_attention_depends_on_distances_only():
     model = modern(n_layer=1)
     late, early = torch.full((1, 30), 5), torch.full((1, 20), 5)
     with torch.no_grad():
-        assert torch.allclose(model(late)[0], model(early)[0], atol=1e-4)  # all values equal: any weights give the same
+        # all values equal: any weights give the same
+        assert torch.allclose(model(late)[0], model(early)[0], atol=1e-4)
         q = torch.randn(1, 1, 32, 24)
         k = torch.randn(1, 1, 1, 24).expand(1, 1, 32, 24)
         q = q[:, :, :1].expand_as(k)
-        scores = normed_and_rotated(q, model.rotary) @ normed_and_rotated(k, model.rotary).mT
+        scores = rotate(rms_norm(q), *model.rotary) @ rotate(rms_norm(k), *model.rotary).mT
     for distance in range(32):
         along = scores[0, 0].diagonal(-distance)
         assert torch.allclose(along, along[0].expand_as(along), atol=1e-4)
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess_exactly():
-    model = GPT(GPTConfig(**TINY, arch="modern")).eval()
+    model = make_gpt(GPTConfig(**TINY, arch="modern")).eval()
     idx, targets = torch.randint(97, (2, 4, 32))
     assert model(idx, targets)[1].item() == pytest.approx(math.log(97), abs=1e-6)
 
@@ -197,7 +208,8 @@ def test_one_sequence_is_sampled_as_it_is_in_a_batch():
 def test_torch_compile_takes_it_as_one_graph():
     model, idx = modern().train(), torch.randint(97, (2, 32))
     expected = model(idx, idx)[1].item()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")  # raises at the first graph break
+    # raises at the first graph break
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compiled(idx, idx)[1].item() == pytest.approx(expected, rel=0.02)
 
@@ -218,7 +230,9 @@ def test_the_chunked_loss_of_capped_logits_has_the_same_gradients():
 def test_bf16_autocast_keeps_the_residual_stream_in_bf16():
     model, seen = modern(), []
     for block in model.transformer.h:
-        block.register_forward_hook(lambda module, args, out: seen.extend((args[0].dtype, args[1].dtype, out[0].dtype)))
+        block.register_forward_hook(
+            lambda module, args, out: seen.extend((args[0].dtype, args[1].dtype, out[0].dtype))
+        )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.randint(97, (1, 8)))
     assert set(seen) == {torch.bfloat16}
@@ -226,10 +240,13 @@ def test_bf16_autocast_keeps_the_residual_stream_in_bf16():
 
 def test_flops_of_the_modern_125m_by_hand():
     with torch.device("meta"):
-        model = GPT(GPTConfig(arch="modern", vocab_size=50304, n_layer=12, n_head=6, n_embd=768, bias=False))
+        model = make_gpt(
+            GPTConfig(arch="modern", vocab_size=50304, n_layer=12, n_head=6, n_embd=768, bias=False)
+        )
     matrices = 12 * 12 * 768**2  # c_attn 3, c_proj 1, c_fc 4, c_proj 4, of 768 * 768 each, in 12 blocks
     mixes, head = 12 * 4, 50304 * 768
-    assert model.get_num_params() == matrices + mixes + head  # the input embedding is looked up, not multiplied
+    # the input embedding is looked up, not multiplied
+    assert model.get_num_params() == matrices + mixes + head
     assert model.get_num_params(non_embedding=False) == matrices + mixes + 2 * head
     assert model.flops_per_token() == 6 * (matrices + mixes + head) + 12 * 12 * 768 * 1024
 
@@ -284,7 +301,12 @@ def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_pa
 def test_the_recipe_is_sampled_from_its_checkpoint(run, byte_data, tiny):
     run("train.py", *tiny, *RECIPE, "--max_iters=60", "--eval_interval=60")
     out = run(
-        "sample.py", "--start=pack my", "--num_samples=1", "--max_new_tokens=9", "--temperature=0", "--device=cpu"
+        "sample.py",
+        "--start=pack my",
+        "--num_samples=1",
+        "--max_new_tokens=9",
+        "--temperature=0",
+        "--device=cpu",
     )
     assert out.stdout.startswith("pack my box with")
     failed = run("sample.py", "--export=hf", "--device=cpu", status=1)

@@ -6,7 +6,6 @@ Run: pytest tests/test_shards.py
 
 import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
@@ -14,8 +13,9 @@ import sys
 import numpy as np
 import pytest
 
-import shards
-from shards import Windows, find_data, find_shards, read_tokenizer, text_codec, write_shard
+from sologpt import shards
+from sologpt.files import atomic_file
+from sologpt.shards import Windows, find_data, find_shards, write_shard
 
 IDS = np.arange(1000, dtype=np.uint16) * 7 % 251
 
@@ -79,8 +79,12 @@ def test_headered_shards_come_before_npy_before_raw(tmp_path):
 def test_a_split_is_recognised_whatever_else_is_in_the_name(tmp_path):
     for name in ("medieval_train_000001.bin", "pretrain_val_000000.bin"):
         write_shard(tmp_path / name, IDS)
-    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "train")] == ["medieval_train_000001.bin"]
-    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "val")] == ["pretrain_val_000000.bin"]
+    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "train")] == [
+        "medieval_train_000001.bin"
+    ]
+    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "val")] == [
+        "pretrain_val_000000.bin"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,11 @@ def test_a_split_is_recognised_whatever_else_is_in_the_name(tmp_path):
         ("a_train_000001.bin", b"", "does not start with llm.c's shard header"),
         ("a_train_000001.bin", b"\1\2" * 2000, "does not start with llm.c's shard header"),
         ("a_train_000001.bin", struct.pack("<256i", 20240520, 7, 4, *[0] * 253), "does not start with"),
-        ("a_train_000001.bin", struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + b"1234567", "1,031 bytes.*cut short"),
+        (
+            "a_train_000001.bin",
+            struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + b"1234567",
+            "1,031 bytes.*cut short",
+        ),
         ("a_train_000001.npy", b"\x93NUMPY", "is not a whole .npy file"),
         ("train.bin", b"123", "odd number of bytes"),
     ],
@@ -123,7 +131,7 @@ def test_a_missing_folder_or_split_says_what_to_run(tmp_path):
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), shards.atomic_file(path) as f:
+    with pytest.raises(RuntimeError), atomic_file(path) as f:
         f.write(b"half")
         raise RuntimeError
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -136,7 +144,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 def test_windows_are_the_tokens_in_steps_of_block_size_within_each_file(tmp_path):
     windows = windows_of(tmp_path, range(0, 35), range(100, 121), range(200, 205), range(300, 311))
     rows = windows.read(np.arange(len(windows)))
-    assert [row[0] for row in rows] == [0, 10, 20, 100, 110, 300]  # 4 + 5 tokens at file ends, and a short file, unused
+    # 4 + 5 tokens at file ends, and a short file, unused
+    assert [row[0] for row in rows] == [0, 10, 20, 100, 110, 300]
     assert all(np.array_equal(row, np.arange(row[0], row[0] + 11)) for row in rows)
     assert rows.dtype == np.int64
 
@@ -187,72 +196,21 @@ def test_an_id_without_a_row_in_the_model_is_refused(tmp_path):
 def test_reading_a_large_file_does_not_fill_memory(tmp_path):
     write_shard(tmp_path / "a_train_000001.bin", np.zeros(200_000_000, dtype=np.uint16))  # 400 MB
     script = """
-import resource, sys, numpy as np, shards
+import resource, sys, numpy as np
+from sologpt import shards
 windows = shards.Windows(shards.find_shards(sys.argv[1], "train"), 1000, 10)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for first in range(0, 200_000 - 1, 100):
     windows.read(windows.training(first % len(windows), 100, seed=1))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert float(out.stdout) < (60 if sys.platform != "darwin" else 60 * 1024)  # MB; macOS counts in bytes
 
 
-# -----------------------------------------------------------------------------
-# what tokens mean
-
-
-def test_the_tokenizer_is_read_from_meta_json_or_meta_pkl_or_is_gpt2s(tmp_path):
-    assert read_tokenizer(tmp_path) == dict(encoding="gpt2", vocab_size=50257, eot_token=50256)
-    meta = dict(vocab_size=3, itos={0: "a", 1: "b", 2: "\n"}, stoi={"a": 0, "b": 1, "\n": 2})
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    for itos in (["a", "b", "\n"], meta["itos"]):
-        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta | dict(itos=itos)))
-        tokenizer = read_tokenizer(tmp_path)
-        assert tokenizer["itos"] == meta["itos"]
-    assert tokenizer == dict(encoding="characters", vocab_size=3, eot_token=None, itos=meta["itos"])
-    (tmp_path / "meta.json").write_text(json.dumps(dict(encoding="bytes", vocab_size=257, eot_token=256, more=1)))
-    assert read_tokenizer(tmp_path) == dict(encoding="bytes", vocab_size=257, eot_token=256)
-
-
-class Exploit:
-    def __reduce__(self):
-        return (exec, ("import pathlib; pathlib.Path('exploited').touch()",))
-
-
-@pytest.mark.parametrize("content", [pickle.dumps(Exploit()), b"junk", pickle.dumps([1]), b""])
-def test_a_meta_pkl_cannot_run_code_and_a_damaged_one_is_named(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot read .*meta.pkl"):
-        read_tokenizer(str(tmp_path))
-    assert not (tmp_path / "exploited").exists()
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"encoding": "bytes"}', '{"encoding": "bytes", "vocab_size": "x", "eot_token": 1}']
-)
-def test_a_damaged_meta_json_is_named(tmp_path, content):
-    (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match="meta.json is damaged"):
-        read_tokenizer(str(tmp_path))
-
-
-def test_bytes_round_trip_with_end_of_text():
-    encode, decode = text_codec(dict(encoding="bytes", vocab_size=257, eot_token=256))
-    text = "naïve <|endoftext|>\0 日本<|endoftext|>"
-    assert encode("aé<|endoftext|>") == [97, 0xC3, 0xA9, 256]
-    assert decode(encode(text)) == text
-    assert decode([0xC3, 256, 97]) == "\ufffd<|endoftext|>a"
-
-
-def test_characters_round_trip_and_a_foreign_one_is_named():
-    encode, decode = text_codec(dict(encoding="characters", vocab_size=2, eot_token=None, itos={0: "a", 1: "b"}))
-    assert encode("abba") == [0, 1, 1, 0] and decode([1, 0]) == "ba"
-    with pytest.raises(ValueError, match="vocabulary of 2 characters lacks 'cz'"):
-        encode("abzc")
-
-
-def test_an_unknown_encoding_lists_the_known_ones():
-    with pytest.raises(ValueError, match="encoding='gpt-2' is not known; use one of bytes, .*gpt2"):
-        text_codec(dict(encoding="gpt-2", vocab_size=50257, eot_token=50256))
+@pytest.mark.parametrize("counts", [7, None, {"tokens": 1}, {"tokens": 1, "bytes": 0}])
+def test_a_meta_json_of_another_shape_gives_no_bits_per_byte(tmp_path, counts):
+    (tmp_path / "meta.json").write_text(json.dumps({"val": counts}))
+    assert shards.tokens_per_byte(tmp_path, "val") is None

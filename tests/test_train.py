@@ -1,9 +1,12 @@
 """
-Training as a user runs it: train.py in a process of its own, on a text small enough to be learned in seconds.
-References: an uninterrupted run, the same step split otherwise, nanoGPT's formats built by hand, tables by hand.
+Training as a user runs it: train.py in a process of its own, on a text small enough to be learned in
+seconds. References: an uninterrupted run, the same step split otherwise, nanoGPT's formats built by hand,
+tables by hand.
 Run: pytest tests/test_train.py
 """
 
+import gc
+import itertools
 import json
 import math
 import os
@@ -13,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +24,11 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-import checkpoint
-import shards
 from configurator import configure
 from model import GPT, GPTConfig
-from train import TrainConfig, duration, get_lr, tokens_per_byte
+from sologpt import checkpoint, hardware, shards
+from sologpt.log import duration
+from train import TrainConfig, get_lr
 
 STEP = re.compile(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)", re.M)
 ITER = re.compile(r"^iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu (?:([\d.]+)%|n/a)", re.M)
@@ -81,7 +85,9 @@ def test_a_run_updates_max_iters_times_and_evaluates_first_and_last(run, byte_da
 def test_without_a_known_peak_there_is_no_mfu(run, byte_data, tiny, tmp_path):
     out = run("train.py", *tiny, "--max_iters=1")
     assert "mfu: n/a, no peak is known for cpu" in out.stdout
-    assert re.search(r"^iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, \d+\.\d\d TFLOP/s, ", out.stdout, re.M)
+    assert re.search(
+        r"^iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, \d+\.\d\d TFLOP/s, ", out.stdout, re.M
+    )
     assert metrics(tmp_path / "out", "iter")[0]["mfu"] is None
 
 
@@ -101,7 +107,8 @@ def test_the_logged_time_leaves_evaluation_out(run, byte_data, tiny, tmp_path):
     often = metrics(tmp_path / "out", "iter")[1]["dt"]
     run("train.py", *tiny, "--eval_interval=100", "--eval_iters=1", "--log_interval=6")
     rarely = metrics(tmp_path / "out", "iter")[1]["dt"]
-    assert often < 3 * rarely  # 960 windows are evaluated for each 8 trained on: counted, they would make it 40 times
+    # 960 windows are evaluated for each 8 trained on: counted, they would make it 40 times
+    assert often < 3 * rarely
 
 
 def test_bf16_trains_too(run, byte_data, tiny):
@@ -113,17 +120,23 @@ def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny):
     eager = losses(run("train.py", *tiny, "--dropout=0.0"))
     out = run("train.py", *tiny, "--compile=True")
     assert "compiled in" in out.stdout
-    assert [float(x) for x in losses(out).values()] == pytest.approx([float(x) for x in eager.values()], abs=2e-3)
+    assert [float(x) for x in losses(out).values()] == pytest.approx(
+        [float(x) for x in eager.values()], abs=2e-3
+    )
     times = [float(time) for _, _, time, _ in ITER.findall(out.stdout)]
     assert times[0] < 1000  # ms: compiling takes many seconds, and is not in it
 
 
+# torch.compile itself does that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_run_that_saves_memory_gives_the_same_losses(run, byte_data, tiny, tmp_path):
     eager = losses(run("train.py", *tiny))
     chunked = losses(run("train.py", *tiny, "--loss_chunks=3", "--out_dir=chunked"))
     out = run("train.py", *tiny, "--compile=True", "--loss_chunks=3", "--activation_memory=0.5")
     for found in (chunked, losses(out)):
-        assert [float(x) for x in found.values()] == pytest.approx([float(x) for x in eager.values()], abs=2e-3)
+        assert [float(x) for x in found.values()] == pytest.approx(
+            [float(x) for x in eager.values()], abs=2e-3
+        )
     assert "loss_chunks" not in checkpoint.load(tmp_path / "chunked/ckpt.pt")["model_args"]
 
 
@@ -136,45 +149,63 @@ def test_what_acts_through_the_compiler_is_not_taken_silently_without_it(setting
 
 def test_the_memory_that_the_log_estimates_is_in_the_metrics_too(run, byte_data, tiny, tmp_path):
     out = run("train.py", *tiny, "--max_iters=1").stdout
-    memory, [line] = metrics(tmp_path / "out", "config")[0]["memory"], re.findall("^memory: about .*$", out, re.M)
+    memory, [line] = (
+        metrics(tmp_path / "out", "config")[0]["memory"],
+        re.findall("^memory: about .*$", out, re.M),
+    )
     parameters = (320 + 16) * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32
-    assert memory["weights"] == 4 * parameters and line.endswith(f"loss {memory['loss'] / 1e9:.2f}")
+    assert memory["weights"] == 4 * parameters and line.endswith(f"loss {memory['loss'] / 1e6:.1f}")
     # two moments a parameter and, in each of 15 tensors, the number of updates, fp32
     assert memory["optimizer"] == 8 * parameters + 4 * 15
     assert "attention: FLASH_ATTENTION" in out
     assert metrics(tmp_path / "out", "iter")[0]["peak_memory"] is None and "peak memory" not in out  # no GPU
 
 
-def test_garbage_is_collected_at_evaluations_only_and_a_leak_does_not_outlive_one(byte_data, tiny, tmp_path):
-    """Each forward pass in training leaves a cycle, which only the garbage collector can free; counted are those that
-    are there, in the iterations of two evaluation intervals."""
-    fault = """
-import gc, weakref
-class Cycle: pass
-alive = weakref.WeakSet()
-def leak(self):
-    if self.training:
-        print("alive", len(alive), gc.isenabled(), flush=True)
+def test_garbage_is_collected_at_evaluations_only_and_a_leak_does_not_outlive_one(
+    run, byte_data, tiny, faulty
+):
+    """Each forward pass in training leaves a cycle, which only the garbage collector can free; counted are
+    those that are there, in the iterations of two evaluation intervals."""
+
+    class Cycle:
+        pass
+
+    alive, found = weakref.WeakSet(), []
+
+    def leak(forward, model, idx, targets):
+        found.append((len(alive), gc.isenabled()))
         cycle = Cycle()
         cycle.itself = cycle
         alive.add(cycle)
-"""
-    out = run_with(fault + FORWARD.format(condition="leak(self)", fault="pass"), tiny, tmp_path).stdout
-    found = re.findall(r"alive (\d+) (\w+)", out)  # two micro-batches an iteration, six iterations an evaluation
-    assert found == [(str(n), "False") for n in [*range(12)] * 2]
+        return forward(model, idx, targets)
+
+    faulty(lambda calls, model, idx: model.training, leak)
+    run("train.py", *tiny)
+    # two micro-batches an iteration, six iterations an evaluation
+    assert found == [(n, False) for n in [*range(12)] * 2]
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_the_allocator_is_set_up_unless_the_user_has_done_so(byte_data, tiny, tmp_path):
+def test_the_allocator_is_set_up_unless_the_user_has_done_so(monkeypatch):
     names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-    fault = f"import atexit, os; atexit.register(lambda: print('conf', *map(os.environ.get, {names})))"
-    ours = run_with(fault, [*tiny, "--max_iters=0"], tmp_path).stdout
-    assert f"conf {'expandable_segments:True' if sys.platform == 'linux' else None} None" in ours
-    users = "import os; os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'backend:native'; " + fault
-    assert "conf None backend:native" in run_with(users, [*tiny, "--max_iters=0"], tmp_path).stdout
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    hardware.use_expandable_segments()
+    assert not set(names) & os.environ.keys()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    hardware.use_expandable_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    hardware.use_expandable_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_learning_rate_by_hand():
-    cfg = configure(TrainConfig, "--learning_rate=1.0 --min_lr=0.1 --warmup_iters=3 --lr_decay_iters=11".split())
+    cfg = configure(
+        TrainConfig, "--learning_rate=1.0 --min_lr=0.1 --warmup_iters=3 --lr_decay_iters=11".split()
+    )
     expected = {
         0: 0.25,  # (0 + 1) / (3 + 1)
         2: 0.75,
@@ -202,13 +233,22 @@ def test_duration():
 def test_how_a_step_is_split_into_micro_batches_does_not_matter(run, byte_data, tiny, tmp_path):
     results = {}
     for batch_size, accumulation in ((1, 8), (2, 4), (8, 1)):
-        argv = [*tiny, f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}", "--max_iters=5"]
+        argv = [
+            *tiny,
+            f"--batch_size={batch_size}",
+            f"--gradient_accumulation_steps={accumulation}",
+            "--max_iters=5",
+        ]
         out = run("train.py", *argv, f"--out_dir=out{batch_size}")
-        evals = metrics(tmp_path / f"out{batch_size}", "eval")
-        results[batch_size] = weights(tmp_path / f"out{batch_size}"), losses(out), evals
+        folder = tmp_path / f"out{batch_size}"
+        norms = [line["norm"] for line in metrics(folder, "iter")]
+        results[batch_size] = weights(folder), losses(out), metrics(folder, "eval"), norms
     for batch_size in (1, 2):
         ours, reference = results[batch_size], results[8]
-        assert all(torch.allclose(ours[0][name], p, atol=2e-6) for name, p in reference[0].items())
+        # the weights have moved by up to 5e-2; the norm is of the mean over micro-batches: AdamW would hide a
+        # sum
+        assert all(torch.allclose(ours[0][name], p, atol=2e-5) for name, p in reference[0].items())
+        assert ours[3] == pytest.approx(reference[3], rel=1e-5)
         assert [float(x) for x in ours[1].values()] == pytest.approx(
             [float(x) for x in reference[1].values()], abs=2e-4
         )
@@ -255,7 +295,9 @@ def interrupt(argv, cwd, at, number):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_resumes_as_if_nothing_had_happened(run, byte_data, tiny, tmp_path, number, status):
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
+    run, byte_data, tiny, tmp_path, number, status
+):
     argv = [*tiny, "--dropout=0.2", "--max_iters=300", "--lr_decay_iters=300", "--eval_interval=70"]
     whole = run("train.py", *argv, "--out_dir=whole")
     first, code = interrupt([*argv, "--out_dir=parts"], tmp_path, 20, number)
@@ -309,7 +351,11 @@ def test_eval_only_evaluates_a_resumed_model_and_leaves_it_alone(run, byte_data,
 def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data, tiny):
     run("train.py", *tiny, "--max_iters=1")
     out = run("train.py", *tiny, "--init_from=resume", "--n_embd=64", "--block_size=8", status=1)
-    assert "n_embd=32, not 64" in out.stderr and "block_size=16, not 8" in out.stderr and "n_head" not in out.stderr
+    assert (
+        "n_embd=32, not 64" in out.stderr
+        and "block_size=16, not 8" in out.stderr
+        and "n_head" not in out.stderr
+    )
     keys_not_given = [arg for arg in tiny if not re.match("--(n_|block_size)", arg)]
     assert losses(run("train.py", *keys_not_given, "--init_from=resume", "--max_iters=3"))
 
@@ -317,30 +363,48 @@ def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data,
 # -----------------------------------------------------------------------------
 # killed, and faults on the way
 
+NAN = float("nan")
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """faulty(condition, fault) makes GPT's forward pass call fault(forward, self, idx, targets) instead where
+    condition(calls, model, idx) holds; calls counts the passes in training from 1 on."""
+
+    def install(condition, fault):
+        forward, calls = GPT.forward, itertools.count(1)
+
+        def broken(self, idx, targets=None):
+            number = next(calls) if self.training else 0
+            if condition(number, self, idx):
+                return fault(forward, self, idx, targets)
+            return forward(self, idx, targets)
+
+        monkeypatch.setattr(GPT, "forward", broken)
+
+    return install
+
+
+def gives_nan(forward, model, idx, targets):
+    return None, forward(model, idx, targets)[1] * NAN
+
+
+def runs_out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+
 FAULTY = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, model, shards
+from sologpt import files
 {{fault}}
 sys.argv[0] = {str(ROOT / "train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-FORWARD = """
-forward, calls = model.GPT.forward, 0
-def faulty(self, idx, targets=None):
-    global calls
-    calls += self.training
-    if {condition}:
-        {fault}
-    return forward(self, idx, targets)
-model.GPT.forward = faulty
-"""
-NAN = "return None, forward(self, idx, targets)[1] * float('nan')"
-OOM = "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')"
 
 
-def run_with(fault, argv, cwd, status=0):
-    """Runs train.py after the lines `fault`, which break something; returns the process."""
+def run_with(fault, argv, cwd, status):
+    """Runs train.py, in a process of its own, after the lines `fault`; returns the process."""
     command = [sys.executable, "-c", FAULTY.format(fault=fault), *argv]
     process = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
     assert process.returncode == status and "Traceback" not in process.stderr, process.stdout + process.stderr
@@ -349,9 +413,9 @@ def run_with(fault, argv, cwd, status=0):
 
 # where the process kills itself
 KILLS = {
-    "while the file is half written": "shards.os.fsync = lambda f: kill('ckpt.pt.tmp')",
-    "when ckpt.pt has become ckpt_prev.pt": "shards.os.replace = lambda a, b: (replace(a, b), kill('ckpt_prev.pt'))",
-    "when the new ckpt.pt is there": "shards.sync_folder = lambda folder: kill('ckpt_prev.pt', 'ckpt.pt')",
+    "while the file is half written": "os.fsync = lambda f: kill('ckpt.pt.tmp')",
+    "when ckpt.pt has become ckpt_prev.pt": "os.replace = lambda a, b: (replace(a, b), kill('ckpt_prev.pt'))",
+    "when the new ckpt.pt is there": "files.sync_folder = lambda folder: kill('ckpt_prev.pt', 'ckpt.pt')",
 }
 
 
@@ -360,7 +424,7 @@ def test_a_run_killed_while_it_saves_resumes_as_if_nothing_had_happened(run, byt
     whole = run("train.py", *argv, "--out_dir=whole")
     for moment in KILLS:
         fault = f"""
-import os, pathlib, signal
+import pathlib, signal
 replace, out = os.replace, pathlib.Path({moment!r})
 def kill(*there):  # in the save of iteration 6, when that of iteration 3 is there
     if all((out / name).exists() for name in there) and '"checkpoint"' in (out / "metrics.jsonl").read_text():
@@ -375,12 +439,16 @@ def kill(*there):  # in the save of iteration 6, when that of iteration 3 is the
         second = run("train.py", *argv, "--init_from=auto")
         file, at = "ckpt_prev.pt" if between else "ckpt.pt", 6 if over else 3
         assert f"resuming from {moment}/{file} at iteration {at}," in second.stdout
-        assert (f"{moment}/ckpt.pt is missing; taking {moment}/ckpt_prev.pt instead" in second.stderr) == between
+        assert (
+            f"{moment}/ckpt.pt is missing; taking {moment}/ckpt_prev.pt instead" in second.stderr
+        ) == between
         assert losses(second) == {it: loss for it, loss in losses(whole).items() if it >= at}
         assert same(weights(folder), weights(tmp_path / "whole"))
         for kind in ("iter", "eval"):
             parts, reference = (metrics(out, kind) for out in (folder, tmp_path / "whole"))
-            assert [(x["iter"], x.get("loss")) for x in parts] == [(x["iter"], x.get("loss")) for x in reference]
+            assert [(x["iter"], x.get("loss")) for x in parts] == [
+                (x["iter"], x.get("loss")) for x in reference
+            ]
         assert not list(folder.glob("*.tmp"))
 
 
@@ -393,7 +461,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, byte_data, tiny, 
     path.write_bytes(path.read_bytes()[:-1000])
     before = (tmp_path / "out/ckpt_prev.pt").read_bytes()
     out = run("train.py", *tiny, "--init_from=auto", "--checkpoint_interval=20")
-    assert re.search("^warning: cannot read .*ckpt.pt, damaged .*; taking out/ckpt_prev.pt instead$", out.stderr, re.M)
+    assert re.search(
+        "^warning: cannot read .*ckpt.pt, damaged .*; taking out/ckpt_prev.pt instead$", out.stderr, re.M
+    )
     assert min(losses(out)) == 4 and losses(out)[11] == losses(whole)[11]
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert (tmp_path / "out/ckpt_prev.pt").read_bytes() == before  # the damaged one did not take its place
@@ -409,31 +479,35 @@ def test_a_stop_without_room_to_save_says_so(byte_data, tiny, tmp_path):
         _, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors
     last = errors.splitlines()[-1]
-    assert re.fullmatch(r"error: iteration \d+, .* could not be saved; nothing of this run is saved yet", last)
+    assert re.fullmatch(
+        r"error: iteration \d+, .* could not be saved; nothing of this run is saved yet", last
+    )
 
 
-def test_a_bad_step_is_skipped_and_resuming_across_it_is_exact(run, byte_data, tiny, tmp_path):
+def test_a_bad_step_is_skipped_and_resuming_across_it_is_exact(run, byte_data, tiny, tmp_path, faulty):
     argv = [*tiny, "--dropout=0.2", "--batch_size=8", "--gradient_accumulation_steps=1"]
     windows, bad = shards.Windows(shards.find_shards(byte_data, "train"), 16, 320), [2, 5, 6]
     # the passes to break are known by the sum of their inputs, so that a resumed run meets them too
     sums = [int(windows.read(windows.training(8 * it, 8, 1337))[:, :-1].sum()) for it in range(12)]
     assert len(set(sums)) == 12
     broken = [sums[it] for it in bad]
-    fault = FORWARD.format(condition=f"self.training and int(idx.sum()) in {broken}", fault=NAN)
-    out = run_with(fault, [*argv, "--out_dir=whole"], tmp_path)
+    faulty(lambda calls, model, idx: model.training and int(idx.sum()) in broken, gives_nan)
+    out = run("train.py", *argv, "--out_dir=whole")
     found = metrics(tmp_path / "whole", "bad_step")
     assert [(line["iter"], line["in_row"], line["norm"]) for line in found] == [
         (2, 1, None),
         (5, 1, None),
         (6, 2, None),
     ]
-    assert f"{len(bad)} updates skipped" in out.stdout and out.stderr.count("its update is skipped") == len(bad)
+    assert f"{len(bad)} updates skipped" in out.stdout and out.stderr.count("its update is skipped") == len(
+        bad
+    )
     state = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)
     assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {12 - len(bad)}
     assert state["bad_steps"] == len(bad) and state["tokens_seen"] == 12 * 128
     assert all(p.isfinite().all() for p in state["model"].values())
-    run_with(fault, [*argv, "--out_dir=parts", "--max_iters=6"], tmp_path)
-    run_with(fault, [*argv, "--out_dir=parts", "--init_from=resume"], tmp_path)
+    run("train.py", *argv, "--out_dir=parts", "--max_iters=6")
+    run("train.py", *argv, "--out_dir=parts", "--init_from=resume")
     assert same(weights(tmp_path / "parts"), state["model"])
     resumed = torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)
     assert resumed["bad_steps"] == len(bad) and resumed["tokens_seen"] == 12 * 128
@@ -461,10 +535,13 @@ def test_a_run_that_has_blown_up_stops(run, byte_data, tiny, tmp_path):
 # out of memory: there is none on a CPU, so a stand-in raises what torch raises on a GPU
 
 
-def test_a_batch_that_does_not_fit_becomes_smaller_micro_batches_of_the_same_run(run, byte_data, tiny, tmp_path):
+def test_a_batch_that_does_not_fit_becomes_smaller_micro_batches_of_the_same_run(
+    run, byte_data, tiny, tmp_path, faulty, monkeypatch
+):
     argv = [*tiny, "--dropout=0.2", "--max_iters=8"]
-    fault = FORWARD.format(condition="len(idx) > 2", fault=OOM)  # already in the evaluation before the first step
-    out = run_with(fault, [*argv, "--batch_size=9", "--gradient_accumulation_steps=2", "--out_dir=big"], tmp_path)
+    faulty(lambda calls, model, idx: len(idx) > 2, runs_out_of_memory)  # already in the first evaluation
+    out = run("train.py", *argv, "--batch_size=9", "--gradient_accumulation_steps=2", "--out_dir=big")
+    monkeypatch.undo()
     assert re.findall("out of memory with .*", out.stderr) == [
         "out of memory with batch_size=9; from iteration 0 on batch_size=3, gradient_accumulation_steps=6",
         "out of memory with batch_size=3; from iteration 0 on batch_size=1, gradient_accumulation_steps=18",
@@ -478,11 +555,12 @@ def test_a_batch_that_does_not_fit_becomes_smaller_micro_batches_of_the_same_run
         ]
 
 
-def test_memory_that_runs_out_later_is_saved_from_first(run, byte_data, tiny, tmp_path):
+def test_memory_that_runs_out_later_is_saved_from_first(run, byte_data, tiny, tmp_path, faulty):
     argv = [*tiny, "--dropout=0.2", "--eval_interval=20"]
-    # the second micro-batch of iteration 5: the first one's gradients are there, and random numbers have been drawn
-    fault = FORWARD.format(condition="calls >= 12 and len(idx) > 2", fault=OOM)
-    out = run_with(fault, argv, tmp_path)
+    # the second micro-batch of iteration 5: the first one's gradients are there, and random numbers have been
+    # drawn
+    faulty(lambda calls, model, idx: calls >= 12 and len(idx) > 2, runs_out_of_memory)
+    out = run("train.py", *argv)
     lines = (out.stdout + out.stderr).splitlines()
     smaller = "from iteration 5 on batch_size=2, gradient_accumulation_steps=4"
     assert f"warning: out of memory with batch_size=4; {smaller}" in lines
@@ -495,18 +573,24 @@ def test_memory_that_runs_out_later_is_saved_from_first(run, byte_data, tiny, tm
     assert same(weights(tmp_path / "out"), weights(tmp_path / "small"))
 
 
-def test_without_auto_fit_or_room_for_one_sequence_the_run_ends_with_what_to_do(byte_data, tiny, tmp_path):
-    fault = FORWARD.format(condition="calls >= 12", fault=OOM)
-    out = run_with(fault, [*tiny, "--auto_fit=False"], tmp_path, status=1)
+def test_without_auto_fit_the_run_ends_with_what_to_do(run, byte_data, tiny, faulty):
+    faulty(lambda calls, model, idx: calls >= 12, runs_out_of_memory)
+    out = run("train.py", *tiny, "--auto_fit=False", status=1)
     assert out.stderr.splitlines()[-1] == (
-        "error: out of memory with batch_size=4; --batch_size=2 --gradient_accumulation_steps=4 is the same run in "
-        "less memory, and --auto_fit=True finds that by itself (out/ckpt.pt holds iteration 5, this is iteration 5)"
+        "error: out of memory with batch_size=4; --batch_size=2 --gradient_accumulation_steps=4 is the same "
+        "run in less memory, and --auto_fit=True finds that by itself "
+        "(out/ckpt.pt holds iteration 5, this is iteration 5)"
     )
-    fault = FORWARD.format(condition="True", fault=OOM)
-    out = run_with(fault, [*tiny, "--batch_size=2", "--out_dir=new"], tmp_path, status=1)
+
+
+def test_without_room_for_one_sequence_the_run_ends_with_what_to_do(run, byte_data, tiny, faulty):
+    faulty(lambda calls, model, idx: True, runs_out_of_memory)
+    out = run("train.py", *tiny, "--batch_size=2", "--out_dir=new", status=1)
     first, error = out.stderr.splitlines()
     assert "from iteration 0 on batch_size=1, gradient_accumulation_steps=4" in first
-    assert "batch_size=1; by estimate 0.0M parameters need 0.00 GB" in error and "smaller --block_size" in error
+    assert (
+        "batch_size=1; by estimate 0.0M parameters need 0.00 GB" in error and "smaller --block_size" in error
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -519,7 +603,8 @@ def test_other_data_are_refused_unless_allowed(run, byte_data, tiny, tmp_path):
     resume = [*tiny, "--init_from=resume", "--max_iters=4"]
     out = run("train.py", *resume, status=1)
     assert (
-        "data/toy is not what out/ckpt.pt was trained on: fineweb_train_000004.bin: 3,600 uint16 tokens" in out.stderr
+        "data/toy is not what out/ckpt.pt was trained on: fineweb_train_000004.bin: 3,600 uint16 tokens"
+        in out.stderr
     )
     assert ", was missing; to go on with it all the same: --allow_data_change=True" in out.stderr
     assert "warning: data/toy is not what" in run("train.py", *resume, "--allow_data_change=True").stderr
@@ -530,15 +615,24 @@ def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, t
     run("train.py", *tiny, "--max_iters=12")
     out = run("train.py", *tiny, "--init_from=resume", "--max_iters=12")
     assert "warning" not in out.stderr
-    argv = [*tiny, "--init_from=resume", "--max_iters=14", "--lr_decay_iters=24", "--batch_size=6", "--seed=5"]
+    argv = [
+        *tiny,
+        "--init_from=resume",
+        "--max_iters=14",
+        "--lr_decay_iters=24",
+        "--batch_size=6",
+        "--seed=5",
+    ]
     argv += ["--min_lr=1e-3", "--eval_iters=100"]
-    # 12 of 24 iterations: (12 - 2) / (24 - 2) of the way down from 1e-2 to 1e-3, instead of the old min_lr of 6e-5
+    # 12 of 24 iterations: (12 - 2) / (24 - 2) of the way down from 1e-2 to 1e-3, instead of the old min_lr of
+    # 6e-5
     lr = 1e-3 + 0.5 * (1 + math.cos(math.pi * 10 / 22)) * (1e-2 - 1e-3)
     out = run("train.py", *argv)
     assert out.stderr.splitlines() == [
-        f"warning: the learning rate of iteration 12 is {lr:.3e}, by the schedule so far it was to be 6.000e-05",
-        "warning: from here on the data comes in another order, some of it again or never: 12 sequences an iteration "
-        "and seed 5, so far 8 and seed 1337",
+        f"warning: the learning rate of iteration 12 is {lr:.3e}, "
+        "by the schedule so far it was to be 6.000e-05",
+        "warning: from here on the data comes in another order, some of it again or never: "
+        "12 sequences an iteration and seed 5, so far 8 and seed 1337",
     ]
     assert "note: val has only 62 windows; all of them are evaluated" in out.stdout
 
@@ -550,7 +644,35 @@ def test_tokens_and_time_go_on_counting(run, byte_data, tiny, tmp_path):
     second = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert (first["tokens_seen"], second["tokens_seen"]) == (6 * 128, 12 * 128)
     assert second["seconds"] > first["seconds"] > 0 and ", 1,536 tokens, best val loss" in out.stdout
-    assert [line["tokens"] for line in metrics(tmp_path / "out", "iter")] == [128 * (it + 1) for it in range(12)]
+    assert [line["tokens"] for line in metrics(tmp_path / "out", "iter")] == [
+        128 * (it + 1) for it in range(12)
+    ]
+
+
+# -----------------------------------------------------------------------------
+# checkpoints of the version before the classes GPT and ModernGPT, of iteration 6 of 12: what that version
+# went on to
+
+
+OLD = {
+    "gpt2": ([4.624204, 4.481507, 4.349643, 4.284407, 4.219733, 4.194811], 4.170765),
+    "modern": ([4.783911, 4.585715, 4.360030, 4.213359, 4.090247, 4.004484], 3.921914),
+}
+
+
+@pytest.mark.parametrize("arch", OLD)
+def test_a_checkpoint_of_an_older_version_goes_on_as_it_would_have_there(
+    run, byte_data, tiny, tmp_path, arch
+):
+    (tmp_path / "out").mkdir()
+    shutil.copy(ROOT / f"tests/checkpoints/{arch}.pt", tmp_path / "out/ckpt.pt")
+    argv = [*tiny, "--n_layer=1", "--n_embd=16", "--dropout=0.1", "--init_from=resume"]
+    if arch == "modern":
+        argv += ["--arch=modern", "--optimizer=muon", "--schedule=wsd", "--min_lr=0"]
+    assert not run("train.py", *argv).stderr
+    expected, val_loss = OLD[arch]
+    assert [line["loss"] for line in metrics(tmp_path / "out", "iter")] == pytest.approx(expected, abs=2e-4)
+    assert metrics(tmp_path / "out", "eval")[-1]["val_loss"] == pytest.approx(val_loss, abs=2e-4)
 
 
 # -----------------------------------------------------------------------------
@@ -558,14 +680,17 @@ def test_tokens_and_time_go_on_counting(run, byte_data, tiny, tmp_path):
 
 
 def nanogpt_checkpoint(folder, iter_num):
-    """Writes a checkpoint as nanoGPT does (prefixed names, best_val_loss a tensor); returns its model and optimizer."""
+    """Writes a checkpoint as nanoGPT does (prefixed names, best_val_loss a tensor); returns its model and
+    optimizer."""
     torch.manual_seed(5)
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=320, dropout=0.0)
     model = GPT(GPTConfig(**args))
     groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
     settings = [dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(settings, lr=1e-2, betas=(0.9, 0.95))
-    idx = torch.from_numpy(np.frombuffer(b"pack my box with jugs now.", dtype=np.uint8).astype(np.int64))[None, :17]
+    idx = torch.from_numpy(np.frombuffer(b"pack my box with jugs now.", dtype=np.uint8).astype(np.int64))[
+        None, :17
+    ]
     for _ in range(iter_num):
         optimizer.zero_grad()
         model(idx[:, :-1], idx[:, 1:])[1].backward()
@@ -579,7 +704,14 @@ def nanogpt_checkpoint(folder, iter_num):
 
 def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tmp_path):
     model, optimizer = nanogpt_checkpoint(tmp_path / "out", 8)
-    args = [*tiny, "--init_from=resume", "--max_iters=9", "--decay_lr=False", "--grad_clip=0", "--batch_size=8"]
+    args = [
+        *tiny,
+        "--init_from=resume",
+        "--max_iters=9",
+        "--decay_lr=False",
+        "--grad_clip=0",
+        "--batch_size=8",
+    ]
     out = run("train.py", *args, "--gradient_accumulation_steps=1")
     assert "at iteration 8, best val loss 2.5000" in out.stdout
     # the ninth update by hand: sequences 64 to 71 of the run, its own optimizer
@@ -593,7 +725,12 @@ def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tm
     shutil.rmtree(tmp_path / "out")
     nanogpt_checkpoint(tmp_path / "out", 100)
     text = run(
-        "sample.py", "--start=pack my", "--temperature=0", "--max_new_tokens=9", "--num_samples=1", "--device=cpu"
+        "sample.py",
+        "--start=pack my",
+        "--temperature=0",
+        "--max_new_tokens=9",
+        "--num_samples=1",
+        "--device=cpu",
     )
     assert text.stdout.splitlines()[0] == "pack my box with"
 
@@ -622,13 +759,15 @@ def test_nanogpt_itself_and_this_project_continue_each_others_runs(run, tmp_path
     for split in ("train", "val"):
         ids.astype(np.uint16).tofile(folder / f"{split}.bin")
     itos = dict(enumerate("abcd"))
-    (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=4, itos=itos, stoi={c: i for i, c in itos.items()})))
+    (folder / "meta.pkl").write_bytes(
+        pickle.dumps(dict(vocab_size=4, itos=itos, stoi={c: i for i, c in itos.items()}))
+    )
     for name in ("model.py", "train.py", "sample.py", "configurator.py"):
         shutil.copy(Path(NANOGPT) / name, tmp_path)
-    argv = (
-        "--dataset=chars --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=9 --batch_size=8 "
-    )
-    argv += "--gradient_accumulation_steps=1 --learning_rate=1e-2 --eval_iters=2 --eval_interval=20 --warmup_iters=2"
+    argv = "--dataset=chars --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=9 "
+    argv += "--batch_size=8 "
+    argv += "--gradient_accumulation_steps=1 --learning_rate=1e-2 --eval_iters=2 --eval_interval=20 "
+    argv += "--warmup_iters=2"
     settings = dict(cwd=tmp_path, capture_output=True, text=True, check=True, env=ENV)
 
     def theirs(script, *more):
@@ -639,7 +778,12 @@ def test_nanogpt_itself_and_this_project_continue_each_others_runs(run, tmp_path
     assert min(losses(out)) == 60
     assert "resuming from out/ckpt.pt at iteration 60" in out.stdout
     ours = run(
-        "sample.py", "--start=ab", "--max_new_tokens=30", "--num_samples=1", "--temperature=0.01", "--device=cpu"
+        "sample.py",
+        "--start=ab",
+        "--max_new_tokens=30",
+        "--num_samples=1",
+        "--temperature=0.01",
+        "--device=cpu",
     )
     sample = [
         "--start=ab",
@@ -663,7 +807,10 @@ def test_nanogpt_itself_and_this_project_continue_each_others_runs(run, tmp_path
     "change, message",
     [
         (["--dataset=nowhere"], "there is no folder data/nowhere for dataset='nowhere'"),
-        (["--init_from=resume"], "there is no checkpoint out/ckpt.pt; train first, or name its folder with --out_dir="),
+        (
+            ["--init_from=resume"],
+            "there is no checkpoint out/ckpt.pt; train first, or name its folder with --out_dir=",
+        ),
         (["--block_size=2000"], "hold no window of block_size=2000"),
         (["--dtype=float16"], "dtype='float16' needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
         (["--out_dir=data/toy/meta.json/x"], "Not a directory"),
@@ -708,21 +855,26 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(run, b
     limited = f"ulimit -f {len(before) // 2048}; exec {sys.executable} {ROOT / 'train.py'} {' '.join(tiny)}"
     command = ["bash", "-c", limited + " --init_from=resume"]
     out = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert out.returncode == 1 and list(losses(out)) == list(range(1, 12))  # a failed save does not stop training
+    # a failed save does not stop training
+    assert out.returncode == 1 and list(losses(out)) == list(range(1, 12))
     first, *_, last = out.stderr.splitlines()
-    assert re.match("warning: cannot save iteration 6: cannot write out/.*File too large.* out/ckpt.pt holds it", first)
+    assert re.match(
+        "warning: cannot save iteration 6: cannot write out/.*File too large.* out/ckpt.pt holds it", first
+    )
     assert last == "error: iteration 12, the last one, could not be saved; out/ckpt.pt holds iteration 1"
     assert "Traceback" not in out.stderr
     assert (tmp_path / "out/ckpt.pt").read_bytes() == before
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_a_compiler_that_does_not_work_is_one_line(run, byte_data, tiny, tmp_path):
+def test_a_compiler_that_does_not_work_is_one_line(run, spawn, byte_data, tiny, tmp_path):
     run("train.py", *tiny, "--max_iters=1")
     broken = dict(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), status=1)
     for script, argv in (("train.py", tiny), ("sample.py", ["--device=cpu"])):
-        out = run(script, *argv, "--compile=True", **broken)
-        assert re.search(r"^error: torch.compile failed: .*C\+\+ compiler.*; try --compile=False$", out.stderr, re.M)
+        out = spawn(script, *argv, "--compile=True", **broken)
+        assert re.search(
+            r"^error: torch.compile failed: .*C\+\+ compiler.*; try --compile=False$", out.stderr, re.M
+        )
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(run, byte_data, tiny, tmp_path):
@@ -740,7 +892,8 @@ def test_a_checkpoint_that_contradicts_itself_is_one_line(run, byte_data, tiny, 
     run("train.py", *tiny, "--max_iters=1")
     path = tmp_path / "out/ckpt.pt"
     state = torch.load(path, weights_only=True)
-    state["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # what nanoGPT kept there before torch 2.0
+    # what nanoGPT kept there before torch 2.0
+    state["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     torch.save(state, path)
     run("train.py", *tiny, "--init_from=resume", "--eval_only=True")
     state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
@@ -766,7 +919,7 @@ def test_weights_only_are_no_state_to_resume_from(run, byte_data, tiny, tmp_path
 SHAKESPEARE = os.environ.get("SHAKESPEARE")
 
 
-@pytest.mark.skipif(not SHAKESPEARE, reason="set SHAKESPEARE to tiny Shakespeare's input.txt for this two-minute run")
+@pytest.mark.skipif(not SHAKESPEARE, reason="set SHAKESPEARE to tiny Shakespeare's input.txt")
 def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
     text = Path(SHAKESPEARE).read_text()
     itos = dict(enumerate(sorted(set(text))))
@@ -778,15 +931,10 @@ def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
     ids[:cut].tofile(folder / "train.bin")
     ids[cut:].tofile(folder / "val.bin")
     (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi)))
-    argv = """--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=20 --eval_interval=500
+    argv = """--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=30 --eval_interval=500
     --log_interval=100 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4
-    --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99"""
-    out = run("train.py", *argv.split(), "--warmup_iters=100")
-    # nanoGPT's README says 1.88; its own four seeds measured 1.884 to 1.899 on the windows that are evaluated here
-    assert float(STEP.findall(out.stdout)[-1][2]) < 1.92
-
-
-@pytest.mark.parametrize("counts", [7, None, {"tokens": 1}, {"tokens": 1, "bytes": 0}])
-def test_a_meta_json_of_another_shape_gives_no_bits_per_byte(tmp_path, counts):
-    (tmp_path / "meta.json").write_text(json.dumps({"val": counts}))
-    assert tokens_per_byte(tmp_path, "val") is None
+    --n_embd=128 --max_iters=500 --lr_decay_iters=500 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4
+    --beta2=0.99 --warmup_iters=100"""
+    out = run("train.py", *argv.split())
+    # nanoGPT itself: 2.298 to 2.306 with four seeds (benchmarks/compare_nanogpt.py)
+    assert 2.27 < float(STEP.findall(out.stdout)[-1][2]) < 2.33

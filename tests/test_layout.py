@@ -1,0 +1,94 @@
+"""
+What holds for every file: importing it does nothing, the arrows between files point one way, and a
+mistake of the user's is one line wherever it is noticed.
+Run: pytest tests/test_layout.py
+"""
+
+import ast
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ENV, ROOT
+
+from configurator import run_script
+from sologpt.errors import UserError
+
+SCRIPTS = ["train", "sample", "prepare_fineweb", "bench"]
+TOP = [*SCRIPTS, "model", "configurator"]
+INSIDE = [f"sologpt.{path.stem}" for path in sorted(ROOT.glob("sologpt/*.py")) if path.stem != "__init__"]
+
+
+def source(module):
+    return (ROOT / (module.replace(".", "/") + ".py")).read_text()
+
+
+def imports(module):
+    """The first words of what a module imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_the_top_level_shows_the_scripts_the_model_and_the_configurator():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(TOP)
+
+
+def test_arrows_point_from_the_scripts_to_the_model_and_from_all_to_the_package():
+    for module in INSIDE:
+        assert not imports(module) & {*TOP, "benchmarks"}, module
+    assert imports("model") & {*TOP, "sologpt"} == {"sologpt"}
+    assert imports("configurator") & {*TOP, "sologpt"} == {"sologpt"}
+    assert imports("bench") & {*TOP, "benchmarks"} == {"train", "model", "configurator"}
+    for module in ("train", "sample", "prepare_fineweb"):
+        assert not imports(module) & {*SCRIPTS, "benchmarks"}, module
+
+
+def test_importing_any_file_does_nothing(tmp_path):
+    """From a folder that is not the project's, as a notebook elsewhere would with the clone on its path."""
+    command = [sys.executable, "-c", f"import {', '.join([*TOP, *INSIDE])}; from model import GPT, GPTConfig"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, env=ENV | {"PYTHONPATH": str(ROOT)})
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [*TOP, *INSIDE])
+def test_a_mistake_of_the_users_is_one_line_whichever_module_notices_it(module, capfd):
+    code = compile(
+        "raise UserError('what, why and which flag\\nand a second line')", source_path(module), "exec"
+    )
+    names = vars(importlib.import_module(module)) | dict(UserError=UserError)
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda argv: exec(code, names), [])
+    assert left.value.code == 1 and capfd.readouterr() == ("", "error: what, why and which flag\n")
+    raised = [node for node in ast.walk(ast.parse(source(module))) if isinstance(node, ast.Raise)]
+    assert "ValueError" not in {getattr(getattr(node.exc, "func", None), "id", None) for node in raised}
+
+
+def source_path(module):
+    return str(ROOT / (module.replace(".", "/") + ".py"))
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def main(argv):
+        raise ValueError("ours")
+
+    with pytest.raises(ValueError, match="ours"):
+        run_script(main, [])
+
+
+def test_whoever_reads_the_first_line_only_sees_no_error(byte_data, tiny, tmp_path):
+    command = f"{sys.executable} {ROOT / 'train.py'} {' '.join(tiny)} --max_iters=300 | head -n 1"
+    process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert process.stdout.startswith("device: cpu") and process.stderr == ""
+
+
+def test_the_scripts_run_with_docstrings_stripped(tmp_path):
+    command = [sys.executable, "-OO", str(ROOT / "train.py"), "--help"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert process.returncode == 0 and "--batch_size=12" in process.stdout and not process.stderr

@@ -1,0 +1,99 @@
+"""
+What token ids mean: read from a data folder, encoded and decoded, for the three kinds of tokenizers.
+References: bytes and ids by hand.
+Run: pytest tests/test_tokenizer.py
+"""
+
+import json
+import pickle
+
+import pytest
+import tiktoken
+
+from sologpt.errors import UserError
+from sologpt.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    find_tokenizer,
+    make_tokenizer,
+    read_tokenizer,
+)
+
+
+def test_the_tokenizer_is_read_from_meta_json_or_meta_pkl_or_is_gpt2s(tmp_path):
+    assert read_tokenizer(tmp_path) == BPETokenizer("gpt2", 50257, 50256)
+    meta = dict(vocab_size=3, itos={0: "a", 1: "b", 2: "\n"}, stoi={"a": 0, "b": 1, "\n": 2})
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    for itos in (["a", "b", "\n"], meta["itos"]):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta | dict(itos=itos)))
+        tokenizer = read_tokenizer(tmp_path)
+        assert tokenizer.itos == meta["itos"]
+    assert tokenizer == CharacterTokenizer("characters", 3, None, meta["itos"])
+    assert make_tokenizer(tokenizer.fields()) == tokenizer
+    (tmp_path / "meta.json").write_text(
+        json.dumps(dict(encoding="bytes", vocab_size=257, eot_token=256, more=1))
+    )
+    assert read_tokenizer(tmp_path) == ByteTokenizer("bytes", 257, 256)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('exploited').touch()",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Exploit()), b"junk", pickle.dumps([1]), b""])
+def test_a_meta_pkl_cannot_run_code_and_a_damaged_one_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read .*meta.pkl"):
+        read_tokenizer(str(tmp_path))
+    assert not (tmp_path / "exploited").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"encoding": "bytes"}', '{"encoding": "bytes", "vocab_size": "x", "eot_token": 1}'],
+)
+def test_a_damaged_meta_json_is_named(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match="meta.json is damaged"):
+        read_tokenizer(str(tmp_path))
+
+
+def test_bytes_round_trip_with_end_of_text():
+    tokenizer = ByteTokenizer("bytes", 257, 256)
+    text = "naïve <|endoftext|>\0 日本<|endoftext|>"
+    assert tokenizer.encode("aé<|endoftext|>") == [97, 0xC3, 0xA9, 256]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([0xC3, 256, 97]) == "\ufffd<|endoftext|>a"
+    assert bytes(tokenizer.encode_document(text)) == text.encode()
+
+
+def test_characters_round_trip_and_a_foreign_one_is_named():
+    tokenizer = CharacterTokenizer("characters", 2, None, {0: "a", 1: "b"})
+    assert tokenizer.encode("abba") == [0, 1, 1, 0] and tokenizer.decode([1, 0]) == "ba"
+    with pytest.raises(UserError, match="vocabulary of 2 characters lacks 'cz'"):
+        tokenizer.encode("abzc")
+
+
+def test_an_unknown_encoding_lists_the_known_ones():
+    for use in (find_tokenizer, lambda name: BPETokenizer(name, 50257, 50256).encode("a")):
+        with pytest.raises(UserError, match="encoding='gpt-2' is not known; use one of bytes, .*gpt2"):
+            use("gpt-2")
+
+
+def test_ids_that_an_encoding_leaves_out_are_spelt_as_unknown(monkeypatch):
+    ranks = {b"a": 0, b"b": 1}
+    bpe = tiktoken.Encoding("gaps", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 5})
+    monkeypatch.setattr("sologpt.tokenizer.load_bpe", lambda encoding: bpe)
+    tokenizer = BPETokenizer("gaps", 6, 5)
+    unknown = b"\xef\xbf\xbd"
+    assert [tokenizer.spell(i) for i in range(6)] == [b"a", b"b", unknown, unknown, unknown, b"<|endoftext|>"]
+
+
+def test_a_new_model_has_rows_for_all_ids_in_a_multiple_of_64():
+    assert BPETokenizer("gpt2", 50257, 50256).embedding_rows() == 50304
+    assert ByteTokenizer("bytes", 257, 256).embedding_rows() == 320
+    assert ByteTokenizer("bytes", 256, 255).embedding_rows() == 256
+    assert CharacterTokenizer("characters", 65, None, {}).embedding_rows() == 65  # nanoGPT's own
