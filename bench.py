@@ -133,7 +133,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         folder, tokenizer, self.vocabulary = find_data(cfg)
         self.n_ids, vocab_size = tokenizer.vocab_size, tokenizer.embedding_rows()
-        self.model = prepare_model(make_gpt(model_config(cfg, tokenizer, vocab_size)), cfg, machine)
+        self.model = make_gpt(model_config(cfg, tokenizer, vocab_size))
+        prepare_model(self.model, cfg, machine)
         # learning_rate=0: the same work, and weights that stay finite however often
         self.optimizers = make_optimizers(
             self.model, dataclasses.replace(cfg, learning_rate=0.0), machine.device

@@ -121,39 +121,13 @@ def read_file(path, fields, values):
     """Returns (new values, problems) of the config file at path, run with `values` as its starting
     namespace."""
     try:
-        with open(
-            path, encoding="utf-8-sig"
-        ) as f:  # as text: "--encoding=bytes" in a comment is no coding cookie
-            source = f.read()
-    except ValueError as e:  # not UTF-8, or no path at all
-        return {}, [f"cannot read the config file {path!r}: {e}"]
-    except OSError as e:
-        folder = os.path.dirname(path) or "."
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(path), [n for n in names if n.endswith(".py")], n=1)
-        hint = f"; did you mean {os.path.join(os.path.dirname(path), near[0])}?" if near else ""
-        return {}, [f"cannot read the config file {path}: {e.strerror}{hint}"]
-    namespace = dict(values, __name__="config", __file__=path)
-    try:
-        tree = ast.parse(source, path)
-    except (SyntaxError, ValueError) as e:  # ValueError: a NUL character, before Python 3.11.4
-        return {}, [f"{path}:{getattr(e, 'lineno', None) or 1}: {getattr(e, 'msg', e)}"]
-    try:
-        exec(compile(tree, path, "exec"), namespace)
-    except (Exception, SystemExit) as e:  # whatever a user's file may raise
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        where = f"{path}:{lines[-1]}" if lines else path
-        return {}, [f"{where}: {type(e).__name__}: {e}"]
-
-    lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
+        namespace, lines = run_file(path, values)
+    except ConfigError as e:
+        return {}, [str(e)]
     new, problems = {}, []
     for name, value in sorted(namespace.items(), key=lambda item: lines.get(item[0], 0)):
-        if (
-            name.startswith("_")
-            or inspect.ismodule(value)
-            or inspect.isroutine(value)
-            or inspect.isclass(value)
-        ):
+        ignored = inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
+        if name.startswith("_") or ignored:
             continue
         where = f"{path}:{lines[name]}" if name in lines else path
         try:
@@ -164,6 +138,44 @@ def read_file(path, fields, values):
         except UserError as e:
             problems.append(f"{where}: {e}")
     return new, problems
+
+
+def run_file(path, values):
+    """Returns (the namespace in which the config file at path has run, {name: line of its last assignment}).
+    Raises ConfigError, with the line where there is one."""
+    source = read_source(path)
+    namespace = dict(values, __name__="config", __file__=path)
+    try:
+        tree = ast.parse(source, path)
+    except (SyntaxError, ValueError) as e:  # ValueError: a NUL character, before Python 3.11.4
+        line = getattr(e, "lineno", None) or 1
+        raise ConfigError(f"{path}:{line}: {getattr(e, 'msg', e)}") from None
+    try:
+        exec(compile(tree, path, "exec"), namespace)
+    except (Exception, SystemExit) as e:  # whatever a user's file may raise
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
+    lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
+    return namespace, lines
+
+
+def read_source(path):
+    """Returns the text of the config file at path. Raises ConfigError, with the name of a file that may be
+    meant."""
+    try:
+        with open(
+            path, encoding="utf-8-sig"
+        ) as f:  # as text: "--encoding=bytes" in a comment is no coding cookie
+            return f.read()
+    except ValueError as e:  # not UTF-8, or no path at all
+        raise ConfigError(f"cannot read the config file {path!r}: {e}") from None
+    except OSError as e:
+        folder, name = os.path.split(path)
+        names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+        near = difflib.get_close_matches(name, [n for n in names if n.endswith(".py")], n=1)
+        hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+        raise ConfigError(f"cannot read the config file {path}: {e.strerror}{hint}") from None
 
 
 def is_store(node):

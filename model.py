@@ -2,8 +2,8 @@
 GPT-2, all of it, and below it what the modern architecture does differently.
 
 GPT is GPT-2 (Radford et al. 2019, https://github.com/openai/gpt-2) with nanoGPT's parameter names and
-initialisation (https://github.com/karpathy/nanoGPT): its checkpoints load here, and ours load there.
-ModernGPT has the same skeleton and learns more from each token; its docstring names the source of every part.
+initialisation (https://github.com/karpathy/nanoGPT), so that checkpoints of either load in the other.
+ModernGPT learns more from each token; its docstring names the source of every part.
 
 Shape letters: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = positions in
 the cache.
@@ -29,9 +29,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = (
-        True  # biases in Linear and LayerNorm, as in OpenAI's GPT-2; without them it is a little faster
-    )
+    bias: bool = True  # biases in Linear and LayerNorm, as in OpenAI's GPT-2; without: a little faster
     n_ids: int = 0  # ids that the tokenizer has; the other rows are padding. 0: 50,257 of 50,304, else all
     gelu: str = "none"  # F.gelu's approximate=: "none" is exact; OpenAI's weights need "tanh"
     arch: str = "gpt2"  # or "modern"
@@ -203,10 +201,10 @@ class GPT(nn.Module):
         """Returns (logits, loss) for idx, int64 (B, T) with T <= block_size.
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
-        one does not count: the mean cross-entropy in nats, a scalar, and logits (B, T, V) in eval mode, None
-        in training and with loss_chunks above 1. The loss is computed here so that a compiled model fuses the
-        fp32 copy of the logits into it: at (16, 1024, 50304) that copy would take 3.3 GB. Raises ValueError
-        if T is above block_size.
+        one does not count: the mean cross-entropy in nats, and logits (B, T, V) in eval mode, None in
+        training and with loss_chunks above 1. The loss is computed in here so that a compiled model fuses the
+        fp32 copy of the logits into it, 3.3 GB at (16, 1024, 50304). Raises ValueError for a T above
+        block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:

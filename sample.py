@@ -85,6 +85,15 @@ class SampleConfig(Config):
 # the model
 
 
+def load(cfg):
+    """Returns (model, tokenizer, state) of what init_from names; state is None unless it is a checkpoint."""
+    if cfg.init_from == "resume":
+        return load_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"))
+    if cfg.init_from == "best":
+        return load_checkpoint(os.path.join(cfg.out_dir, "best.pt"))
+    return *load_pretrained(cfg.init_from), None
+
+
 def load_checkpoint(path):
     """Returns (model, tokenizer, state) of a checkpoint of ours or of nanoGPT's."""
     state = checkpoint.load(path)
@@ -296,11 +305,7 @@ def main(argv):
     dtype, _ = hardware.pick_dtype(cfg.dtype, device)
     if cfg.compile:
         hardware.check_compiler(device)
-    if cfg.init_from in ("resume", "best"):
-        name = "best.pt" if cfg.init_from == "best" else "ckpt.pt"
-        model, tokenizer, state = load_checkpoint(os.path.join(cfg.out_dir, name))
-    else:
-        model, tokenizer = load_pretrained(cfg.init_from)
+    model, tokenizer, state = load(cfg)
     if cfg.export:
         export(cfg.export, model, tokenizer, state)
         return

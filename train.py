@@ -30,7 +30,7 @@ from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, resume, shards
 from sologpt.errors import UserError
-from sologpt.log import Clock, Metrics, describe, duration, notes, open_metrics, say, warn
+from sologpt.log import Clock, Metrics, describe, duration, notes, open_metrics, say, sum_up, warn
 from sologpt.memory import memory_estimate, no_room, smaller_batch
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
 from sologpt.stop import StopRequest
@@ -487,7 +487,7 @@ def log_iteration(run, step_loss, norm, lr):
 
 
 def train_until_it_fits(run):
-    """Calls train, again and again with smaller micro-batches for as long as memory runs out."""
+    """Calls train, and again with smaller micro-batches for as long as memory runs out."""
     while True:
         try:
             return train(run)
@@ -500,7 +500,7 @@ def train_until_it_fits(run):
 
 def use_smaller_batch(run):
     """Goes back to the beginning of the iteration, with half the batch_size. Raises UserError if that cannot
-    be, or is not wanted."""
+    be or is not wanted."""
     cfg, at, device = run.cfg, run.at, run.machine.device
     run.model.train()  # it may have been evaluating
     run.model.zero_grad(set_to_none=True)
@@ -529,12 +529,12 @@ def model_config(cfg, tokenizer, vocab_size, gelu="none"):
 
 
 def prepare_model(model, cfg, machine):
-    """Returns the model on the device, set to compute as the keys say."""
+    """Moves the model to the device and sets it to compute as the keys say."""
     model.loss_chunks = cfg.loss_chunks
     if cfg.compile:
         hardware.keep_activations(cfg.activation_memory)
         model.compile(dynamic=False, mode=cfg.compile_mode)
-    return model.to(machine.device)
+    model.to(machine.device)
 
 
 def set_up(cfg, machine):
@@ -542,34 +542,30 @@ def set_up(cfg, machine):
     torch.manual_seed(cfg.seed)
     files = checkpoint.RunFiles(cfg.out_dir)
     state = resume.load_state(cfg, files)
-    source = files.newest
-    pretrained = None
+    source = files.newest if state else cfg.init_from
+    pretrained, fields = None, {}  # of GPTConfig, of a model that is there already
     if state:
-        cfg = resume.with_architecture(cfg, state["model_args"] | dict(arch=state["arch"]), source)
+        fields = state["model_args"] | dict(arch=state["arch"], gelu=state["gelu"])
     elif cfg.init_from not in ("scratch", "auto"):
-        source = cfg.init_from
         pretrained = GPT.from_pretrained(source, dict(dropout=cfg.dropout, block_size=cfg.block_size))
-        cfg = resume.with_architecture(cfg, dataclasses.asdict(pretrained.config), source)
+        fields = dataclasses.asdict(pretrained.config)
+    if fields:
+        cfg = resume.with_architecture(cfg, fields, source)
 
     # data
     folder = shards.find_data(cfg.dataset)
     tokenizer = read_tokenizer(folder)
-    vocab_size = tokenizer.embedding_rows()
-    if state:
-        vocab_size = state["model_args"]["vocab_size"]
-    if pretrained:
-        vocab_size = pretrained.config.vocab_size
+    vocab_size = fields.get("vocab_size", tokenizer.embedding_rows())
     resume.check_vocabulary(vocab_size, source, tokenizer, folder)
-    train_data = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, vocab_size)
-    val_data = shards.Windows(shards.find_shards(folder, "val"), cfg.block_size, vocab_size)
+    train_data, val_data = shards.open_splits(folder, cfg.block_size, vocab_size)
     fingerprint = shards.fingerprint(train_data.shards + val_data.shards, tokenizer)
     if state:
         resume.check_data(cfg, state, fingerprint, folder, source)
 
     # model and optimizers
-    gelu = state["gelu"] if state else "none"
-    model = pretrained or make_gpt(model_config(cfg, tokenizer, vocab_size, gelu))
-    model = prepare_model(model, cfg, machine)
+    config = model_config(cfg, tokenizer, vocab_size, fields.get("gelu", "none"))
+    model = pretrained or make_gpt(config)
+    prepare_model(model, cfg, machine)
     optimizers = make_optimizers(model, cfg, machine.device)
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
@@ -583,7 +579,7 @@ def set_up(cfg, machine):
 
 
 def finish(run, argv):
-    """Says how the run ended. Exits with 128 + the signal if it was stopped; raises OSError if its end is not
+    """Says how the run ended. Exits with 128 + the signal that stopped it; raises OSError if the end is not
     saved."""
     cfg, at = run.cfg, run.at
     if run.files.saved_iter != at.iter_num:
@@ -593,14 +589,7 @@ def finish(run, argv):
         command = shlex.join(["python", sys.argv[0], *kept, "--init_from=resume"])
         say(f"stopped at iteration {at.iter_num}; continue with: {command}")
         sys.exit(128 + run.stop.number)
-    skipped = f", {at.bad_steps} updates skipped" if at.bad_steps else ""
-    peak = hardware.peak_memory(run.machine.device)
-    memory = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
-    time_taken = duration(time.perf_counter() - run.started)
-    say(
-        f"done: iteration {at.iter_num:,} after {time_taken}, {at.tokens_seen:,} tokens{skipped}, "
-        f"best val loss {at.best_val_loss:.4f}{memory}"
-    )
+    sum_up(run)
 
 
 def main(argv):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
-from sologpt.hardware import attention_backend
+from sologpt.hardware import attention_backend, peak_memory
 from sologpt.memory import memory_line
 
 
@@ -215,3 +215,16 @@ def describe(run):
     for split, windows in (("train", train_data), ("val", val_data)):
         if len(windows) < cfg.eval_windows:
             print(f"note: {split} has only {len(windows):,} windows; all of them are evaluated")
+
+
+def sum_up(run):
+    """Says what a Run of train.py that is done has done."""
+    at = run.at
+    skipped = f", {at.bad_steps} updates skipped" if at.bad_steps else ""
+    peak = peak_memory(run.machine.device)
+    memory = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
+    seconds = time.perf_counter() - run.started
+    say(
+        f"done: iteration {at.iter_num:,} after {duration(seconds)}, {at.tokens_seen:,} tokens{skipped}, "
+        f"best val loss {at.best_val_loss:.4f}{memory}"
+    )

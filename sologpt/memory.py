@@ -22,38 +22,11 @@ def memory_needed(
     activations, loss.
 
     params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig;
-    the rest is as in train.py. Counted is what torch's partitioner (2.13, on a CPU) keeps of a compiled model
-    for its backward pass: for each token and layer 17 numbers times n_embd (34 bytes in bf16, as in
-    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.1, without the attention scores,
-    which fused attention does not keep), and a bf16 copy of every matrix; at an activation_memory just below
-    1 only 11, and no copies; further down at most that share of all. For arch="modern" they are 21 and 13.
-    Within 3 % of the count at 1 and, with more tokens than the copies weigh, from 0.8 on; else it errs by
-    being too high, at 0.5 up to twice. Not compiled it is 16 times n_embd on a CPU, for arch="modern" 21, in
-    bf16 28; autocast's fp32 LayerNorm makes it more on a GPU. Left out: dropout's masks, and what the context
-    and the libraries take.
+    the rest is as in train.py. Left out: dropout's masks, and what the CUDA context and the libraries take.
     """
-    size = 4 if dtype == "float32" else 2
     tokens = batch_size * config.block_size
-    C, V, layers = config.n_embd, config.vocab_size, config.n_layer
-    logits = size * V * tokens
-    most, least = 17, 11
-    if config.arch == "modern":
-        most, least = (21 if compile or size == 4 else 28), 13
-    activations = size * tokens * C * (most * layers + 2)
-    if size == 2:
-        activations += 2 * (12 * layers * C * C + V * C)
-    if compile and activation_memory < 1:
-        kept = logits if loss_chunks == 1 else 0  # they are activations too
-        share = max(activation_memory * (activations + kept) - kept, 0)
-        activations = min(size * tokens * C * (least * layers + 2), share)
-    if (
-        compile
-    ):  # logits and their gradient. On a CPU this was seen to take the place of those, not counted on here
-        loss = 2 * logits
-    else:  # fp32 log-probabilities, two gradients and the cap's; in chunks some more steps, none fused
-        loss = (12 if loss_chunks == 1 and config.arch == "gpt2" else 16) * V * tokens
-    if loss_chunks > 1:
-        loss = loss // loss_chunks + 4 * V * C  # the matrix's gradient exists from the forward pass on
+    activations = activation_bytes(config, tokens, dtype, compile, activation_memory, loss_chunks)
+    loss = loss_bytes(config, tokens, dtype, compile, loss_chunks)
     gradients = 4 * params
     if (
         compile
@@ -63,6 +36,52 @@ def memory_needed(
         weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss
     )
     return {name: round(bytes) for name, bytes in sizes.items()}
+
+
+def activation_bytes(config, tokens, dtype, compile, activation_memory, loss_chunks):
+    """Returns the bytes that the blocks keep for the backward pass, as torch's partitioner (2.13, on a CPU)
+    decides.
+
+    Compiled, 17 numbers times n_embd for each token and layer (34 bytes in bf16, as in Korthikanti et al.
+    2022, https://arxiv.org/abs/2205.05198, section 4.1, without the attention scores, which fused attention
+    does not keep), and a bf16 copy of every matrix; at an activation_memory just below 1 only 11, and no
+    copies; further down at most that share of all. For arch="modern" 21 and 13. Within 3 % of the count at 1
+    and, with more tokens than the copies weigh, from 0.8 on; else too high, at 0.5 up to twice. Not compiled
+    it is 16 times n_embd on a CPU, for arch="modern" 21, in bf16 28; autocast's fp32 LayerNorm makes it more
+    on a GPU."""
+    size = bytes_of(dtype)
+    C, V, layers = config.n_embd, config.vocab_size, config.n_layer
+    most, least = 17, 11
+    if config.arch == "modern":
+        most, least = 21, 13
+        if not compile and size == 2:
+            most = 28
+    total = size * tokens * C * (most * layers + 2)
+    if size == 2:
+        total += 2 * (12 * layers * C * C + V * C)
+    if compile and activation_memory < 1:
+        logits = size * V * tokens if loss_chunks == 1 else 0  # they are activations too
+        share = max(activation_memory * (total + logits) - logits, 0)
+        total = min(size * tokens * C * (least * layers + 2), share)
+    return total
+
+
+def loss_bytes(config, tokens, dtype, compile, loss_chunks):
+    """Returns the bytes that the logits and their gradients take at their peak."""
+    V, C = config.vocab_size, config.n_embd
+    if compile:  # logits and their gradient
+        total = 2 * bytes_of(dtype) * V * tokens
+    elif loss_chunks == 1 and config.arch == "gpt2":  # fp32 log-probabilities and two gradients
+        total = 12 * V * tokens
+    else:  # the cap's gradient too; in chunks some more steps, none of them fused
+        total = 16 * V * tokens
+    if loss_chunks > 1:
+        total = total // loss_chunks + 4 * V * C  # the matrix's gradient exists from the forward pass on
+    return total
+
+
+def bytes_of(dtype):
+    return 4 if dtype == "float32" else 2
 
 
 def memory_line(needed, device):

@@ -48,29 +48,34 @@ def check_prompt(idx, n_ids):
         raise UserError(f"the prompt has token ids {idx.min()} to {idx.max()}, the model 0 to {n_ids - 1}")
 
 
+def read_window(model, text, end, lengths, cache):
+    """Returns the logits (B, V) after each row's last token, from a pass over the row's last block_size
+    tokens.
+
+    text is int64 (B, at least end), lengths (B,) at most end. Fills the cache while the text fits into it.
+    """
+    block_size = model.config.block_size
+    start = (lengths - block_size).clamp(min=0)
+    window = text.gather(1, start[:, None] + torch.arange(min(end, block_size), device=text.device))
+    if end > block_size:
+        cache = None
+    logits = model.prompt_logits(window, lengths - start - 1, cache)
+    if not logits.isfinite().all():
+        raise UserError(f"the model's logits are not finite: weights of NaN, or too large for {logits.dtype}")
+    return logits
+
+
 @torch.no_grad()
-def stream(
-    model,
-    idx,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    stop_token=None,
-    noise=None,
-    lengths=None,
-    cache=None,
-    step=step,
-):
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None, noise=None,
+           lengths=None, cache=None, step=step):  # fmt: skip
     """Yields the text so far, int64 (B, T + n), after the n-th new token of each row: one tensor that fills
     up.
 
     The first step reads the prompt and fills the cache; later steps read one token each. Past block_size
     every step reads the last block_size tokens again, as nanoGPT does at every step: when the window slides,
-    each token's position changes, and with it all keys and values. Arguments are those of generate; cache,
-    from model.empty_cache, and step, the function above compiled, make a compiled step find its tensors in
-    the same place at every call.
-    """
+    each token's position changes, and with it all keys and values. Arguments are those of generate; to
+    compile the step, give the function above compiled, and a cache from model.empty_cache, so that its
+    tensors are always the same ones."""
     B, T = idx.shape
     block_size, n_ids = model.config.block_size, model.config.n_ids
     device = idx.device
@@ -78,7 +83,7 @@ def stream(
     if noise is None:
         noise = torch.rand(B, max_new_tokens, device=device)
     if lengths is None:
-        lengths = torch.full((B,), T, device=device)
+        lengths = torch.full((B,), T)
     if cache is None:
         cache = model.empty_cache(B, min(T + max_new_tokens, block_size))
     noise = noise[:, :max_new_tokens].to(device).t().contiguous()  # a row for each step
@@ -88,14 +93,7 @@ def stream(
     text = F.pad(idx, (0, max_new_tokens))
     for end, u in enumerate(noise, T):  # end: of the longest row
         if end == T or end > block_size:
-            start = (lengths - block_size).clamp(min=0)  # of each row's window
-            window = text.gather(1, start[:, None] + torch.arange(min(end, block_size), device=device))
-            fill = cache if end <= block_size else None
-            logits = model.prompt_logits(window, lengths - start - 1, fill)
-            if not logits.isfinite().all():
-                raise UserError(
-                    f"the model's logits are not finite: weights of NaN, or too large for {logits.dtype}"
-                )
+            logits = read_window(model, text, end, lengths, cache)
             token = pick(logits[:, :n_ids], u, temperature, top_k, top_p)
         else:
             last = lengths - 1
@@ -104,7 +102,7 @@ def stream(
         lengths = lengths + 1
         yield text[:, : end + 1]
         if stop_token is not None:
-            done |= text[rows, lengths - 1] == stop_token
+            done |= token == stop_token
             if done.all():
                 return
 

@@ -246,6 +246,12 @@ def epoch_order(n, seed, epoch):
     return order
 
 
+def open_splits(folder, block_size, vocab_size):
+    """Returns the Windows of train and of val. Raises as find_shards and Windows do."""
+    splits = [find_shards(folder, split) for split in ("train", "val")]
+    return [Windows(shards, block_size, vocab_size) for shards in splits]
+
+
 class Windows:
     """The windows of one split. len() is their number; their tokens are read from disk when asked for."""
 
