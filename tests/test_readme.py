@@ -1,11 +1,12 @@
 """
-The README: its quick start runs, its tables and claims are those of the project.
+The README and docs/: the quick start runs, tables and claims are those of the project, links lead somewhere.
 Run: pytest tests/test_readme.py
 """
 
 import re
 import shlex
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -27,12 +28,34 @@ def test_the_quick_start_runs_and_ends_in_text(run):
     assert text.count("---------------\n") == 3 and text.startswith("def ")
 
 
-def test_every_file_is_in_the_table_and_every_link_leads_somewhere():
+def test_every_file_is_in_the_table():
     table = set(re.findall(r"^\| `([\w/]+\.py|\w+/)` \|", README, re.M))
-    files = {path.name for path in ROOT.glob("*.py")} | {"config/", "tests/"}
-    assert table >= files
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    folders = {
+        f"{path.parent.name}/" for path in ROOT.glob("*/*") if not path.parent.name.startswith((".", "_"))
+    }
+    tracked = {"config/", "tests/", "sologpt/", "benchmarks/", "docs/"}
+    assert table == {path.name for path in ROOT.glob("*.py")} | tracked and tracked <= folders
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(page):
+    for target, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([^)]+))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, (
+                anchor
+            )
+
+
+def test_the_readme_is_short_and_names_every_page():
+    assert len(README.split()) <= 2000
+    for page in ROOT.glob("docs/*.md"):
+        assert f"(docs/{page.name})" in README, page.name
 
 
 def test_every_config_is_in_the_table_with_its_tokens():
