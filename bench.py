@@ -4,20 +4,20 @@ Find the micro-batch that trains fastest on this machine.
     python bench.py config/fineweb_125m.py
     python bench.py config/fineweb_125m.py --sweep_batch_size=8,16 --sweep_loss_chunks=1,8
 
-Tries sizes of micro-batch, with the gradient_accumulation_steps that keep the tokens of an iteration the
-same, and prints a table and the command to train with. Takes the configs and keys of train.py; keys that only
-a run needs (out_dir, learning_rate, ...) have no effect.
+Tries several micro-batch sizes, each with the gradient_accumulation_steps that keep the tokens of an
+iteration the same, and prints a table and the command to train with. Takes the configs and keys of train.py;
+keys that only a run needs (out_dir, learning_rate, ...) have no effect.
 
 Each row is measured in a process of its own, so that none inherits another's memory; one that runs out of
-memory, even if the kernel kills it, is a row as well. After a warm-up a row times, in turn and several times,
-a block of micro-steps (read a batch, forward, backward), waiting for the device only at its ends, and the
-update (clip the gradients, optimizer step, zero them). From the medians of both
+memory, even if the kernel kills it, is a row as well. After a warm-up, a row alternates several times between
+a timed block of micro-steps (read a batch, forward, backward), which waits for the device only at its ends,
+and a timed update (clip the gradients, optimizer step, zero them). The medians of both give
 
     ms/iter = t(micro-step) * gradient_accumulation_steps + t(update)
 
-so a row takes some seconds, plus its start and compilation, where an iteration takes a minute. spread is
-(slowest - fastest) / median of the repetitions. peak GB is what torch has allocated on a CUDA GPU at most
-(nvidia-smi shows some 0.5 GB more), on a CPU the largest resident size of the process, libraries included;
+so a row takes seconds, plus its start and compilation, even where an iteration takes a minute. spread is
+(slowest - fastest) / median of the repetitions. peak GB is the most that torch allocated on a CUDA GPU
+(nvidia-smi shows about 0.5 GB more), on a CPU the largest resident size of the process, libraries included;
 beside it is the estimate that train.py prints before it starts.
 """
 
@@ -47,8 +47,8 @@ from sologpt.optim import allocate_moments, make_optimizers
 from sologpt.tokenizer import BPETokenizer, read_tokenizer
 from train import TrainConfig, host_tensor, micro_batches, micro_step, model_config, prepare_model, update
 
-BLOCK_SECONDS = 1.0  # a block of micro-steps
-ROW_SECONDS = 4.0  # all blocks of a row
+BLOCK_SECONDS = 1.0  # for a block of micro-steps
+ROW_SECONDS = 4.0  # for all blocks of a row
 MOST_REPEATS = 20  # blocks of a row
 SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 
@@ -62,11 +62,11 @@ class BenchConfig(TrainConfig):
     sweep_activation_memory: str = key("", "values of activation_memory to try; empty: the one that is set")
     sweep_loss_chunks: str = key("", "values of loss_chunks to try; empty: the one that is set")
     real_data: bool = key(False, "read the batches from the dataset; False: random tokens")
-    profile: bool = key(False, "instead of a sweep, list the operations that take the time, at batch_size")
+    profile: bool = key(False, "instead of a sweep, list the slowest operations at batch_size")
     json: str = key("", "file to write all figures to")
 
     def problems(self):
-        """Returns messages about values that do not go together."""
+        """Returns messages about conflicting values."""
         found = super().problems()
         for name in SWEPT:
             try:
@@ -76,8 +76,7 @@ class BenchConfig(TrainConfig):
         return found
 
     def sweep(self, name):
-        """Returns the values of a key to try, ascending. Raises UserError for one that the key cannot
-        have."""
+        """Returns the values of a key to try, ascending. Raises UserError for an invalid one."""
         text = getattr(self, f"sweep_{name}")
         values = [getattr(self, name)]
         if text:
@@ -92,7 +91,7 @@ class BenchConfig(TrainConfig):
         return values
 
     def sizes_around(self):
-        """Returns batch_size times 1/4, 1/2, 1, 2, 4 and 8, as far as these divide an iteration."""
+        """Returns those of batch_size times 1/4, 1/2, 1, 2, 4 and 8 that divide an iteration."""
         S = self.sequences_per_iter
         sizes = [self.batch_size * 2**k // 4 for k in range(6) if self.batch_size * 2**k % 4 == 0]
         return [size for size in sizes if S % size == 0]
@@ -112,8 +111,8 @@ class BenchConfig(TrainConfig):
 
 
 def find_data(cfg):
-    """Returns (folder of the dataset or None, its Tokenizer, a phrase that says which it is); GPT-2's if
-    there is no dataset. Raises FileNotFoundError if real_data is wanted and not there."""
+    """Returns (folder of the dataset, its Tokenizer, a phrase that names both); without a dataset, None and
+    GPT-2's. Raises FileNotFoundError if real_data asks for a dataset that is missing."""
     try:
         folder = shards.find_data(cfg.dataset)
     except FileNotFoundError:
@@ -125,8 +124,7 @@ def find_data(cfg):
 
 
 class Trainer:
-    """The model and optimizers of a run, and train.py's two parts of an iteration as functions without
-    arguments."""
+    """The model and optimizers of a run, with train.py's micro_step and update as methods to be timed."""
 
     def __init__(self, cfg, machine):
         self.cfg, self.machine = cfg, machine
@@ -135,7 +133,7 @@ class Trainer:
         self.n_ids, vocab_size = tokenizer.vocab_size, tokenizer.embedding_rows()
         self.model = make_gpt(model_config(cfg, tokenizer, vocab_size))
         prepare_model(self.model, cfg, machine)
-        # learning_rate=0: the same work, and weights that stay finite however often
+        # learning_rate=0: the same work, but weights stay finite after any number of updates
         self.optimizers = make_optimizers(
             self.model, dataclasses.replace(cfg, learning_rate=0.0), machine.device
         )
@@ -158,8 +156,7 @@ class Trainer:
         update(self.model, self.optimizers, self.scaler, self.cfg.grad_clip)
 
     def seconds(self, work, times=1):
-        """Returns the seconds that work() takes on average, called so many times with a sync at both ends
-        only."""
+        """Returns the mean seconds of work(), called this many times with a sync only at both ends."""
         self.machine.synchronize()
         start = time.perf_counter()
         for _ in range(times):
@@ -168,7 +165,7 @@ class Trainer:
         return (time.perf_counter() - start) / times
 
     def warm_up(self):
-        """Returns the seconds of the first micro-step, in which the model is compiled."""
+        """Returns the seconds of the first micro-step, which compiles the model."""
         with hardware.compiling():
             first = self.seconds(self.micro_step)
         self.seconds(self.update)
@@ -176,7 +173,7 @@ class Trainer:
 
 
 def measure(trainer):
-    """Returns the figures of one row; see the docstring of this file."""
+    """Returns the figures of one row; the docstring of this file explains them."""
     cfg, machine, model = trainer.cfg, trainer.machine, trainer.model
     accumulation = cfg.gradient_accumulation_steps
     first = trainer.warm_up()
@@ -208,11 +205,11 @@ def measure(trainer):
 
 
 def peak_memory(device):
-    """Returns the bytes of memory that this process has had at most: allocated by torch on a CUDA device,
-    resident on the CPU; None where neither is known."""
+    """Returns the most bytes that this process has had: allocated by torch on a CUDA device, resident on the
+    CPU; None where neither is known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):  # on Windows
+    with contextlib.suppress(ImportError):  # Windows has no resource
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
@@ -229,8 +226,7 @@ def driver_version(device):
 
 
 def about(trainer):
-    """Returns what a reader of the figures must know: a dict with the lines to print and entries for the JSON
-    file."""
+    """Returns the context of the figures: a dict with the lines to print and entries for the JSON file."""
     machine, model = trainer.machine, trainer.model
     vocab_size = model.config.vocab_size
     flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
@@ -252,9 +248,8 @@ def about(trainer):
 
 
 def row_process(cfg, pipe):
-    """Sends ("about", dict), then ("row", figures), or ("memory", None) or ("error", text) where it has
-    failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's business, which ends this process
+    """Sends ("about", dict), then ("row", figures); if it fails, ("memory", None) or ("error", text)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C and ends this process
     try:
         trainer = Trainer(cfg, hardware.find_machine(cfg))
         pipe.send(("about", about(trainer)))
@@ -265,11 +260,11 @@ def row_process(cfg, pipe):
         elif isinstance(e, (UserError, OSError)):
             pipe.send(("error", str(e)))
         else:
-            raise  # a fault of ours: its traceback, and the exit status says so
+            raise  # a fault of the program: traceback and exit status show it
 
 
 def profile(trainer, count=5, rows=15):
-    """Returns lines about the operations that took most time of their own in count micro-steps."""
+    """Returns lines about the operations with the most self time in count micro-steps."""
     trainer.warm_up()
     activities = [torch.profiler.ProfilerActivity.CPU]
     kind, attribute = torch.autograd.DeviceType.CPU, "self_cpu_time_total"
@@ -293,11 +288,9 @@ def profile(trainer, count=5, rows=15):
 
 
 def run_row(cfg, tell):
-    """Returns (status, figures) of one row, measured in another process. tell gets what that says about
-    itself.
+    """Returns (status, figures) of one row, measured in another process, whose "about" goes to tell().
 
-    Status: measured, out of memory or killed. Raises UserError for a user's error and if the process fails
-    otherwise.
+    Status: measured, out of memory or killed. Raises UserError for all else that ends the process.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -312,7 +305,7 @@ def run_row(cfg, tell):
             elif kind == "error":
                 raise UserError(content)
             else:
-                process.join(30)  # it has things of torch.compile to tidy up
+                process.join(30)  # time for torch.compile to clean up
                 return ("measured", content) if kind == "row" else ("out of memory", {})
     except EOFError:
         process.join()
@@ -327,7 +320,7 @@ def run_row(cfg, tell):
 
 
 def recommend(rows):
-    """Returns the row to train with: of those within 1 % of the fastest the one that takes least memory."""
+    """Returns the row to train with: the one that takes least memory of those within 1 % of the fastest."""
     measured = [row for row in rows if row["status"] == "measured"]
     fastest = min(row["ms_per_iter"] for row in measured)
     near = [row for row in measured if row["ms_per_iter"] <= 1.01 * fastest]
@@ -364,7 +357,7 @@ def width(heading):
 
 
 def table_line(row, columns):
-    """Returns the line of a row, for columns from columns_of; of one that was not measured what is known."""
+    """Returns a row's line, for columns from columns_of; if it was not measured, what is known of it."""
     measured = row["status"] == "measured"
     line = ""
     for name, (heading, form) in columns.items():
@@ -390,7 +383,7 @@ def sweep(cfg, tell):
                     batch_size=batch_size, gradient_accumulation_steps=cfg.sequences_per_iter // batch_size
                 )
                 changes |= dict(activation_memory=activation_memory, loss_chunks=loss_chunks)
-                status, figures = "not tried", {}  # a smaller one did not fit
+                status, figures = "not tried", {}  # a smaller batch_size did not fit
                 if fits:
                     status, figures = run_row(dataclasses.replace(cfg, **changes), tell)
                 fits = status == "measured"
@@ -422,7 +415,7 @@ def main(argv):
         headers.update(found)
         print("\n".join(headers.pop("lines")))
         if cfg.init_from not in ("scratch", "resume", "auto"):
-            sizes = "the model is that of n_layer, n_head and n_embd"
+            sizes = "the model has the size of n_layer, n_head and n_embd"
             print(f"note: init_from={cfg.init_from!r} is not loaded; {sizes}")
         print(
             f"iteration: {cfg.tokens_per_iter:,} tokens in all rows{'' if cfg.real_data else ', random ones'}"
@@ -445,7 +438,7 @@ def main(argv):
     if cfg.json:
         write_json(cfg.json, cfg, argv, headers, rows, best)
     if not best:
-        raise UserError("no row fits into memory; try smaller ones: --sweep_batch_size=1, or --loss_chunks=8")
+        raise UserError("no row fits into memory; try --sweep_batch_size=1 or --loss_chunks=8")
 
 
 if __name__ == "__main__":

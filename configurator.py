@@ -5,8 +5,8 @@ Configuration of a script: defaults < config file(s) < --key=value, applied left
 
 A script declares its keys as a dataclass, one `name: type = key(default, help)` a line, reads them in its
 main(argv) with `cfg = from_command_line(TrainConfig, __doc__, argv)`, and ends in run_script(main). A config
-file is plain Python: it runs in a namespace of its own that starts with the values so far (so `lr_decay_iters
-= max_iters` works), and may do whatever Python may. Run only files that you trust.
+file is plain Python: it runs in its own namespace, which starts with the values so far (so
+`lr_decay_iters = max_iters` works), and may do whatever Python may. Run only files that you trust.
 """
 
 import ast
@@ -21,7 +21,7 @@ import traceback
 
 from sologpt.errors import UserError
 
-LIMITS = {  # of a value, as key() takes them: how --help writes it, how an error says it, what holds
+LIMITS = {  # arguments of key(): sign in --help, words in an error, the comparison that must hold
     "low": (">=", "at least", operator.ge),
     "above": (">", "above", operator.gt),
     "below": ("<", "below", operator.lt),
@@ -30,20 +30,18 @@ LIMITS = {  # of a value, as key() takes them: how --help writes it, how an erro
 
 
 def key(default, text, *, choices=(), low=None, above=None, below=None, high=None):
-    """A dataclass field with its --help text; choices and LIMITS, low and high inclusive, bound its
-    values."""
+    """Returns a dataclass field with its --help text; choices and LIMITS (low, high inclusive) bound it."""
     metadata = dict(text=text, choices=choices, low=low, above=above, below=below, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class Config:
-    """Base of a script's dataclass of keys. `given` holds the names that a file or the command line has
-    set."""
+    """Base class of a script's keys; `given` holds the names set in a config file or on the command line."""
 
     given = frozenset()
 
     def problems(self):
-        """Messages about values that do not go together; overridden by each script's class."""
+        """Returns messages about conflicting values; overridden by each script's class."""
         return []
 
 
@@ -56,8 +54,7 @@ class ConfigError(UserError):
 
 
 def convert(value, field):
-    """Returns value as the field's type: an int may fill a float, nothing else is converted. Raises
-    UserError."""
+    """Returns value in the field's type: only an int is converted, to float. Raises UserError if invalid."""
     if field.type is float and type(value) is int:
         try:
             value = float(value)
@@ -79,8 +76,7 @@ def convert(value, field):
 
 
 def parse(text, field):
-    """Returns the value that the text of --key=text stands for, still to be checked by convert. Raises
-    UserError."""
+    """Returns the value of --key=text, still to be checked by convert. Raises UserError for another type."""
     try:
         if field.type is bool:
             return {"True": True, "False": False}[text]
@@ -95,8 +91,7 @@ def parse(text, field):
 
 
 def unquote(text):
-    """Returns what text says as a Python string literal, else text: a shell without single quotes passes them
-    on."""
+    """Returns a Python string literal's value, other text as it is: not every shell removes single quotes."""
     try:
         value = ast.literal_eval(text) if text.startswith(("'", '"')) else None
     except (ValueError, SyntaxError):
@@ -118,8 +113,7 @@ def unknown(name, fields):
 
 
 def read_file(path, fields, values):
-    """Returns (new values, problems) of the config file at path, run with `values` as its starting
-    namespace."""
+    """Returns (new values, problems) of the config file at path, whose namespace starts with `values`."""
     try:
         namespace, lines = run_file(path, values)
     except ConfigError as e:
@@ -141,7 +135,7 @@ def read_file(path, fields, values):
 
 
 def run_file(path, values):
-    """Returns (the namespace in which the config file at path has run, {name: line of its last assignment}).
+    """Returns (namespace of the config file at path after its run, {name: line of its last assignment}).
     Raises ConfigError, with the line where there is one."""
     source = read_source(path)
     namespace = dict(values, __name__="config", __file__=path)
@@ -161,12 +155,10 @@ def run_file(path, values):
 
 
 def read_source(path):
-    """Returns the text of the config file at path. Raises ConfigError, with the name of a file that may be
-    meant."""
+    """Returns the text of the config file at path. Raises ConfigError, which suggests a similar file name."""
     try:
-        with open(
-            path, encoding="utf-8-sig"
-        ) as f:  # as text: "--encoding=bytes" in a comment is no coding cookie
+        # as text: "--encoding=bytes" in a comment is no coding cookie
+        with open(path, encoding="utf-8-sig") as f:
             return f.read()
     except ValueError as e:  # not UTF-8, or no path at all
         raise ConfigError(f"cannot read the config file {path!r}: {e}") from None
@@ -183,8 +175,7 @@ def is_store(node):
 
 
 def malformed(argument, following, fields):
-    """Returns (problem, whether the following argument belongs to it) for an argument that is not
-    --key=value."""
+    """Returns (problem, whether the following argument is part of it) for an argument unlike --key=value."""
     name = argument.lstrip("-")
     if "=" in name:
         return f"{argument}: write --{name}", False
@@ -203,11 +194,10 @@ def malformed(argument, following, fields):
 
 
 def configure(cls, argv):
-    """Returns an instance of cls: its defaults, changed by the config files and --key=value of argv, left to
-    right.
+    """Returns an instance of cls: its defaults, changed by argv's files and --key=value, left to right.
 
     cls is a dataclass derived from Config whose fields are made by key(). Prints nothing. Raises ConfigError
-    with every problem found: unreadable files, unknown keys, wrong types, values out of range or at odds.
+    with every problem found: unreadable files, unknown keys, wrong types, values out of range or in conflict.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {name: f.default for name, f in fields.items()}
@@ -247,8 +237,7 @@ def configure(cls, argv):
 
 
 def usage(cls, doc, script):
-    """Returns the --help text: the script's docstring and every key with its type, default, limits and
-    meaning."""
+    """Returns the --help text: the script's docstring, and every key's type, default, limits and meaning."""
     lines = [doc.strip(), "", f"usage: python {script} [FILE.py ...] [--key=value ...]", "", "keys:"]
     for f in dataclasses.fields(cls):
         text, limits = f.metadata["text"], f.metadata
@@ -261,8 +250,7 @@ def usage(cls, doc, script):
 
 
 def from_command_line(cls, doc, argv):
-    """Returns configure(cls, argv). Prints help and exits with 0, or all problems on stderr and exits with
-    2."""
+    """Returns configure(cls, argv). Exits with 0 after printing --help, with 2 after problems, on stderr."""
     script = os.path.basename(sys.argv[0])
     if "--help" in argv or "-h" in argv:
         print(usage(cls, doc or "", script))  # python -OO leaves no docstrings
@@ -275,7 +263,7 @@ def from_command_line(cls, doc, argv):
 
 
 def run_script(main, argv=None):
-    """Runs main(argv), all that a script does; argv is that of the command line unless given.
+    """Runs main(argv), which is the whole script; argv is that of the command line unless given.
 
     A mistake of the user's (UserError, OSError, not enough memory) is one line on stderr and exit status 1; a
     fault of the program keeps its traceback. stdout is UTF-8 whatever the locale, each line written at once.
@@ -283,8 +271,8 @@ def run_script(main, argv=None):
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:  # whoever read the output, `head` perhaps, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at the end fails again
+    except BrokenPipeError:  # the reader of the output, `head` perhaps, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

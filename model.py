@@ -1,12 +1,11 @@
 """
-GPT-2, all of it, and below it what the modern architecture does differently.
+GPT-2 in full, and below it what the modern architecture does differently.
 
 GPT is GPT-2 (Radford et al. 2019, https://github.com/openai/gpt-2) with nanoGPT's parameter names and
 initialisation (https://github.com/karpathy/nanoGPT), so that checkpoints of either load in the other.
 ModernGPT learns more from each token; its docstring names the source of every part.
 
-Shape letters: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = positions in
-the cache.
+Shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = cache positions.
 """
 
 import dataclasses
@@ -29,9 +28,9 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # biases in Linear and LayerNorm, as in OpenAI's GPT-2; without: a little faster
+    bias: bool = True  # biases in Linear and LayerNorm, as in OpenAI's GPT-2; False is a little faster
     n_ids: int = 0  # ids that the tokenizer has; the other rows are padding. 0: 50,257 of 50,304, else all
-    gelu: str = "none"  # F.gelu's approximate=: "none" is exact; OpenAI's weights need "tanh"
+    gelu: str = "none"  # approximation in F.gelu: "none" is exact; OpenAI's weights need "tanh"
     arch: str = "gpt2"  # or "modern"
 
     def __post_init__(self):
@@ -45,7 +44,7 @@ class GPTConfig:
         if not self.n_ids:
             object.__setattr__(self, "n_ids", 50257 if self.vocab_size == 50304 else self.vocab_size)
         if self.n_ids > self.vocab_size:
-            raise UserError(f"n_ids={self.n_ids} is more than vocab_size={self.vocab_size} holds")
+            raise UserError(f"n_ids={self.n_ids} is more than vocab_size={self.vocab_size}")
         if self.gelu not in ("none", "tanh"):
             raise UserError(f"gelu={self.gelu!r} must be 'none' (exact) or 'tanh'")
         if self.arch not in ("gpt2", "modern"):
@@ -57,7 +56,7 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, but a single token takes a matrix-vector product: in bf16 on a CPU, twice as fast."""
+    """nn.Linear, but with a matrix-vector product for a single token: twice as fast in bf16 on a CPU."""
 
     def forward(self, x):
         if x.numel() > self.in_features or x.dtype != self.weight.dtype:  # under autocast the dtypes differ
@@ -71,16 +70,15 @@ class Linear(nn.Linear):
 
 
 class Past(NamedTuple):
-    """The keys and values of one layer: the tokens so far, and room for the next ones."""
+    """The keys and values of one layer: those of the tokens so far, and room for the next ones."""
 
     keys: torch.Tensor  # (B, H, L, D)
     values: torch.Tensor  # (B, H, L, D)
-    position: torch.Tensor = None  # (B,): where one new token goes; None: a prompt, which goes to the start
+    position: torch.Tensor = None  # (B,): where one new token goes; None: a prompt, stored from 0 on
     mask: torch.Tensor = None  # (B, 1, 1, L): the positions that the new token sees
 
     def extend(self, k, v):
-        """Stores new keys and values, (B, H, T, D). Returns all keys and values that the new tokens attend
-        to."""
+        """Stores new keys and values, (B, H, T, D). Returns all those that the new tokens attend to."""
         if self.position is None:
             self.keys[:, :, : k.size(2)] = k
             self.values[:, :, : v.size(2)] = v
@@ -104,9 +102,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def qkv(self, x):
-        """Returns queries, keys and values, each (B, H, T, D): views, whose strides the attention kernels
-        read."""
-        # chunk: backward concatenates the three gradients in one copy
+        """Returns queries, keys and values, (B, H, T, D) views; the attention kernels read their strides."""
+        # chunk's backward pass concatenates the three gradients in one copy
         q, k, v = self.c_attn(x).chunk(3, dim=-1)
         return self.heads(q), self.heads(k), self.heads(v)
 
@@ -162,12 +159,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model. Weights are fp32; run it under torch.autocast for bf16 or fp16 matmuls."""
 
-    softcap = None  # the largest logit; None: no limit
+    softcap = None  # bound on the logits; None: unbounded
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_chunks = 1  # see sologpt/loss.py; how to compute, not what, so it is not in config
+        self.loss_chunks = 1  # see sologpt/loss.py; not in config: it changes how, not what, is computed
         self.make_layers(config)
         self.init_weights()
 
@@ -185,9 +182,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation: N(0, 0.02), biases 0. The 2 * n_layer projections that write into the
-        residual stream get std 0.02 / sqrt(2 * n_layer), so that its variance does not grow with depth
-        (paper, section 2.3)."""
+        """GPT-2's initialisation: N(0, 0.02), biases 0. The 2 * n_layer projections into the residual stream
+        get std 0.02 / sqrt(2 * n_layer), so its variance does not grow with depth (paper, section 2.3)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -202,9 +198,8 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
         one does not count: the mean cross-entropy in nats, and logits (B, T, V) in eval mode, None in
-        training and with loss_chunks above 1. The loss is computed in here so that a compiled model fuses the
-        fp32 copy of the logits into it, 3.3 GB at (16, 1024, 50304). Raises ValueError for a T above
-        block_size.
+        training and with loss_chunks above 1. The loss is computed here so that a compiled model fuses the
+        fp32 copy of the logits into it, 3.3 GB at (16, 1024, 50304). Raises ValueError if T > block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -222,8 +217,7 @@ class GPT(nn.Module):
         return (None if self.training else logits), nats
 
     def hidden(self, idx, position, pasts=None):
-        """Returns what the head reads, (B, T, C), for ids (B, T) at position, (B, T) or (1, T); pasts: one a
-        block."""
+        """Returns the head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: one a block."""
         x = self.embed(idx, position)
         if self.matmul_dtype() == torch.bfloat16:
             x = x.bfloat16()  # autocast alone would keep the residual stream, and its memory traffic, in fp32
@@ -240,11 +234,11 @@ class GPT(nn.Module):
         return x
 
     def logits(self, x):
-        """Returns the scores of all ids, (..., V), for what the head reads, x (..., C)."""
+        """Returns the logits (..., V) of all ids for the head's input x (..., C)."""
         return loss.capped(self.lm_head(x), self.softcap)
 
     def matmul_dtype(self):
-        """Returns the dtype of matmuls: autocast's where it is on, else that of the weights."""
+        """Returns the dtype of matmuls: autocast's if it is on, else that of the weights."""
         weight = self.lm_head.weight
         device_type = weight.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
@@ -252,78 +246,73 @@ class GPT(nn.Module):
         return weight.dtype
 
     # -------------------------------------------------------------------------
-    # counting, and what updates the weights
+    # parameters, FLOPs and the optimizer
 
     def looked_up(self):
-        """Returns the embedding that takes part in no matmul."""
+        """Returns the embedding that is only looked up, never multiplied."""
         return self.transformer.wpe
 
     def get_num_params(self, non_embedding=True):
-        """Returns the number of parameters; non_embedding leaves out those that are looked up, not
-        multiplied."""
+        """Returns the number of parameters; non_embedding leaves out those that are only looked up."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
             n -= self.looked_up().weight.numel()
         return n
 
     def flops_per_token(self):
-        """Returns the FLOPs of forward and backward for one token: 6N + 12 * n_layer * n_embd * T at T =
-        block_size.
+        """Returns the FLOPs of one token, forward and backward: 6N + 12 * n_layer * n_embd * block_size.
 
         PaLM, appendix B (https://arxiv.org/abs/2204.02311). Attention counts in full although causal kernels
-        do half of it, and recomputation does not count: nanoGPT's convention, so that figures compare.
+        compute half of it, and recomputation does not count: nanoGPT's convention, so that figures compare.
         """
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """Returns the model FLOPs utilization: the fraction of peak_flops, in FLOP/s, that it takes to run
+        """Returns the model FLOPs utilization: the fraction of peak_flops (FLOP/s) reached by running
         fwdbwd_per_iter sequences of block_size tokens forward and backward in dt seconds."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """Returns AdamW for all parameters; biases and LayerNorm weights do not decay. With Muon:
-        sologpt/optim.py."""
+        """Returns AdamW for all parameters; biases and LayerNorms do not decay. Muon: in sologpt/optim.py."""
         return optim.adamw(self.parameters(), weight_decay, learning_rate, betas, device_type)
 
     # -------------------------------------------------------------------------
     # sampling; the loop is in sologpt/sampling.py
 
     def empty_cache(self, B, L):
-        """Returns room for the keys and values of L positions: for each block a pair of (B, H, L, D)."""
+        """Returns an empty cache of L positions: for each block keys and values, both (B, H, L, D)."""
         c = self.config
         shape = (B, c.n_head, L, c.n_embd // c.n_head)
         options = dict(dtype=self.matmul_dtype(), device=self.lm_head.weight.device)
         return [(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in range(c.n_layer)]
 
     def prompt_logits(self, idx, last, cache=None):
-        """Returns the logits (B, V) after position last, int64 (B,), of each row of idx (B, T); fills the
-        cache."""
+        """Returns the logits (B, V) after positions last, int64 (B,), in idx (B, T), and fills the cache."""
         pasts = [Past(keys, values) for keys, values in cache] if cache else None
         x = self.hidden(idx, torch.arange(idx.size(1), device=idx.device)[None], pasts)
         return self.logits(x[torch.arange(len(x), device=x.device), last])
 
     def next_logits(self, token, position, cache):
-        """Returns the logits (B, V) after token (B,) at position (B,), both int64; the cache holds what is
-        before."""
+        """Returns the logits (B, V) after token at position, both int64 (B,), given the cache of the past."""
         mask = torch.arange(cache[0][0].size(2), device=token.device) <= position.view(-1, 1, 1, 1)
         pasts = [Past(keys, values, position, mask) for keys, values in cache]
         return self.logits(self.hidden(token[:, None], position[:, None], pasts))[:, 0]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
-        """Returns idx, int64 (B, T), continued by max_new_tokens sampled ids; see sampling.generate for the
-        options."""
+        """Returns idx, int64 (B, T), continued by max_new_tokens sampled ids; see sampling.generate."""
         return sampling.generate(self, idx, max_new_tokens, temperature, top_k, top_p, **options)
 
     # -------------------------------------------------------------------------
-    # in and out of Hugging Face's format
+    # Hugging Face's format
 
     @classmethod
     def from_pretrained(cls, name, override_args=None):
-        """Returns the GPT-2 in a folder that transformers or save_pretrained wrote, or OpenAI's of a name in
-        huggingface.PRETRAINED, downloaded once. override_args may set dropout (0.0) and a smaller block_size.
+        """Returns the GPT-2 in a folder that transformers or save_pretrained wrote, or OpenAI's of that name.
 
-        Raises ValueError, naming what this model cannot represent, and OSError for files that are not there.
+        Names are those in huggingface.PRETRAINED; they are downloaded once. override_args may set dropout
+        (0.0) and a smaller block_size. Raises ValueError, naming what this model cannot represent, and
+        OSError for files that are not there.
         """
         fields, weights = huggingface.read_folder(name, **(override_args or {}))
         with torch.device("meta"):  # takes no memory and draws no random values
@@ -333,8 +322,7 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder, eot_token=None):
-        """Writes config.json, generation_config.json and model.safetensors (fp32), which transformers loads
-        as GPT-2.
+        """Writes config.json, generation_config.json and model.safetensors (fp32) for transformers' GPT-2.
 
         Rows that pad the vocabulary are left out; biases that this model lacks are written as zeros.
         eot_token: the id that starts and ends a text.
@@ -387,8 +375,7 @@ class ModernBlock(nn.Module):
         self.x_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # shares of the residual stream and the embedding
 
     def forward(self, x, x0, first_v, cos, sin, past=None):
-        """Returns the residual stream (B, T, C) after this block, and the block's values; x0 is the
-        embedding."""
+        """Returns the residual stream (B, T, C) after this block, and its values; x0 is the embedding."""
         x = self.x_mix[0] * x + self.x_mix[1] * x0
         y, v = self.attn(rms_norm(x), first_v, cos, sin, past)
         x = x + y
@@ -396,7 +383,7 @@ class ModernBlock(nn.Module):
 
 
 class ModernGPT(GPT):
-    """The improvements found since GPT-2 that modded-nanogpt collected
+    """GPT-2 with the improvements since then that modded-nanogpt collected
     (https://github.com/KellerJordan/modded-nanogpt), measured here by benchmarks/recipe.py:
 
     - rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864)
@@ -410,7 +397,7 @@ class ModernGPT(GPT):
     """
 
     softcap = 15.0  # as in modded-nanogpt since January 2025
-    rotary_base = 10000.0  # the slowest pair of components turns by 1 / rotary_base radians a position
+    rotary_base = 10000.0  # the slowest pair turns by about 1 / rotary_base radians a position
 
     def make_layers(self, config):
         self.transformer = nn.ModuleDict(
@@ -427,8 +414,7 @@ class ModernGPT(GPT):
 
     @torch.no_grad()
     def init_weights(self):
-        """As GPT-2, but with zeros where the first loss is then ln(V) and each block begins as the
-        identity."""
+        """GPT-2's, but head and c_proj are zero: the first loss is ln(V), and each block the identity."""
         super().init_weights()
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
@@ -451,8 +437,8 @@ class ModernGPT(GPT):
         return self.transformer.wte
 
     def save_pretrained(self, folder, eot_token=None):
-        """Raises ValueError: Hugging Face's GPT-2 is arch='gpt2'."""
-        raise UserError("arch='modern' cannot be exported: Hugging Face's GPT-2 is arch='gpt2'")
+        """Raises ValueError: Hugging Face's format holds arch='gpt2' only."""
+        raise UserError("arch='modern' cannot be exported: Hugging Face's format holds arch='gpt2' only")
 
 
 def make_gpt(config):

@@ -1,16 +1,19 @@
 """
 Turn text into token shards that train.py reads.
 
-    python prepare_fineweb.py                                   FineWeb-Edu, 10B tokens, streamed from the hub
-    (20 GB) python prepare_fineweb.py --input=books/ --out_dir=data/books     your own .txt, .jsonl and
-    .parquet files python prepare_fineweb.py --input=stdlib --encoding=bytes         Python's own library,
-    without any download
+    # FineWeb-Edu, 10B tokens, streamed from the hub (20 GB)
+    python prepare_fineweb.py
+    # your own .txt, .jsonl and .parquet files
+    python prepare_fineweb.py --input=books/ --out_dir=data/books
+    # Python's own library, without any download
+    python prepare_fineweb.py --input=stdlib --encoding=bytes
 
 Writes fineweb_val_000000.bin, fineweb_train_000001.bin, ... in llm.c's format, and meta.json last. A document
 is the end-of-text token followed by the tokens of its text; it may run on into the next shard. Validation
-takes whole documents from all over the source, chosen by a hash of their text: the same text gives the same
-split. It can be killed at any moment: the same command goes on after the last whole shard, and the files
-become the same, byte for byte, as those of a run that was left alone, whatever the number of workers.
+takes whole documents from all over the source, by a hash of their text: the same text gives the same split.
+
+The script can be killed at any moment: the same command continues after the last whole shard, and the files
+end up the same, byte for byte, as those of an uninterrupted run, whatever the number of workers.
 """
 
 import codecs
@@ -48,11 +51,11 @@ from sologpt.stop import SIGNALS, StopRequest
 from sologpt.tokenizer import EOT, find_tokenizer
 
 ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
-# characters that go to a worker together: 0.1 s of its time, which makes the way there and back cheap
+# characters sent to a worker together: 0.1 s of its time, next to which sending them costs little
 CHUNK = 2**20
-# characters; a longer document goes through in parts, so that memory does not depend on the input
+# characters; a longer document is processed in parts, so that memory does not depend on the input
 LONGEST = 2**22
-# characters that tiktoken gets at a time; it takes some 50 bytes for each in a run without a space
+# characters that tiktoken gets at a time: without spaces between them, it takes about 50 bytes for each
 PIECE = 2**18
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
@@ -60,26 +63,26 @@ PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on t
 @dataclass
 class PrepareConfig(Config):
     input: str = key(
-        "", f"stdlib, or files, folders, globs (comma between) of {' '.join(ENDINGS)}; empty: the hub"
+        "", f"stdlib, or comma-separated files, folders, globs of {' '.join(ENDINGS)}; empty: the hub"
     )
     repo: str = key("HuggingFaceFW/fineweb-edu", "dataset on the Hugging Face hub, or a local folder of one")
-    subset: str = key("sample-10BT", "its subset; may be empty")
-    split: str = key("train", "its split")
-    text_key: str = key("text", "name of the text in a .jsonl object or .parquet column")
+    subset: str = key("sample-10BT", "subset of the dataset; may be empty")
+    split: str = key("train", "split of the dataset")
+    text_key: str = key("text", "name of the text: key of .jsonl objects or .parquet column")
     txt_documents: str = key(
         "file",
-        f"what a document is in a .txt without {EOT} between them",
+        f"what a document is in a .txt file without {EOT}",
         choices=("file", "blank_line", "line"),
     )
     encoding: str = key("gpt2", "bytes (no download) or a tiktoken name: gpt2, cl100k_base, ...")
     out_dir: str = key("", "folder to write; empty: data/fineweb, or data/stdlib for --input=stdlib")
     shard_tokens: int = key(100_000_000, "tokens in one shard", low=1000, below=2**31)
     val_tokens: int = key(
-        1_000_000, "tokens for validation, at least; a source below ten times that gives a tenth", low=1
+        1_000_000, "minimum tokens for validation; a source below ten times that gives a tenth", low=1
     )
-    max_tokens: int = key(0, "stop after so many tokens; 0: take everything", low=0)
+    max_tokens: int = key(0, "stop after this many tokens; 0: take everything", low=0)
     workers: int = key(0, "processes that tokenize; 0: one for each core", low=0)
-    skip_bad_files: bool = key(False, "go on after a file that cannot be read, without the rest of it")
+    skip_bad_files: bool = key(False, "skip the rest of a file that cannot be read, instead of ending")
 
     def problems(self):
         if self.val_tokens > self.shard_tokens:
@@ -90,21 +93,20 @@ class PrepareConfig(Config):
 
 
 # -----------------------------------------------------------------------------
-# files: which there are
+# finding the files
 
 
 def find_files(source):
-    """Returns the files that `source` (see --input) stands for, in a fixed order. Raises FileNotFoundError
-    for none."""
+    """Returns the files of `source` (see --input) in a fixed order. Raises FileNotFoundError for none."""
     if source == "stdlib":
         root = sysconfig.get_paths()["stdlib"]
         found = glob.glob(f"{glob.escape(root)}/**/*.py", recursive=True)
-        # broken on purpose, or not its own
+        # files broken on purpose, or not Python's own
         skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         found = [path for path in found if not skipped & set(os.path.relpath(path, root).split(os.sep))]
         if not found:
             raise FileNotFoundError(
-                f"this Python has no library sources in {root}; use --input=FOLDER with texts of yours"
+                f"this Python has no library sources in {root}; use --input=FOLDER with your own texts"
             )
         return sorted(found)
     found = []
@@ -116,15 +118,14 @@ def find_files(source):
             names = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
             matching = [name for name in names if os.path.isfile(name)]
         if not matching:
-            raise FileNotFoundError(f"--input={part}: no such file, and no {', '.join(ENDINGS)} file there")
+            raise FileNotFoundError(f"--input={part}: no such file or folder with {', '.join(ENDINGS)} files")
         found += sorted(matching)
     return found
 
 
 def find_hub_files(repo, subset, split):
-    """Returns the addresses of a dataset's files, pinned to its present revision; the datasets library knows
-    where they are. Raises UserError if there is no such dataset, or it has other kinds of files than are
-    read here."""
+    """Returns the addresses of a dataset's files, pinned to its present revision, from the datasets library.
+    Raises UserError if there is no such dataset, or its files are of a kind that is not read here."""
     import datasets
 
     try:
@@ -137,12 +138,12 @@ def find_hub_files(repo, subset, split):
         splits = ", ".join(map(str, found)) or "no files"
         raise UserError(f"{repo} {subset} has no split {split!r} (--split); it has {splits}")
     if not all(name.endswith(ENDINGS) for name in found[split]):
-        raise UserError(f"{repo} {subset} has files like {found[split][0]}; read are {', '.join(ENDINGS)}")
+        raise UserError(f"{repo} {subset} has files like {found[split][0]}; it reads {', '.join(ENDINGS)}")
     return list(found[split])
 
 
 def text_bytes(path):
-    """Returns the size of the text in a local file, in bytes, about: for the estimates of time and disk."""
+    """Returns the approximate bytes of text in a local file, for the estimates of time and disk."""
     size = os.path.getsize(path)
     if path.endswith(".parquet"):
         import pyarrow.parquet
@@ -156,11 +157,11 @@ def text_bytes(path):
 
 
 # -----------------------------------------------------------------------------
-# text in: readers yield (text, ends); ends is False where the document goes on in the next text
+# reading: readers yield (text, ends); ends is False where the next text continues the document
 
 
 def open_file(path):
-    """Opens a file, local or on the hub, for reading bytes, decompressed if its name ends in .gz or .zst."""
+    """Returns a file, local or on the hub, open for reading bytes; .gz and .zst are decompressed."""
     if "://" in path:
         import fsspec
 
@@ -170,14 +171,13 @@ def open_file(path):
     codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1])
     if not codec:
         return raw
-    import pyarrow  # comes with datasets; Python itself reads .zst from 3.14 on only
+    import pyarrow  # comes with datasets; Python itself reads .zst only from 3.14 on
 
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
 
 
 def read_text(path, divide):
-    """Yields the documents of a text file: parts between <|endoftext|> if it holds any, else as `divide`
-    says."""
+    """Yields the documents of a text file: split at <|endoftext|> if it has any, else as `divide` says."""
     separator, held, offset = EOT, "", 0
     if divide != "file" and not contains(path, EOT.encode()):
         separator = {"blank_line": "\n\n", "line": "\n"}[divide]
@@ -193,7 +193,7 @@ def read_text(path, divide):
             offset += len(block)
             *whole, held = held.split(separator)
             yield from ((text, True) for text in whole)
-            while len(held) > LONGEST + len(separator):  # so that no half of a separator is cut off
+            while len(held) > LONGEST + len(separator):  # so that no separator is cut in two
                 end = safe_cut(held, LONGEST)
                 yield held[:end], False
                 held = held[end:]
@@ -229,8 +229,7 @@ def read_jsonl(path, text_key):
 
 
 def read_parquet(path, text_key):
-    """Yields the text_key column; null is an empty text. A few rows at a time: a row group may be all of the
-    file."""
+    """Yields the text_key column; null is an empty text. Few rows at a time: a row group may be the file."""
     import pyarrow.parquet
 
     with open_file(path) as f:
@@ -247,8 +246,8 @@ def read_parquet(path, text_key):
 
 
 def retrying(rows):
-    """Yields what rows() yields. Where that fails for a reason that may pass, calls it again after a pause
-    and leaves out what has been yielded already. Raises ConnectionError after the last pause."""
+    """Yields what rows() yields. After a failure that may be temporary, pauses, calls it again and skips what
+    has been yielded already. Raises ConnectionError after the last pause."""
     done, pauses = 0, iter(PAUSES)
     while True:
         try:
@@ -272,13 +271,13 @@ def first_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-# before " a" after a letter, after a line
+# between a letter and " a", or between the end of a line and a letter
 SAFE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
 
 
 def safe_cut(text, longest):
-    """Returns a place of at most `longest` where cutting changes no token: tiktoken's patterns all end a
-    piece there. In 100,000 characters without such a place the text is cut anywhere."""
+    """Returns a place up to `longest` where a cut changes no token, as all of tiktoken's patterns end a piece
+    there; if the 100,000 characters before `longest` have none, `longest` itself."""
     places = [match.start() for match in SAFE.finditer(text, longest - 100_000, longest)]
     return places[-1] if places else longest
 
@@ -317,7 +316,7 @@ def read_parts(path, cfg):
 
 
 class Position(NamedTuple):
-    """How far the source has been read, and what was left out on the way."""
+    """How far the source has been read, and what was skipped on the way."""
 
     file: int = 0
     part: int = 0
@@ -326,7 +325,7 @@ class Position(NamedTuple):
 
 
 def read_chunks(files, cfg, position):
-    """Yields (position, parts): about CHUNK characters of text, and where to go on reading after them."""
+    """Yields (position, parts): about CHUNK characters of text, and where to continue reading after them."""
     chunk, size = [], 0
     _, skip, empty, bad_files = position
     for number in range(position.file, len(files)):
@@ -349,15 +348,15 @@ def read_chunks(files, cfg, position):
         except Exception as e:  # of many kinds, from decompression to Parquet
             what = f"cannot read {files[number]} after {done:,} documents: {first_line(e)}"
             if not cfg.skip_bad_files:
-                raise UserError(f"{what}. Mend it or go on without it: --skip_bad_files=True") from e
-            print(f"{what}. Going on with the next file", file=sys.stderr)
+                raise UserError(f"{what}. Repair it, or skip the rest: --skip_bad_files=True") from e
+            print(f"{what}. Continuing with the next file", file=sys.stderr)
             bad_files += 1
         skip = 0
     yield Position(len(files), 0, empty, bad_files), chunk
 
 
 # -----------------------------------------------------------------------------
-# tokens out
+# tokenizing
 
 
 def token_dtype(vocab_size):
@@ -376,7 +375,7 @@ def encode_parts(parts, tokenizer):
     for text, begins, whole in parts:
         try:
             raw = text.encode()
-        # a lone surrogate, which JSON can hold: U+FFFD, as tiktoken's own encode() does
+        # a lone surrogate, which JSON can hold, becomes U+FFFD, as in tiktoken's own encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             raw = text.encode()
@@ -391,9 +390,8 @@ def encode_parts(parts, tokenizer):
 
 
 def work(pipe, encoding):
-    """What a worker process does: a chunk in, its Encoded out, until the other end is closed or its process
-    dead."""
-    for number in SIGNALS:  # for Windows, where it is not inherited
+    """Runs in a worker: a chunk in, its Encoded out, until the other end is closed or its process dead."""
+    for number in SIGNALS:  # ignored here too for Windows, where that is not inherited
         signal.signal(number, signal.SIG_IGN)
     tokenizer = find_tokenizer(encoding)
     with contextlib.suppress(EOFError, OSError):
@@ -402,9 +400,8 @@ def work(pipe, encoding):
 
 
 class Workers:
-    """Processes that tokenize. Processes, because tiktoken in threads gains little; spawned, because that
-    works alike on every system. A thread here waits for each, so that one that is killed is noticed, whatever
-    it was doing."""
+    """Processes that tokenize, as tiktoken gains little from threads; spawned, as that works alike on every
+    system. A thread here waits for each, so that a killed one is noticed, whatever it was doing."""
 
     def __init__(self, encoding, count):
         context = multiprocessing.get_context("spawn")
@@ -412,7 +409,7 @@ class Workers:
         self.threads = ThreadPoolExecutor(count)
         self.idle = queue.SimpleQueue()
         self.processes = []
-        # a stop comes to all processes at once: the workers inherit that they ignore it, the main one decides
+        # a stop reaches all processes at once: the workers inherit that they ignore it, this process decides
         before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         for _ in range(count):
             pipe, its_end = context.Pipe()
@@ -425,7 +422,7 @@ class Workers:
             signal.signal(number, handler)
 
     def submit(self, parts):
-        """Returns the future Encoded of the parts."""
+        """Returns a future of the Encoded of these parts."""
         return self.threads.submit(self.encode, parts)
 
     def encode(self, parts):
@@ -435,8 +432,8 @@ class Workers:
             return pipe.recv()
         except (EOFError, OSError):
             raise OSError(
-                "a worker process died, perhaps for want of memory; "
-                "the same command continues, with fewer --workers"
+                "a worker process died, perhaps because memory ran out; "
+                "the same command continues, also with fewer --workers"
             ) from None
         finally:
             self.idle.put(pipe)
@@ -449,8 +446,7 @@ class Workers:
 
 
 def encode_chunks(chunks, workers):
-    """Yields (position, Encoded) of each chunk, in order. What is read runs two chunks a worker ahead of
-    that."""
+    """Yields (position, Encoded) of each chunk, in order. Reading runs two chunks per worker ahead."""
     waiting = deque()
     for position, parts in chunks:
         waiting.append((position, workers.submit(parts)))
@@ -462,26 +458,25 @@ def encode_chunks(chunks, workers):
 
 
 # -----------------------------------------------------------------------------
-# validation, and what is known so far
+# the choice of validation, and progress
 
 
 @dataclass
 class Progress:
-    """All that decides how a preparation goes on. Between two chunks of text; kept on disk after each whole
-    shard."""
+    """The state of a preparation between two chunks of text; saved to disk after each whole shard."""
 
     position: Position = Position()
     # train and val together
     counts: dict = field(default_factory=lambda: dict(tokens=0, documents=0, bytes=0))
     heap: list = field(default_factory=list)  # validation: (-hash, document number, bytes, tokens)
-    held: int = 0  # tokens in it
-    eligible: int = 0  # tokens of all documents that were short enough for it
+    held: int = 0  # tokens in the heap
+    eligible: int = 0  # tokens of all documents that were short enough for the heap
     files: dict = field(default_factory=dict)  # whole train shards, as in meta.json
     # tokens of the train shard under way
     tail: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))
 
     def save(self, path, settings):
-        """Writes it to path, with the settings, which are plain values, that it belongs to."""
+        """Writes it to path, together with its settings, which are plain values."""
         tokens = [self.tail, *(entry[3] for entry in self.heap)]
         facts = dict(position=self.position, counts=self.counts, eligible=self.eligible, files=self.files)
         facts["settings"] = settings
@@ -491,7 +486,7 @@ class Progress:
 
     @classmethod
     def load(cls, path):
-        """Returns (Progress, settings) of save. Raises UserError for a file that is damaged."""
+        """Returns the (Progress, settings) that save wrote. Raises UserError for a damaged file."""
         try:
             with np.load(path) as saved:
                 facts, tokens, tail = json.loads(str(saved["facts"])), saved["tokens"], int(saved["tail"])
@@ -511,8 +506,8 @@ def choose(progress, encoded, val_tokens, max_tokens):
     """Returns the tokens of an encoded chunk that go to training, up to max_tokens of both splits in all.
 
     Validation keeps the documents with the smallest hashes: a heap of at least val_tokens tokens, out of
-    which a smaller hash pushes the largest. So it is a sample of the whole source without knowing its size
-    beforehand. A document in the heap reaches training late, or never. One that came in parts always goes to
+    which a smaller hash pushes the largest. So it samples the whole source without knowing its size in
+    advance. A document in the heap reaches training late, or never. One that came in parts always goes to
     training: it alone would be more than the usual validation.
     """
     heap, counts, train, end = progress.heap, progress.counts, [], 0
@@ -534,8 +529,8 @@ def choose(progress, encoded, val_tokens, max_tokens):
 
 
 def push_out(progress, wanted):
-    """Takes the documents with the largest hashes out of the heap while `wanted` tokens remain, and returns
-    their tokens. Equal texts leave together: the same document is never in both splits."""
+    """Returns the tokens of the documents with the largest hashes, and takes these out of the heap, while
+    `wanted` tokens remain. Equal texts leave together: the same document is never in both splits."""
     heap, out = progress.heap, []
     while heap:
         equal = [heapq.heappop(heap)]
@@ -552,7 +547,7 @@ def push_out(progress, wanted):
 
 
 # -----------------------------------------------------------------------------
-# the folder
+# the output folder
 
 
 def differences(there, now):
@@ -564,8 +559,7 @@ def differences(there, now):
 
 
 def prepared_already(out_dir, settings):
-    """Returns True if out_dir holds all that would be written. Raises UserError if it holds something
-    else."""
+    """Returns whether out_dir is complete with these settings. Raises UserError if it holds other data."""
     path = os.path.join(out_dir, "meta.json")
     if not os.path.exists(path):
         return False
@@ -577,12 +571,12 @@ def prepared_already(out_dir, settings):
         raise UserError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
     if differing := differences(there, settings):
         raise UserError(
-            f"{out_dir} was prepared otherwise ({differing}); choose another --out_dir or delete it"
+            f"{out_dir} was prepared with other settings ({differing}); choose another --out_dir or delete it"
         )
     for name, tokens in files.items():
         if shards.read_header(os.path.join(out_dir, name)).count != tokens:
             raise UserError(
-                f"{out_dir}/{name} is not the one that meta.json names; delete {out_dir} and begin again"
+                f"{out_dir}/{name} is not the file that meta.json lists; delete {out_dir} and begin again"
             )
     return True
 
@@ -592,8 +586,8 @@ def shards_in(folder):
 
 
 def unfinished(out_dir, path, settings):
-    """Returns the Progress that the file at path kept, and its settings; a new one if nothing is lost by
-    that. Raises UserError if out_dir holds shards that are not from a run with these settings."""
+    """Returns the Progress saved at path, and its settings, or a new one where nothing is there to be lost.
+    Raises UserError if out_dir holds shards that are not from a run with these settings."""
     if os.path.exists(path):
         progress, kept = Progress.load(path)
         differing = differences(kept, settings)
@@ -601,8 +595,8 @@ def unfinished(out_dir, path, settings):
             return progress, kept
         if shards_in(out_dir):
             raise UserError(
-                f"{out_dir} holds an unfinished run of another kind ({differing}); "
-                f"give its options to continue it, or choose another --out_dir, or delete it"
+                f"{out_dir} holds an unfinished run with other settings ({differing}); "
+                f"use those to continue it, or choose another --out_dir, or delete it"
             )
     elif shards_in(out_dir):
         raise UserError(f"{out_dir} holds shards of another origin; delete them or choose another --out_dir")
@@ -611,8 +605,8 @@ def unfinished(out_dir, path, settings):
 
 @contextlib.contextmanager
 def ending_well(progress_path):
-    """Removes the file of a progress that ends before there is a whole shard beside it, so that there is
-    nothing to continue; and says what to do about a full disk."""
+    """If the preparation fails, removes its progress file where no whole shard is there to continue from,
+    and says what to do about a full disk."""
     folder = os.path.dirname(progress_path)
     try:
         yield
@@ -621,14 +615,13 @@ def ending_well(progress_path):
             os.remove(progress_path)
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
-                f"cannot write to {folder}: {e.strerror}; with more room the same command continues"
+                f"cannot write to {folder}: {e.strerror}; make room, and the same command continues"
             ) from e
         raise
 
 
 def expected_tokens(job, counts):
-    """Returns how many tokens the source gives in all, about; 0 if that is unknown. counts: what it has given
-    so far."""
+    """Returns about how many tokens the source gives in all; 0: unknown. counts: what it has given so far."""
     cfg, tokens = job.cfg, counts["tokens"]
     expected = 0
     if job.text_size and tokens:
@@ -642,12 +635,12 @@ def expected_tokens(job, counts):
 
 
 def check_space(out_dir, tokens, itemsize):
-    """Raises OSError if so many tokens do not fit on the disk of out_dir."""
+    """Raises OSError if this many tokens do not fit on the disk of out_dir."""
     free, needed = shutil.disk_usage(out_dir).free, tokens * itemsize
     if needed > free:
         raise OSError(
             f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB "
-            f"free; make room and give the same command, or choose another --out_dir, or take less with "
+            f"free; make room and run the same command, or choose another --out_dir, or take less with "
             f"--max_tokens"
         )
 
@@ -664,7 +657,7 @@ class Job:
     out_dir: str
     settings: dict  # all that shapes the tokens, plain values, as in meta.json
     files: list  # local paths or, in the order of the source, addresses on the hub
-    text_size: int  # bytes of text in local files, about; 0 for the hub
+    text_size: int  # approximate bytes of text in local files; 0 for the hub
 
     @property
     def progress_path(self):
@@ -676,7 +669,7 @@ class Job:
 
     @property
     def train_command(self):
-        """The command to give next."""
+        """The command to run next."""
         name = "quickstart" if self.cfg.input == "stdlib" else "fineweb_125m"
         dataset = f" --dataset={self.out_dir}" if self.cfg.out_dir else ""
         return f"python train.py config/{name}.py{dataset}"
@@ -700,8 +693,7 @@ def plan(cfg):
 
 
 def begin(job):
-    """Returns (Progress, the settings to keep with it) of a preparation that starts or goes on, on a disk
-    with room."""
+    """Starts or continues a preparation. Returns its (Progress, settings). Raises OSError on a full disk."""
     cfg, out_dir = job.cfg, job.out_dir
     os.makedirs(out_dir, exist_ok=True)
     progress, kept = unfinished(out_dir, job.progress_path, job.settings)
@@ -725,8 +717,8 @@ def number_of_workers(cfg):
 
 
 def write_train(job, progress, kept, train, stop):
-    """Writes the training tokens, a chunk of text at a time, from the source to the disk. Leaves the script,
-    with what continues saved, if it is asked to stop."""
+    """Writes the training tokens, one chunk of text at a time. Asked to stop, it ends the script; the same
+    command continues after the last whole shard."""
     cfg, counts = job.cfg, progress.counts
     train.write(progress.tail)
     with (
@@ -753,8 +745,8 @@ def write_train(job, progress, kept, train, stop):
 
 
 def write_val(job, progress, train, val):
-    """Writes the validation tokens, and what validation leaves to training. Returns the counts {split:
-    {"tokens": n, "documents": n, "bytes": n}}."""
+    """Writes the validation tokens, and the last training tokens: those that validation does not need.
+    Returns the counts {split: {"tokens": n, "documents": n, "bytes": n}}."""
     for tokens in push_out(progress, min(job.cfg.val_tokens, progress.eligible // 10)):
         train.write(tokens)
     held = sorted(progress.heap, key=lambda entry: entry[1])  # in the order of the source
@@ -820,10 +812,10 @@ def prepare(job, stop):
 
 def main(argv):
     cfg = from_command_line(PrepareConfig, __doc__, argv)
-    with StopRequest("stopping; once more to leave at once") as stop:
+    with StopRequest("stopping; Ctrl-C again leaves at once") as stop:
         job = plan(cfg)
         if prepared_already(job.out_dir, job.settings):
-            remove(job.progress_path)  # where the run was killed just before doing so itself
+            remove(job.progress_path)  # left over where a run was killed just before removing it
             print(f"{job.out_dir} is prepared already. Next: {job.train_command}")
         else:
             prepare(job, stop)

@@ -6,8 +6,9 @@ Write text with a trained model.
     python sample.py --out_dir=out --init_from=best --export=out-hf
 
 The text goes to stdout, each sample followed by a line of dashes; everything else goes to stderr. A single
-sample appears as it is written, several are drawn in one batch. --export writes the model for Hugging Face's
-transformers.
+sample appears token by token; several are drawn in one batch.
+
+--export writes the model for Hugging Face's transformers.
 """
 
 import codecs
@@ -39,7 +40,7 @@ class SampleConfig(Config):
     start: str = key(
         "\n", "prompt; FILE:prompt.txt reads it from a file, - from stdin; may hold <|endoftext|>"
     )
-    interactive: bool = key(False, "read prompts line by line; what was said before stays in the context")
+    interactive: bool = key(False, "read prompts line by line; the conversation so far is the context")
     num_samples: int = key(10, "samples to draw, in one batch", low=1)
     max_new_tokens: int = key(500, "longest sample, in tokens", low=1)
     temperature: float = key(0.8, "below 1: safer, above 1: wilder; 0: always the likeliest token", low=0)
@@ -49,22 +50,20 @@ class SampleConfig(Config):
     )
     stop_at_eot: bool = key(False, "end a sample at the end-of-text token")
     seed: int = key(1337, "seed; sample i depends on it and on i, not on num_samples", low=0, below=2**63)
-    out: str = key("", "file to write the samples to as well, one JSON object a line")
+    out: str = key("", "file to write the samples to as well, one JSON object per line")
     export: str = key(
         "", "write the model to this folder, for Hugging Face's transformers, instead of sampling"
     )
-    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best there is")
+    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     dtype: str = key(
         "",
         "dtype of the weights; empty: what suits the device",
         choices=("", "bfloat16", "float16", "float32"),
     )
-    compile: bool = key(
-        False, "torch.compile the step from token to token: pays off for long samples on a GPU"
-    )
+    compile: bool = key(False, "torch.compile the step to the next token: pays off for long samples on a GPU")
 
     def problems(self):
-        """Returns messages about values that do not go together."""
+        """Returns messages about conflicting values."""
         found = []
         known = self.init_from in ("resume", "best", *huggingface.PRETRAINED)
         if not known and not os.path.isdir(self.init_from):
@@ -72,7 +71,7 @@ class SampleConfig(Config):
             found.append(f"init_from must be 'resume', 'best', {names} or a folder, not {self.init_from!r}")
         if self.interactive and self.start == "-":
             found.append(
-                "interactive=True reads the prompts from stdin, so start cannot be read from there too"
+                "interactive=True reads the prompts from stdin, so --start=- cannot read from it as well"
             )
         if self.export and self.init_from not in ("resume", "best"):
             found.append(
@@ -95,7 +94,7 @@ def load(cfg):
 
 
 def load_checkpoint(path):
-    """Returns (model, tokenizer, state) of a checkpoint of ours or of nanoGPT's."""
+    """Returns (model, tokenizer, state) of a checkpoint, ours or nanoGPT's."""
     state = checkpoint.load(path)
     tokenizer = checkpoint_tokenizer(state, path)
     model = make_gpt(GPTConfig(**checkpoint.model_fields(state, tokenizer)))
@@ -108,8 +107,8 @@ def load_checkpoint(path):
 
 
 def checkpoint_tokenizer(state, path):
-    """Returns the Tokenizer of a checkpoint: the one that train.py recorded, else (nanoGPT's own) that of its
-    data folder, GPT-2's without a meta.pkl there. Raises UserError if the model cannot be GPT-2's."""
+    """Returns the Tokenizer that train.py recorded in a checkpoint; nanoGPT records none, so then that of its
+    data folder: GPT-2's without a meta.pkl. Raises UserError if the model has too few rows for it."""
     if "tokenizer" in state:
         return make_tokenizer(state["tokenizer"])
     folder = os.path.join("data", state.get("config", {}).get("dataset", ""))
@@ -124,13 +123,13 @@ def checkpoint_tokenizer(state, path):
 
 
 def load_pretrained(name):
-    """Returns (model, tokenizer) of a folder in Hugging Face's format or of a GPT-2 of OpenAI's."""
+    """Returns (model, tokenizer) of a folder in Hugging Face's format or of one of OpenAI's GPT-2 models."""
     model = GPT.from_pretrained(name)
-    tokenizer = read_tokenizer(name)  # of meta.json, if we exported the folder, else GPT-2's
+    tokenizer = read_tokenizer(name)  # from meta.json, if --export wrote the folder, else GPT-2's
     rows = model.config.vocab_size
     if rows - tokenizer.vocab_size not in range(64):  # fewer rows, or more than padding explains
         raise UserError(
-            f"{name} does not say what its {rows} token ids mean; it has no meta.json, as --export writes"
+            f"{name} does not say what its {rows} token ids mean: it lacks the meta.json that --export writes"
         )
     model.config = dataclasses.replace(model.config, n_ids=tokenizer.vocab_size)
     return model, tokenizer
@@ -155,7 +154,7 @@ def export(folder, model, tokenizer, state):
 
 @dataclass
 class Session:
-    """What samples are drawn with, and how many tokens have been drawn."""
+    """What samples are drawn with, and how many tokens that gave in how many seconds."""
 
     cfg: SampleConfig
     model: GPT
@@ -168,8 +167,7 @@ class Session:
 
 
 def draw(session, context, first, count):
-    """Returns sampling.stream for samples number first to first + count - 1, all of them after the ids of
-    context."""
+    """Returns sampling.stream for samples first to first + count - 1, which continue the ids of context."""
     cfg = session.cfg
     noise = np.stack([draw_noise(cfg.seed, first + i, cfg.max_new_tokens) for i in range(count)])
     idx = torch.tensor([context], device=session.device).expand(count, -1)
@@ -181,34 +179,32 @@ def draw(session, context, first, count):
 
 
 def draw_noise(seed, sample, count):
-    """Returns count numbers, fp32, uniform on [0, 1): each sample has a stream of its own."""
+    """Returns count numbers, fp32, uniform on [0, 1), from the sample's own random stream."""
     return np.random.Generator(np.random.Philox([seed, sample])).random(count, dtype=np.float32)
 
 
 def compile_step(session, count):
-    """Compiles the step from token to token for count sequences: on CUDA into a graph, one launch a token.
+    """Compiles the step to the next token for count sequences: on CUDA into a graph, one launch per token.
 
-    A graph finds its tensors where they were when it was recorded, so all calls share a cache of block_size
-    positions.
+    A graph uses the memory addresses of its recording, so all calls share one cache of block_size positions.
     """
     model = session.model
     cache = model.empty_cache(count, model.config.block_size)
     for buffer in itertools.chain(*cache):
-        # an input that is written in place would bar the graph otherwise
+        # otherwise an input that is written in place would rule out the graph
         torch._dynamo.mark_static_address(buffer)
     mode = "reduce-overhead" if session.device.type == "cuda" else None
     step = torch.compile(sampling.step, fullgraph=True, dynamic=False, mode=mode)
     session.options = dict(cache=cache, step=step)
     with hardware.compiling():
-        for _ in itertools.islice(
-            draw(session, [0], 0, count), 4
-        ):  # the graph is recorded at the second step
+        # the graph is recorded at the second step
+        for _ in itertools.islice(draw(session, [0], 0, count), 4):
             pass
 
 
 def write_stream(texts, tokenizer):
-    """Writes the newest token of each of texts, from sampling.stream for one sequence, as soon as it is
-    there; a character when its last byte is. Yields the ids."""
+    """Yields the ids of texts, a sampling.stream of one sequence, and prints each as soon as it is drawn; a
+    character appears with its last byte."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for text in texts:
         token = text[0, -1].item()
@@ -218,7 +214,7 @@ def write_stream(texts, tokenizer):
 
 
 def record(session, sample, prompt, ids):
-    """Writes a sample to the file --out."""
+    """Writes a sample to the --out file, and counts its tokens."""
     text = session.tokenizer.decode(ids)
     line = dict(sample=sample, seed=session.cfg.seed, prompt=prompt, text=text, tokens=len(ids))
     session.out.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -248,8 +244,7 @@ def write_samples(session, prompt):
 
 
 def draw_batch(session, prompt):
-    """Returns the ids of num_samples continuations, drawn in one batch and cut after their end-of-text
-    token."""
+    """Returns the ids of num_samples continuations of one batch; stop_at_eot cuts them after end-of-text."""
     *_, text = draw(session, prompt, 0, session.cfg.num_samples)
     samples = [row[len(prompt) :] for row in text.tolist()]
     eot = session.tokenizer.eot_token
@@ -259,10 +254,10 @@ def draw_batch(session, prompt):
 
 
 def converse(session, history):
-    """Continues each line that is read from stdin, with what was said before as its context."""
+    """Continues each line that is read from stdin, with the conversation so far as its context."""
     block_size, max_new_tokens = session.model.config.block_size, session.cfg.max_new_tokens
-    room = max(block_size - max_new_tokens, block_size // 2)  # what is older is forgotten, for speed
-    print("a line is continued, an empty one goes on; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
+    room = max(block_size - max_new_tokens, block_size // 2)  # older tokens are forgotten, for speed
+    print("your line is continued, Enter alone writes more; Ctrl-C interrupts, Ctrl-D ends", file=sys.stderr)
     for turn in itertools.count():
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -287,7 +282,7 @@ def converse(session, history):
 
 
 def read_prompt(start):
-    """Returns start, or what the UTF-8 file FILE:name or stdin, -, holds."""
+    """Returns start, or the UTF-8 text of the file in FILE:name or, for -, of stdin."""
     try:
         if start == "-":
             return sys.stdin.buffer.read().decode("utf-8")
@@ -310,7 +305,7 @@ def main(argv):
         export(cfg.export, model, tokenizer, state)
         return
 
-    # the weights themselves: half the bytes to read for each token
+    # the weights themselves, not autocast: in 16 bits, half the bytes to read for each token
     model.eval().to(device, getattr(torch, dtype))
     print(f"{model.get_num_params() / 1e6:.2f}M parameters; {device.type}, {dtype}", file=sys.stderr)
     n_ids = model.config.n_ids

@@ -6,8 +6,9 @@ Train a GPT on one GPU (or CPU).
 
 Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newest complete state, to resume
 from), ckpt_prev.pt (the one before it), best.pt (the weights with the lowest validation loss) and
-metrics.jsonl (every figure of the log). Ctrl-C or SIGTERM finishes the iteration, saves, and prints the
-command that continues.
+metrics.jsonl (every figure of the log).
+
+Ctrl-C or SIGTERM finishes the iteration, saves, and prints the command that continues.
 """
 
 import contextlib
@@ -44,26 +45,26 @@ class TrainConfig(Config):
     init_from: str = key("scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl; a folder")
     always_save_checkpoint: bool = key(True, "False: save after an evaluation only if val loss fell")
     checkpoint_interval: int = key(0, "iterations between saves of ckpt.pt; 0: save after evaluations", low=0)
-    allow_data_change: bool = key(False, "resume with other data or another tokenizer than before")
+    allow_data_change: bool = key(False, "resume even if the data or the tokenizer has changed")
     # evaluation and log
     eval_interval: int = key(2000, "iterations between evaluations", low=1)
-    eval_iters: int = key(200, "size of an evaluation, in dozens of sequences of each split", low=1)
+    eval_iters: int = key(200, "size of an evaluation, in dozens of sequences per split", low=1)
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines", low=1)
     wandb_log: bool = key(False, "log to Weights & Biases too (pip install wandb)")
-    wandb_project: str = key("owt", "its project")
-    wandb_run_name: str = key("gpt2", "its run name")
+    wandb_project: str = key("owt", "Weights & Biases project")
+    wandb_run_name: str = key("gpt2", "Weights & Biases run name")
     # data
     dataset: str = key("openwebtext", "folder of token files: one under data/, or a path")
     gradient_accumulation_steps: int = key(5 * 8, "micro-batches in one iteration", low=1)
-    batch_size: int = key(12, "micro-batch: sequences that go through the model at once", low=1)
+    batch_size: int = key(12, "sequences in a micro-batch, which the model processes at once", low=1)
     block_size: int = key(1024, "tokens in one sequence, the longest context", low=1)
     # model
     arch: str = key("gpt2", "modern learns more from each token", choices=("gpt2", "modern"))
     n_layer: int = key(12, "transformer blocks", low=1)
     n_head: int = key(12, "attention heads; divides n_embd", low=1)
     n_embd: int = key(768, "width of the model", low=1)
-    dropout: float = key(0.0, "dropped fraction of activations; for finetuning 0.1 or more", low=0, below=1)
+    dropout: float = key(0.0, "fraction of activations to drop; 0.1 or more for finetuning", low=0, below=1)
     bias: bool = key(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has")
     # optimizer
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
@@ -73,20 +74,20 @@ class TrainConfig(Config):
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0)
-    max_bad_steps: int = key(10, "updates in a row without a finite gradient that end the run", low=1)
+    max_bad_steps: int = key(10, "end the run after this many non-finite gradients in a row", low=1)
     # learning rate schedule
     decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
     schedule: str = key("cosine", "wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
     cooldown_frac: float = key(0.4, "wsd: last fraction of max_iters, the cooldown to min_lr", low=0, high=1)
-    keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, from which a longer run can go on")
+    keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, for a longer run to start from")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration that reaches min_lr, usually max_iters", low=0)
     min_lr: float = key(6e-5, "lowest learning rate, usually learning_rate / 10", low=0)
     # machine
     seed: int = key(1337, "seed of weights, dropout and the order of data", low=0, below=2**32)
-    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best there is")
+    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     dtype: str = key("", "dtype of matmuls; empty: what suits the device", choices=("", *hardware.DTYPES))
-    compile: bool = key(True, "torch.compile the model: some time at the start, faster from there on")
+    compile: bool = key(True, "torch.compile the model: slower to start, faster from then on")
     compile_mode: str = key(
         "default",
         "max-autotune-no-cudagraphs tries more kernels; compiling takes minutes",
@@ -95,10 +96,10 @@ class TrainConfig(Config):
     activation_memory: float = key(
         1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
     )
-    loss_chunks: int = key(1, "chunks of tokens that head and loss process in turn, to save memory", low=1)
+    loss_chunks: int = key(1, "compute head and loss in this many chunks of tokens, to save memory", low=1)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
-    backend: str = key("nccl", "no effect here: it chose how several GPUs talk, and this trainer uses one")
+    backend: str = key("nccl", "no effect: nanoGPT's key for several GPUs; this trainer uses one")
 
     @property
     def sequences_per_iter(self):
@@ -117,7 +118,7 @@ class TrainConfig(Config):
         return self.max_iters - math.ceil(self.cooldown_frac * self.max_iters)
 
     def problems(self):
-        """Returns messages about values that do not go together."""
+        """Returns messages about conflicting values."""
         found = []
         if self.n_embd % self.n_head:
             down = self.n_embd // self.n_head * self.n_head
@@ -128,11 +129,11 @@ class TrainConfig(Config):
             )
         if self.arch == "modern" and self.n_embd // self.n_head % 2:
             found.append(
-                f"n_embd={self.n_embd} / n_head={self.n_head} is not even, as arch='modern' needs it"
+                f"n_embd={self.n_embd} / n_head={self.n_head} is not even, but arch='modern' rotates pairs"
             )
         if self.keep_before_cooldown and self.schedule != "wsd":
             found.append(
-                "keep_before_cooldown=True needs schedule='wsd': a cosine has no constant part to go on from"
+                "keep_before_cooldown=True needs schedule='wsd': a cosine has no constant part to branch from"
             )
         for name, off in (("compile_mode", "default"), ("activation_memory", 1.0)):
             value = getattr(self, name)
@@ -171,7 +172,7 @@ def get_lr(it, cfg):
 
 
 def set_learning_rate(optimizers, it, cfg):
-    """Gives the optimizers the settings of iteration it. Returns its learning rate."""
+    """Sets learning rate and momentum of the optimizers for iteration it. Returns the learning rate."""
     lr = get_lr(it, cfg)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -187,7 +188,7 @@ def set_learning_rate(optimizers, it, cfg):
 
 def micro_batches(windows, first, cfg, device):
     """Yields the run's micro-batches from number `first` on, int64 (B, T + 1) in host memory, each read by a
-    thread while the model works on the one before. The number is all that resuming needs to know."""
+    thread while the model works on the one before. Resuming needs to know only the number."""
 
     def load(number):
         chosen = windows.training(cfg.batch_size * number, cfg.batch_size, cfg.seed)
@@ -202,15 +203,13 @@ def micro_batches(windows, first, cfg, device):
 
 
 def host_tensor(tokens, device):
-    """Returns NumPy tokens as a tensor; for a CUDA device it is pinned, so that its copy overlaps with other
-    work."""
+    """Returns NumPy tokens as a tensor, pinned for a CUDA device so that copying overlaps with other work."""
     tensor = torch.from_numpy(tokens)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def inputs_and_targets(tokens, device):
-    """Returns inputs and targets, int64 (B, T) on device, of tokens (B, T + 1); the copy from pinned memory
-    is asynchronous."""
+    """Returns inputs and targets, int64 (B, T) on device, of tokens (B, T + 1); no sync if pinned."""
     tokens = tokens.to(device, non_blocking=device.type == "cuda")
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -231,14 +230,13 @@ def micro_step(model, tokens, scaler, machine, accumulation):
 
 
 def update(model, optimizers, scaler, grad_clip):
-    """Clips and applies the gradients, unless they are not finite, and frees them. Returns their norm, a
-    float."""
+    """Clips and applies the gradients if they are finite, and frees them. Returns their norm, a float."""
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = total.item()  # waits for the GPU, once an iteration
+    norm = total.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
     if math.isfinite(norm):
-        if norm > grad_clip > 0:  # else clipping would be a pass over the gradients for nothing
+        if norm > grad_clip > 0:  # otherwise clipping would be a pass over the gradients for nothing
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total)
         for optimizer in optimizers.values():
             scaler.step(optimizer)
@@ -258,7 +256,7 @@ def estimate_loss(model, windows, count, batch_size, machine):
         chunk = chosen[first : first + batch_size]
         tokens = host_tensor(windows.read(np.resize(chunk, batch_size)), machine.device)
         x, y = inputs_and_targets(tokens, machine.device)
-        y[len(chunk) :] = -1  # what fills up the last batch does not count; one shape, one graph
+        y[len(chunk) :] = -1  # padding of the last batch does not count; one shape, one graph
         with machine.autocast():
             _, loss = model(x, y)
         total += loss.float() * len(chunk)
@@ -277,13 +275,13 @@ class Progress:
     iter_num: int = 0
     best_val_loss: float = math.inf
     tokens_seen: int = 0
-    bad_steps: int = 0  # updates that were skipped, in all
+    bad_steps: int = 0  # skipped updates, in all
     bad_in_row: int = 0
 
 
 @dataclass
 class Run:
-    """What the loop works with; set_up makes it."""
+    """What the loop works with, made by set_up."""
 
     cfg: TrainConfig
     machine: hardware.Machine
@@ -300,8 +298,8 @@ class Run:
     at: Progress = dataclasses.field(default_factory=Progress)
     started: float = dataclasses.field(default_factory=time.perf_counter)  # as if the run had never stopped
     first_iter: int = 0  # of this process
-    evaluated_iter: int = -1  # the last one
-    eval_seconds: float = 0.0  # that it took
+    evaluated_iter: int = -1  # of the last evaluation
+    eval_seconds: float = 0.0  # of that evaluation
     rng: dict = None  # torch's random state at the beginning of the iteration
     metrics: Metrics = None
     clock: Clock = None
@@ -312,8 +310,8 @@ class Run:
 def train(run):
     """Evaluates, saves, updates and logs until the run is done or asked to stop.
 
-    Memory that runs out leaves this function as an exception, and its frame, with all activations, is freed;
-    run.at says where to go on. See train_until_it_fits.
+    Running out of memory leaves this function as an exception, which frees its frame with all activations;
+    run.at says where to continue. See train_until_it_fits.
     """
     cfg, at, clock, machine = run.cfg, run.at, run.clock, run.machine
     run.rng = checkpoint.get_rng(machine.device)
@@ -328,7 +326,7 @@ def train(run):
         run.rng = checkpoint.get_rng(machine.device)
         done = at.iter_num == cfg.max_iters
 
-        # evaluate; whoever asks to stop need not wait for it, as the resumed run begins with it
+        # evaluate, but not after a request to stop: the resumed run begins with this evaluation
         eval_due = done or cfg.eval_only or (at.iter_num % cfg.eval_interval == 0 and not run.stop.number)
         improved = False
         if eval_due and run.evaluated_iter != at.iter_num:
@@ -375,8 +373,7 @@ def train(run):
 
 
 def compile_model(run):
-    """Compiles the model in a pass over zeros that is not part of the run and draws none of its random
-    numbers."""
+    """Compiles the model in a pass over zeros, outside the run and without drawing its random numbers."""
     cfg, machine = run.cfg, run.machine
     say("compiling the model (may take a minute)")
     start = time.perf_counter()
@@ -390,15 +387,14 @@ def compile_model(run):
 
 
 def leave_garbage_to_evaluations():
-    """Python's search for cycles would halt the loop; what lives as long as the run need not be searched."""
+    """Disables Python's garbage collector, which would halt the loop, and exempts all that exists now."""
     gc.collect()
     gc.freeze()
     gc.disable()
 
 
 def evaluate(run):
-    """Logs the losses of both splits. If the validation loss is the lowest so far, saves best.pt and returns
-    True."""
+    """Logs the losses of both splits. Returns whether val loss is the lowest so far; if so, saves best.pt."""
     cfg, at = run.cfg, run.at
     start = time.perf_counter()
     train_loss = estimate_loss(run.model, run.train_data, cfg.eval_windows, cfg.batch_size, run.machine)
@@ -415,7 +411,7 @@ def evaluate(run):
     run.eval_seconds = time.perf_counter() - start
     if cfg.eval_only or not val_loss < at.best_val_loss:
         return False
-    # best.pt before ckpt.pt, which says how good its weights are; those of iteration 0 are not worth a file
+    # best.pt before ckpt.pt, which records its loss; weights of iteration 0 are not worth a file
     untrained = at.iter_num == 0 and cfg.max_iters > 0
     if untrained or run.files.write(
         run.files.best, checkpoint.weights_state(run) | dict(best_val_loss=val_loss)
@@ -434,12 +430,12 @@ def save_checkpoint(run):
 def save_before_cooldown(run):
     path = run.files.before_cooldown
     if run.files.write(path, checkpoint.whole_state(run)):
-        say(f"saving {path}, from which a longer run can go on (README)")
+        say(f"saving {path}, from which a longer run can start (docs/recipe.md)")
 
 
 def count_bad_steps(run, step_loss, norm):
-    """Points out an update that was skipped. With fp16 an infinite gradient is usual, as the scaler finds out
-    how large its scale may be: there only a loss that is not finite counts."""
+    """Counts an update that was skipped, and warns of it. In fp16 an infinite gradient is normal while the
+    scaler finds out how large its scale may be: there only a loss that is not finite counts."""
     at = run.at
     if math.isfinite(step_loss.item() if run.scaler.is_enabled() else norm):
         at.bad_in_row = 0
@@ -464,7 +460,7 @@ def check_bad_steps(run):
 
 def log_iteration(run, step_loss, norm, lr):
     cfg, at = run.cfg, run.at
-    loss = step_loss.item()  # waits for the update, too: the clock tells the truth
+    loss = step_loss.item()  # waits for the update too, so that the clock is right
     dt = run.clock.seconds_per_iter()
     left = cfg.max_iters - 1 - at.iter_num
     eta = left * dt + math.ceil(left / cfg.eval_interval) * run.eval_seconds
@@ -487,7 +483,7 @@ def log_iteration(run, step_loss, norm, lr):
 
 
 def train_until_it_fits(run):
-    """Calls train, and again with smaller micro-batches for as long as memory runs out."""
+    """Calls train, with ever smaller micro-batches while memory runs out."""
     while True:
         try:
             return train(run)
@@ -499,8 +495,7 @@ def train_until_it_fits(run):
 
 
 def use_smaller_batch(run):
-    """Goes back to the beginning of the iteration, with half the batch_size. Raises UserError if that cannot
-    be or is not wanted."""
+    """Rewinds the iteration and halves batch_size. Raises UserError at batch_size=1 or auto_fit=False."""
     cfg, at, device = run.cfg, run.at, run.machine.device
     run.model.train()  # it may have been evaluating
     run.model.zero_grad(set_to_none=True)
@@ -529,7 +524,7 @@ def model_config(cfg, tokenizer, vocab_size, gelu="none"):
 
 
 def prepare_model(model, cfg, machine):
-    """Moves the model to the device and sets it to compute as the keys say."""
+    """Moves the model to the device, and sets loss_chunks and torch.compile as the keys say."""
     model.loss_chunks = cfg.loss_chunks
     if cfg.compile:
         hardware.keep_activations(cfg.activation_memory)
@@ -538,12 +533,12 @@ def prepare_model(model, cfg, machine):
 
 
 def set_up(cfg, machine):
-    """Returns the Run that the keys ask for. Raises UserError or OSError for what stands in its way."""
+    """Returns the Run that the keys ask for. Raises UserError or OSError if they cannot be met."""
     torch.manual_seed(cfg.seed)
     files = checkpoint.RunFiles(cfg.out_dir)
     state = resume.load_state(cfg, files)
     source = files.newest if state else cfg.init_from
-    pretrained, fields = None, {}  # of GPTConfig, of a model that is there already
+    pretrained, fields = None, {}  # fields of GPTConfig, if the model exists already
     if state:
         fields = state["model_args"] | dict(arch=state["arch"], gelu=state["gelu"])
     elif cfg.init_from not in ("scratch", "auto"):
@@ -579,8 +574,7 @@ def set_up(cfg, machine):
 
 
 def finish(run, argv):
-    """Says how the run ended. Exits with 128 + the signal that stopped it; raises OSError if the end is not
-    saved."""
+    """Says how the run ended. Exits with 128 + signal if one stopped it; raises OSError if not saved."""
     cfg, at = run.cfg, run.at
     if run.files.saved_iter != at.iter_num:
         raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.kept}")
@@ -602,7 +596,7 @@ def main(argv):
     describe(run)
     run.clock = Clock(machine)
     bar = tqdm(total=cfg.max_iters, initial=run.at.iter_num, disable=None, dynamic_ncols=True, unit="it")
-    request = StopRequest("stopping after this iteration; once more to leave without saving")
+    request = StopRequest("stopping after this iteration; Ctrl-C again leaves without saving")
     with contextlib.closing(open_metrics(run)) as run.metrics, request as run.stop, bar as run.bar:
         try:
             train_until_it_fits(run)

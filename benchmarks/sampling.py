@@ -37,7 +37,7 @@ class BenchmarkConfig(Config):
     prompt_tokens: int = key(512, "prompt for the time to the first token", low=1)
     batch_size: int = key(8, "sequences of the batched measurement; 64 suits a GPU", low=1)
     repeats: int = key(3, "measurements of each kind, in turn", low=1)
-    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best there is")
+    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     compile: bool = key(False, "compile the step, as sample.py --compile=True does")
 
 

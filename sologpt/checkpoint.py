@@ -1,6 +1,6 @@
 """
-A run's state on disk: ckpt.pt with everything that continuing needs, ckpt_prev.pt with the state before
-it, and best.pt with the best weights.
+A run's state on disk: ckpt.pt with all that resuming needs, ckpt_prev.pt with the state before it, and
+best.pt with the best weights.
 
 Every .pt file is one dict of tensors and plain values, a superset of nanoGPT's, so that nanoGPT reads ours
 and we read nanoGPT's; they load with weights_only=True and cannot run code.
@@ -28,12 +28,12 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 
 
 def save(path, state, previous=None):
-    """Writes the dict state to path. Until the new file is whole and on disk, the one that was there stays;
-    then it becomes previous, if that is given.
+    """Writes the dict state to path. The file that was there stays until the new one is whole and on disk,
+    and then becomes previous, if that is given.
 
     Raises OSError, as for any file, if the disk is full or the folder cannot be written, and UserError if a
-    weight or a moment is not finite: nothing could continue from there. The check costs a pass over the
-    state, no memory.
+    weight or a moment is not finite, as nothing could continue from there.
+    The check costs a pass over the state, but no memory.
     """
     found = list(tensors(state))
     floats = [tensor for tensor in found if tensor.is_floating_point()]
@@ -48,12 +48,12 @@ def save(path, state, previous=None):
     try:
         with atomic_file(path, previous) as f:
             torch.save(state, f)
-    except RuntimeError as e:  # what torch makes of an OSError in the middle of its own format
+    except RuntimeError as e:  # torch's form of an OSError in the middle of writing
         raise OSError(f"cannot write {path}: {e.__context__ or e}") from e
 
 
 def tensors(value):
-    """Yields all tensors in dicts within dicts."""
+    """Yields all tensors in nested dicts."""
     if torch.is_tensor(value):
         yield value
     elif isinstance(value, dict):
@@ -66,7 +66,7 @@ def load(path):
 
     Parameter names lose the prefixes of torch.compile and DDP, and the attention mask that nanoGPT kept among
     them before torch 2.0 is left out. Raises FileNotFoundError without a file, and UserError for one that is
-    damaged (the checksum of every tensor is compared) or no checkpoint of a GPT.
+    damaged (every tensor's checksum is compared) or not the checkpoint of a GPT.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(
@@ -111,7 +111,7 @@ def strip(name):
 
 
 def describe(model, tokenizer):
-    """Returns what a state says of a model: all that make_gpt and make_tokenizer need to make both again."""
+    """Returns what a state says of a model: all that make_gpt and make_tokenizer need to rebuild both."""
     model_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
     return dict(
         model_args=model_args, gelu=model.config.gelu, arch=model.config.arch, tokenizer=tokenizer.fields()
@@ -119,8 +119,8 @@ def describe(model, tokenizer):
 
 
 def weights_state(run):
-    """Returns what best.pt holds, of a Run of train.py: the weights before iteration iter_num, what they are,
-    and how far the run has come."""
+    """Returns what best.pt holds of a Run of train.py: the weights before iteration iter_num, a description
+    of them, and how far the run has come."""
     state = describe(run.model, run.tokenizer)
     state["model"] = run.model.state_dict()
     state["data"] = run.fingerprint
@@ -130,18 +130,18 @@ def weights_state(run):
 
 
 def whole_state(run):
-    """Returns what ckpt.pt holds: everything that going on needs."""
+    """Returns what ckpt.pt holds: everything that resuming needs."""
     moments = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
     return weights_state(run) | moments | dict(scaler=run.scaler.state_dict(), rng=run.rng)
 
 
 def model_fields(state, tokenizer):
-    """Returns the fields of GPTConfig, a dict, of the model in a state from load, for a Tokenizer."""
+    """Returns GPTConfig's fields, a dict, for the model in a state from load and its Tokenizer."""
     return state["model_args"] | dict(arch=state["arch"], gelu=state["gelu"], n_ids=tokenizer.vocab_size)
 
 
 def restore_model(model, state, path):
-    """Loads the weights of a state from load(path). Raises UserError if they are not those of this model."""
+    """Loads the weights of a state from load(path). Raises UserError if they do not fit the model."""
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:
@@ -153,12 +153,12 @@ def restore_optimizers(optimizers, state, path):
     """Loads the moments of a state from load(path) into optimizers, dict(optimizer=AdamW) and perhaps
     muon=Muon. Settings (learning rate, decay, betas, fused) stay this run's.
 
-    Raises UserError if they are not those of this run's parameters.
+    Raises UserError if the moments do not fit this run's optimizers and parameters.
     """
     before, now = ("muon" if "muon" in names else "adamw" for names in (state, optimizers))
     if before != now:
         raise UserError(
-            f"{path} is of a run with --optimizer={before}, not {now}; its moments cannot be taken over"
+            f"{path} is of a run with --optimizer={before}, not {now}; moments differ: resume with the former"
         )
     for name, optimizer in optimizers.items():
         saved = state[name]
@@ -192,9 +192,9 @@ def set_rng(rng, device):
 
 
 class RunFiles:
-    """Where a run keeps its state in out_dir.
+    """The files in out_dir that hold a run's state.
 
-    ckpt.pt, the state before it in ckpt_prev.pt, best.pt, and before_cooldown.pt, a state to branch from.
+    ckpt.pt, ckpt_prev.pt (the state before it), best.pt, and before_cooldown.pt (a state to branch from).
     saved_iter is the iteration that ckpt.pt holds; None unless it is whole and of this run.
     """
 
@@ -213,10 +213,9 @@ class RunFiles:
         return os.path.exists(self.ckpt) or os.path.exists(self.previous)
 
     def load(self):
-        """Returns (state, None) of ckpt.pt or, if that is damaged or missing, (state, reason) of
-        ckpt_prev.pt.
+        """Returns (state, None) of ckpt.pt or, if damaged or missing, (state, reason) of ckpt_prev.pt.
 
-        Raises what load(ckpt.pt) raises if there is no other, or UserError if neither can be resumed from.
+        Raises what load(ckpt.pt) raises if it is the only one, and UserError if neither can be resumed from.
         """
         state, reason = self.load_either()
         if not {"optimizer", "iter_num", "best_val_loss"} <= state.keys():
@@ -241,8 +240,7 @@ class RunFiles:
             raise UserError(f"{reason}; and {e}") from None
 
     def save(self, state):
-        """Writes ckpt.pt; the one before it becomes ckpt_prev.pt, if it is whole and of this run. Returns as
-        write."""
+        """Writes ckpt.pt; the one before becomes ckpt_prev.pt if whole and of this run. Returns as write."""
         previous = None if self.saved_iter is None else self.previous
         if not self.write(self.ckpt, state, previous):
             return False
@@ -254,14 +252,14 @@ class RunFiles:
         return True
 
     def write(self, path, state, previous=None):
-        """Writes a state to path. Returns whether that was possible; if not, because the disk is full, it
-        says so, and the file that was there stays: the run can go on and try again."""
+        """Writes a state to path. Returns whether that was possible; if not, for example on a full disk, it
+        warns, and the file that was there stays: the run can continue and try again."""
         try:
             save(path, state, previous)
         except OSError as e:
             if e.errno == errno.ENOSPC and previous and os.path.exists(previous):
                 warn(f"deleting {previous} to save iteration {state['iter_num']}: {e}")
-                remove(previous)  # ckpt.pt is whole, and a new state is worth more than a third one
+                remove(previous)  # ckpt.pt is whole, and a new state is worth more than a second old one
                 return self.write(path, state, previous)
             warn(f"cannot save iteration {state['iter_num']}: {e}; {self.kept}")
             return False

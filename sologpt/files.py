@@ -1,4 +1,6 @@
-"""Files that are whole or not there: written under another name, synced to disk, then renamed."""
+"""
+Files that exist whole or not at all: written under another name, synced to disk, then renamed.
+"""
 
 import contextlib
 import hashlib
@@ -7,10 +9,9 @@ import os
 
 @contextlib.contextmanager
 def atomic_file(path, previous=None):
-    """Opens a temporary file for writing bytes; on success it is synced to disk and renamed to path, else
-    removed.
+    """Opens a temporary file to write bytes to; on success it is synced and renamed to path, else removed.
 
-    What was at path becomes previous, if that is given. At every moment one of the two is there, and whole.
+    What was at path becomes previous, if that is given: at every moment one of the two is there, and whole.
     """
     partial = f"{path}.tmp"
     try:
@@ -23,8 +24,7 @@ def atomic_file(path, previous=None):
 
 
 def sync_and_rename(f, path, previous=None):
-    """Makes the open file f, so far under a temporary name, the file at path: first to disk, then the
-    name."""
+    """Syncs the open file f, which has a temporary name, to disk, then closes it and renames it to path."""
     f.flush()
     os.fsync(f.fileno())
     f.close()
@@ -35,9 +35,9 @@ def sync_and_rename(f, path, previous=None):
 
 
 def sync_folder(folder):
-    """Puts the names in folder on disk, so that a power cut cannot undo a rename.
+    """Syncs the names in folder to disk, so that a power cut cannot undo a rename.
 
-    Windows does so by itself. A file system that cannot is no reason to fail: the file itself is there.
+    Windows does so by itself. A file system that cannot is no reason to fail: the file itself is on disk.
     """
     if os.name == "posix":
         with contextlib.suppress(OSError):

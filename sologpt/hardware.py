@@ -1,6 +1,5 @@
 """
-What this machine is: the device to train on, the dtype it is good at, and its peak FLOP/s, the
-denominator of MFU.
+What this machine is: its device, the dtype that suits it, and its peak FLOP/s, the denominator of MFU.
 
 Peaks are dense (no 2:4 sparsity), with FP32 accumulation, at the vendor's rated boost clock. A GeForce in a
 cool case clocks up to 10 % above its rating, so a good run may read over 80 % there.
@@ -22,10 +21,10 @@ from sologpt.errors import UserError
 
 # One line a GPU: words of torch.cuda.get_device_name() that identify it, number of SMs (CUs on AMD), then
 # TFLOP/s in bf16, fp16, tf32 and fp32; 0 where the hardware has none. AxBxC is SMs x FLOPs per SM and clock x
-# GHz, the arithmetic behind a row that no datasheet states; WP is NVIDIA's architecture whitepaper. Left out,
-# so that no doubtful number becomes an MFU: cards whose sources disagree (B100, GB300, RTX PRO 4500/5000/6000
-# Server, RTX 4000 Ada, Orin, V100 SXM3 and FHHL) and all laptop GPUs, whose clocks depend on the maker's
-# power limit.
+# GHz, the arithmetic behind a row that no datasheet states; WP is NVIDIA's architecture whitepaper.
+# Left out, so that no doubtful number becomes an MFU: cards whose sources disagree (B100, GB300, RTX PRO
+# 4500/5000/6000 Server, RTX 4000 Ada, Orin, V100 SXM3 and FHHL) and all laptop GPUs,
+# whose clocks depend on the maker's power limit.
 PEAKS = [
     # name               SMs   bf16    fp16    tf32   fp32   source
     ("p100 sxm2", 56, 0, 10.6, 0, 10.6),  # P100 datasheet; no tensor cores, so the fp32 rate
@@ -102,14 +101,7 @@ PEAKS = [
     ("gb200", 152, 2500.0, 2500.0, 1250.0, 80.0),  # Blackwell datasheet (5 PF sparse)
     ("b300", 148, 2250.0, 2250.0, 1125.0, 75.0),  # HGX B300 page (4.5 PF sparse)
     ("rtx pro 4000 blackwell", 70, 147.3, 147.3, 73.7, 36.8),  # 1178 FP4 sparse AI TOPS / 8
-    (
-        "rtx pro 4000 blackwell sff",
-        70,
-        0,
-        0,
-        0,
-        0,
-    ),  # half the clock: listed so that it is not taken for the full card
+    ("rtx pro 4000 blackwell sff", 70, 0, 0, 0, 0),  # half the clock: not to be taken for the full card
     ("rtx pro 6000 blackwell workstation", 188, 503.8, 503.8, 251.9, 126.0),  # RTX Blackwell PRO WP
     ("rtx pro 6000 blackwell max q workstation", 188, 438.9, 438.9, 219.5, 109.7),  # RTX Blackwell PRO WP
     ("rtx 5050", 20, 26.3, 26.3, 13.2, 13.2),  # 20x512x2.572
@@ -139,10 +131,9 @@ def peak_flops(name, sm_count, dtype):
     """Returns (dense peak in FLOP/s or None if unknown, a phrase that says what it is) of one GPU.
 
     name: torch.cuda.get_device_name(), matched by whole words, the row with most words first: an RTX A4000 is
-    no A40 and an RTX 4070 Ti no RTX 4070. sm_count: its multi_processor_count; a MIG slice, a vGPU or a
+    no A40, an RTX 4070 Ti no RTX 4070. sm_count: its multi_processor_count; a MIG slice, a vGPU or a
     cut-down variant has fewer SMs than its row and gets that share of the peak. dtype: 'bfloat16', 'float16'
-    or 'float32' (tf32 where the GPU has it, as torch.set_float32_matmul_precision("high") makes matmuls use
-    it).
+    or 'float32' (tf32 where the GPU has it, which torch.set_float32_matmul_precision("high") turns on).
     """
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     if "laptop" in words or "design" in words:  # "... Laptop GPU", "... with Max-Q Design"
@@ -183,16 +174,15 @@ class Machine:
         return torch.autocast(self.device.type, getattr(torch, self.dtype))
 
     def synchronize(self):
-        """Waits until the device has done all its work, so that a clock read next tells the truth."""
+        """Waits until the device has done all its work, so that a clock read next is right."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
 
 def find_machine(cfg):
-    """Returns the Machine that the keys device, dtype, peak_flops and compile ask for, and sets torch up for
-    it.
+    """Returns the Machine for the keys device, dtype, peak_flops and compile, and sets torch up for it.
 
-    Raises UserError for a device, dtype or compiler that is not there.
+    Raises UserError for a device, dtype or compiler that is not available.
     """
     use_expandable_segments()
     device, device_reason = pick_device(cfg.device)
@@ -203,7 +193,7 @@ def find_machine(cfg):
     if cfg.compile:
         check_compiler(device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as nanoGPT
+        torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as in nanoGPT
     lines = (
         f"device: {device_name(device)} ({device_reason}), {dtype} ({dtype_reason})",
         f"mfu: {'of ' if peak else 'n/a, '}{peak_reason}",
@@ -212,23 +202,22 @@ def find_machine(cfg):
 
 
 def use_expandable_segments():
-    """Makes torch keep CUDA memory in segments that grow, instead of fixed pieces with gaps between them that
-    nothing fits into, unless the user has set the variable. Read at the first use of CUDA; Windows does not
-    have it."""
+    """Makes torch keep CUDA memory in segments that grow, instead of fixed ones with gaps too small to use,
+    unless the user has set the variable. It is read at the first use of CUDA; Windows does not have it."""
     if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def pick_device(asked):
-    """Returns (torch.device, reason). asked: '' for the best there is, or 'cuda', 'cuda:1', 'mps', 'cpu'.
+    """Returns (torch.device, reason). asked: '' for the best available, or 'cuda', 'cuda:1', 'mps', 'cpu'.
 
-    Raises UserError if what was asked for is not there: a run on the wrong device is worse than none.
+    Raises UserError if that device is not available: a run on the wrong device is worse than none.
     """
     if not asked:
         if torch.cuda.is_available():
-            return torch.device("cuda"), "the default, a GPU is there"
+            return torch.device("cuda"), "the default, as torch sees a GPU"
         if torch.backends.mps.is_available():
-            return torch.device("mps"), "the default, an Apple GPU is there"
+            return torch.device("mps"), "the default, as torch sees an Apple GPU"
         return torch.device("cpu"), "torch sees no GPU"
     try:
         device = torch.device(asked)
@@ -239,15 +228,14 @@ def pick_device(asked):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         built = "" if torch.version.cuda or torch.version.hip else " (this torch is a CPU build)"
         seen = f"torch sees {torch.cuda.device_count()} GPUs{built}"
-        raise UserError(f"device={asked!r}, but {seen}; leave --device out for the best there is")
+        raise UserError(f"device={asked!r}, but {seen}; leave --device out for the best device")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device='mps', but torch sees no Apple GPU; leave --device out for the best there is")
+        raise UserError("device='mps', but torch sees no Apple GPU; leave --device out for the best device")
     return device, "as asked"
 
 
 def pick_dtype(asked, device):
-    """Returns ('bfloat16', 'float16' or 'float32', reason) for matmuls on device; asked is '' for what suits
-    it.
+    """Returns ('bfloat16', 'float16' or 'float32', reason) for matmuls on device; asked: '' for its default.
 
     Raises UserError for float16 off CUDA, where there is no gradient scaler against underflow, and for
     bfloat16 on a GPU that would only emulate it.
@@ -272,8 +260,7 @@ def pick_dtype(asked, device):
 
 
 def device_peak(device, dtype):
-    """Returns (peak FLOP/s or None, a phrase that says what it is) of this machine's device, as peak_flops
-    does."""
+    """Returns peak_flops of this machine's device: (FLOP/s or None, a phrase that says what it is)."""
     if device.type != "cuda":
         return None, f"no peak is known for {device.type}"
     properties = torch.cuda.get_device_properties(device)
@@ -285,17 +272,15 @@ def device_name(device):
 
 
 def attention_backend(machine, config):
-    """Returns the name of the kernel that F.scaled_dot_product_attention takes in training, such as
-    'FLASH_ATTENTION', or None where torch does not tell. It depends on dtype, T, D = n_embd / n_head and
-    dropout."""
+    """Returns the name of the kernel that F.scaled_dot_product_attention takes in training, for example
+    FLASH_ATTENTION; None where torch does not tell. It depends on dtype, T, D = n_embd / n_head, dropout."""
     device = machine.device
-    if device.type not in ("cuda", "cpu") or not hasattr(
-        torch, "_fused_sdp_choice"
-    ):  # no public function tells
+    # no public function tells
+    if device.type not in ("cuda", "cpu") or not hasattr(torch, "_fused_sdp_choice"):
         return None
     shape = (1, config.block_size, 3, config.n_head, config.n_embd // config.n_head)
     qkv = torch.empty(shape, device=device, dtype=getattr(torch, machine.dtype), requires_grad=True)
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # with the strides that they have in the model
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # with the strides they have in the model
     choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, is_causal=True)
     names = {int(backend): name for name, backend in SDPBackend.__members__.items() if name != "ERROR"}
     return names.get(choice)
@@ -306,8 +291,7 @@ def attention_backend(machine, config):
 
 
 def available_memory(device):
-    """Returns the bytes of device memory that this process holds or could still get; None where torch cannot
-    tell."""
+    """Returns the bytes of device memory that this process holds or could still get; None off CUDA."""
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -319,8 +303,7 @@ def peak_memory(device):
 
 
 def out_of_memory(error):
-    """Whether an exception is one of the many ways in which torch, CUDA's libraries or the system say that
-    memory ran out."""
+    """Returns whether torch, one of CUDA's libraries or the system says by this error that memory ran out."""
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         word in str(error) for word in words
@@ -332,15 +315,15 @@ def out_of_memory(error):
 
 
 def check_compiler(device):
-    """Raises UserError if torch.compile cannot work here, with what to install: torch itself finds out in the
-    middle of the first step, with a page of traceback."""
+    """Raises UserError, with what to install, if torch.compile cannot work here: torch itself would find out
+    in the middle of the first step, with a page of traceback."""
     if obstacle := compile_obstacle(device):
         raise UserError(f"{obstacle}; or run without it: --compile=False")
 
 
 def compile_obstacle(device, include=None):
     """Returns why torch.compile cannot work here and what to install, or None. include: the folder of
-    Python.h. On Windows it is left to torch to find out."""
+    Python.h. On Windows, torch itself has to find out."""
     if sys.platform == "win32" or device.type == "mps":
         return None
     if device.type == "cuda":
@@ -370,8 +353,8 @@ def keep_activations(share):
 
 @contextlib.contextmanager
 def compiling():
-    """A context for the first pass through a compiled model: whatever torch raises there, often with a page
-    of traceback, becomes a UserError of one line."""
+    """Returns a context for the first pass through a compiled model: what torch raises there, often with a
+    page of traceback, becomes a UserError of one line."""
     try:
         yield
     except (ValueError, torch.OutOfMemoryError):
@@ -382,9 +365,9 @@ def compiling():
 
 def forget_compiled(device):
     """Gives unused memory back to the device, and makes torch.compile start anew: after several batch sizes
-    it would give up compiling (torch._dynamo.config.recompile_limit) and run without."""
+    it would give up compiling (torch._dynamo.config.recompile_limit) and run uncompiled."""
     torch._dynamo.reset()
-    gc.unfreeze()  # the compiled model is among what train.py has frozen
+    gc.unfreeze()  # train.py has frozen the compiled model
     gc.enable()
     gc.collect()
     if device.type == "cuda":

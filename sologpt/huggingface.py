@@ -1,6 +1,5 @@
 """
-In and out of Hugging Face's world: the folders from which transformers loads a GPT-2, its tokenizer and
-model card.
+Hugging Face's format: the folders from which transformers loads a GPT-2, with tokenizer and model card.
 
 GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; sample.py --export adds the
 tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.
@@ -18,8 +17,7 @@ from sologpt.tokenizer import EOT
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's, on the hub
 
-# config.json: what it calls the fields of GPTConfig, and what else it must say, or leave unsaid, to be our
-# GPT-2
+# config.json: its names for the fields of GPTConfig; in REST, what else it must say, or omit, to be our GPT-2
 NAMES = dict(
     vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd"
 )
@@ -39,8 +37,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def require(module):
-    """Returns the module of that name. Raises UserError, with the command that installs it, if it is not
-    there."""
+    """Returns the module of that name. Raises UserError, with the command to install it, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -51,17 +48,16 @@ def require(module):
 
 
 # -----------------------------------------------------------------------------
-# in
+# reading
 
 
 def find_folder(name):
-    """Returns name if it is a folder, else the folder of OpenAI's model of that name, from the hub or its
-    cache."""
+    """Returns name if it is a folder, else the folder of OpenAI's model of that name, in the hub's cache."""
     if os.path.isdir(name):
         return name
     if name not in PRETRAINED:
         raise FileNotFoundError(
-            f"there is no folder {name!r}, and of names only {', '.join(PRETRAINED)} are known"
+            f"there is no folder {name!r}, and the only known names are {', '.join(PRETRAINED)}"
         )
     hub = require("huggingface_hub")
     try:
@@ -78,7 +74,7 @@ def find_folder(name):
 
 def read_config(folder):
     """Returns the fields of GPTConfig, a dict, that folder's config.json describes. Raises UserError for a
-    model that is not our GPT-2, naming every value that makes it another one."""
+    model that is not our GPT-2, naming every value that differs."""
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -99,16 +95,16 @@ def read_config(folder):
     if "model_type" not in theirs:
         wrong.append("no model_type")
     if wrong:
-        raise UserError(f"{path} describes a model that is not GPT-2 as it is here: {', '.join(wrong)}")
+        raise UserError(f"{path} describes a model that differs from GPT-2 here: {', '.join(wrong)}")
     fields = {ours: theirs[name] for ours, name in NAMES.items()}
     return fields | dict(n_ids=fields["vocab_size"], bias=True, gelu=GELUS[gelu])
 
 
 def read_folder(name, dropout=0.0, block_size=None):
-    """Returns the fields of GPTConfig and the weights, fp32, by our names, of a GPT-2 in a folder or of
-    OpenAI's; a block_size below its own cuts its position embeddings.
+    """Returns GPTConfig's fields and the weights, fp32, by our names, of the GPT-2 that find_folder finds.
 
-    Raises UserError for what GPT cannot represent and OSError for files that are not there.
+    A block_size below its own cuts its position embeddings. Raises UserError for what GPT cannot represent
+    and OSError for files that are not there.
     """
     folder = find_folder(name)
     fields = read_config(folder)
@@ -126,7 +122,7 @@ def read_weights(folder):
     """Returns the weights of a folder, fp32, by our names; raises as read_folder."""
     load_file = require("safetensors.torch").load_file
     theirs = {}
-    for path in glob.glob(f"{glob.escape(folder)}/model*.safetensors"):  # large ones are cut into several
+    for path in glob.glob(f"{glob.escape(folder)}/model*.safetensors"):  # large models have several
         try:
             theirs |= load_file(path)
         except Exception as e:  # SafetensorError, derived from Exception itself
@@ -135,7 +131,7 @@ def read_weights(folder):
         raise FileNotFoundError(
             f"{folder} has no model.safetensors; only that format, which cannot run code, is read"
         )
-    head = theirs.pop("lm_head.weight", None)  # a copy of the embedding, if it is there at all
+    head = theirs.pop("lm_head.weight", None)  # a copy of the embedding, where it is stored at all
     weights = {}
     for name, w in theirs.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in old files
@@ -148,13 +144,12 @@ def read_weights(folder):
             raise UserError(f"{folder} is no GPT-2 language model: its weights lack {needed}")
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     if head is not None and not torch.equal(head.float(), weights["lm_head.weight"]):
-        raise UserError(f"{folder} has an output head of its own; here it is tied to the token embedding")
+        raise UserError(f"{folder} has an untied output head; here it is tied to the token embedding")
     return weights
 
 
 def load_weights(model, weights, name):
-    """Gives a model on the meta device the weights of read_folder(name). Raises UserError if they do not
-    fit."""
+    """Gives a model on the meta device the weights of read_folder(name). Raises UserError for a mismatch."""
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as e:
@@ -163,7 +158,7 @@ def load_weights(model, weights, name):
 
 
 # -----------------------------------------------------------------------------
-# out
+# writing
 
 
 def write_json(folder, name, content):
@@ -194,7 +189,7 @@ def write_folder(folder, fields, weights, eot_token):
         stored = w.t() if name.endswith(TRANSPOSED) else w
         theirs[name] = stored.detach().cpu().float().contiguous()
         if not fields["bias"] and name.startswith(("transformer.h.", "transformer.ln_f.")):
-            theirs[name.removesuffix("weight") + "bias"] = torch.zeros(len(w))  # GPT-2 there has biases
+            theirs[name.removesuffix("weight") + "bias"] = torch.zeros(len(w))  # theirs has biases
     os.makedirs(folder, exist_ok=True)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", tokens)
@@ -203,18 +198,16 @@ def write_folder(folder, fields, weights, eot_token):
 
 def byte_alphabet():
     """Returns GPT-2's printable stand-ins for the 256 bytes, a list of characters: printable Latin-1 stands
-    for itself, the others, in order, for the characters from 256 on (https://github.com/openai/gpt-2,
-    encoder.py)."""
+    for itself, the characters from 256 on for the others (https://github.com/openai/gpt-2, encoder.py)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 def bpe_merges(ranks):
-    """Returns the merges, pairs of bytes in the order of their ranks, that made the tokens of ranks {bytes:
-    rank}.
+    """Returns the merges, pairs of bytes ordered by rank, that made the tokens of ranks, {bytes: rank}.
 
-    A token is made by the last merge of its own bytes when only merges of lower ranks are at hand.
+    A token is made by the last merge of its own bytes when only merges of lower ranks are available.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -229,8 +222,7 @@ def bpe_merges(ranks):
 
 
 def character_tokenizer_json(itos):
-    """Returns the content of tokenizer.json for one id a character; another character is an error there
-    too."""
+    """Returns the content of tokenizer.json for one id a character; there too, other ones are an error."""
     if odd := [text for text in itos.values() if len(text) != 1]:
         raise UserError(
             f"a tokenizer of characters cannot be exported with {odd[0]!r}, which is not one character"
@@ -246,7 +238,7 @@ def character_tokenizer_json(itos):
 
 def tokenizer_json(tokenizer):
     """Returns the content of tokenizer.json for a Tokenizer. Raises UserError for an encoding that the
-    tokenizers library would not take apart exactly as we do."""
+    tokenizers library would not split exactly as we do."""
     encoding, eot = tokenizer.encoding, tokenizer.eot_token
     if encoding == "characters":
         return character_tokenizer_json(tokenizer.itos)
@@ -276,9 +268,8 @@ def tokenizer_json(tokenizer):
 
 
 def write_tokenizer(folder, tokenizer, block_size):
-    """Writes the files from which AutoTokenizer loads a Tokenizer, and meta.json, which read_tokenizer itself
-    reads (not of characters: meta.json has no place for their table). Raises UserError as tokenizer_json
-    does, before anything is written."""
+    """Writes the files from which AutoTokenizer loads a Tokenizer, and meta.json for read_tokenizer (not for
+    characters: it has no place for their table). Raises as tokenizer_json does, before it writes anything."""
     content = tokenizer_json(tokenizer)
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size)
     settings["clean_up_tokenization_spaces"] = False
@@ -312,8 +303,7 @@ print(tokenizer.decode(text[0]))
 
 
 def write_card(folder, state, parameters):
-    """Writes README.md, a model card with the training figures of a checkpoint; figures that it lacks are
-    left out."""
+    """Writes README.md, a model card with those training figures that the checkpoint holds."""
     rows = dict(parameters=f"{parameters:,}")
     sizes = "{n_layer} layers, {n_head} heads, {n_embd} wide, context of {block_size}"
     rows["architecture"] = sizes.format(**state["model_args"])

@@ -1,6 +1,5 @@
 """
-What a run tells: lines for the user, metrics.jsonl and Weights & Biases, and the clock that times its
-iterations.
+What a run reports: lines for the user, metrics.jsonl, Weights & Biases, and the time of its iterations.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from sologpt.memory import memory_line
 
 
 def say(text, file=None):
-    """Prints text to stdout or to file, above the progress bar if there is one. Where it cannot be written,
-    because the log is on a full disk, it is left out: no reason to end a run."""
+    """Prints text to stdout or to file, above the progress bar if there is one. If it cannot be written, as
+    with a log on a full disk, it is left out: no reason to end a run."""
     try:
         tqdm.write(text, file or sys.stdout)
     except BrokenPipeError:
@@ -42,8 +41,7 @@ def duration(seconds):
 
 
 class Clock:
-    """Times the iterations between two log lines; what happens in paused() is not training and does not
-    count."""
+    """Times the iterations between two log lines; work in paused() is not training and does not count."""
 
     def __init__(self, machine):
         self.machine = machine
@@ -65,8 +63,8 @@ class Clock:
 
 
 def rewind_metrics(path, iter_num):
-    """Drops the lines of metrics.jsonl about iter_num and later, and lines that were cut short, so that no
-    iteration appears twice after resuming there."""
+    """Drops the lines of metrics.jsonl from iter_num on, and lines that were cut short, so that no iteration
+    appears twice after resuming there."""
     kept = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
@@ -85,8 +83,8 @@ def is_before(line, iter_num):
 class Metrics:
     """metrics.jsonl, open for appending, and Weights & Biases if a run of it is given.
 
-    A line that cannot be written, because the disk is full, is kept and written with the next one that can: a
-    log is no reason to end a run.
+    A line that cannot be written, as on a full disk, is kept and written with the next one that can: a log is
+    no reason to end a run.
     """
 
     def __init__(self, path, wandb=None):
@@ -97,7 +95,7 @@ class Metrics:
         self.failing = False
 
     def record(self, kind, iter_num, **figures):
-        """Writes one line. JSON has no infinity, which the first gradient norms in fp16 may be: null."""
+        """Writes one line. JSON has no infinity, as the first gradient norms in fp16 may be: that is null."""
         line = dict(kind=kind, iter=iter_num) | {
             name: finite_or_none(value) for name, value in figures.items()
         }
@@ -110,7 +108,7 @@ class Metrics:
     def write(self, line):
         self.waiting += line.encode()
         try:
-            written = self.file.write(self.waiting)  # on a full disk only a part may go
+            written = self.file.write(self.waiting)  # a full disk may take only a part
             self.waiting = self.waiting[written:]
             self.failing = False
         except OSError as e:
@@ -119,8 +117,7 @@ class Metrics:
             self.failing = True
 
     def sync(self):
-        """Puts the lines on disk: called before a checkpoint, which must not know of iterations that they do
-        not."""
+        """Syncs the lines to disk, before a checkpoint, which must not know of iterations that they lack."""
         with contextlib.suppress(OSError):
             os.fsync(self.file.fileno())
 
@@ -133,10 +130,10 @@ def finite_or_none(value):
 
 
 def open_metrics(run):
-    """Returns the Metrics of a Run of train.py, with its first line, and makes its out_dir ready."""
+    """Returns the Metrics of a Run of train.py, with its first line, and prepares its out_dir."""
     cfg, iter_num = run.cfg, run.at.iter_num
     wandb = start_wandb(cfg) if cfg.wandb_log else None
-    path = os.devnull  # eval_only leaves the folder of a run, which may be going on, as it is
+    path = os.devnull  # eval_only leaves out_dir alone: a run may be writing there
     if not cfg.eval_only:
         path = run.files.metrics
         os.makedirs(cfg.out_dir, exist_ok=True)
@@ -159,7 +156,7 @@ def start_wandb(cfg):
 
 
 def notes(cfg):
-    """Returns lines about values of train.py's keys that are allowed, but perhaps not what was meant."""
+    """Returns lines about values of train.py's keys that are allowed but perhaps not meant."""
     if "backend" in cfg.given:
         return [f"backend={cfg.backend!r} has no effect: training runs on one GPU", *schedule_notes(cfg)]
     return schedule_notes(cfg)
@@ -174,12 +171,12 @@ def schedule_notes(cfg):
     if cfg.schedule == "wsd" and cfg.cooldown_start < warmup:
         return [f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"]
     if cfg.schedule == "cosine" and cfg.lr_decay_iters < warmup:
-        return [f"note: after warmup_iters={warmup} it drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
+        return [f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
     return []
 
 
 def describe(run):
-    """Prints what a Run of train.py will do, each number with the product that makes it."""
+    """Prints what a Run of train.py will do; numbers with the product that makes them."""
     cfg, model, device = run.cfg, run.model, run.machine.device
     train_data, val_data = run.train_data, run.val_data
     tokens = f"{train_data.tokens:,} train + {val_data.tokens:,} val tokens"
@@ -218,7 +215,7 @@ def describe(run):
 
 
 def sum_up(run):
-    """Says what a Run of train.py that is done has done."""
+    """Says what a finished Run of train.py has done."""
     at = run.at
     skipped = f", {at.bad_steps} updates skipped" if at.bad_steps else ""
     peak = peak_memory(run.machine.device)

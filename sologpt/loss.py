@@ -1,4 +1,6 @@
-"""Cross-entropy in chunks of tokens, so that the logits of all tokens never exist at once."""
+"""
+Cross-entropy in chunks of tokens, so that the logits of all tokens never exist at once.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -13,8 +15,7 @@ def capped(logits, softcap):
 
 def chunk_loss(x, weight, targets, softcap, with_gradients):
     """Returns the summed cross-entropy of one chunk, an fp32 scalar, and its gradients with respect to x, in
-    the dtype of x, and to weight, in fp32; both None without with_gradients. x is (n, C), targets int64
-    (n,)."""
+    the dtype of x, and to weight, in fp32; None without with_gradients. x: (n, C), targets: int64 (n,)."""
     logits = capped(F.linear(x, weight), softcap).float()
     counted = targets >= 0
     total = logits.logsumexp(-1, keepdim=True)
@@ -35,8 +36,7 @@ def chunk_loss(x, weight, targets, softcap, with_gradients):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The forward pass computes the gradients too, while a chunk's logits are there. See
-    chunked_cross_entropy."""
+    """Computes the gradients in the forward pass, while a chunk's logits exist. See chunked_cross_entropy."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunks, softcap, with_gradients):
@@ -64,11 +64,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(x, weight, targets, chunks, softcap=None):
-    """Returns the mean cross-entropy in nats, an fp32 scalar, of the logits x @ weight.T, capped, and the
-    targets.
+    """Returns the mean cross-entropy in nats, an fp32 scalar, of the capped logits x @ weight.T and targets.
 
     x is (N, C) in the dtype of the matmuls, weight (V, C) in fp32, targets int64 (N,), -1 where one does not
-    count. The tokens are processed one chunk after another, in chunks of the sizes that torch.chunk gives.
-    Sums over chunks are fp32.
+    count. The tokens are processed chunk by chunk, with torch.chunk's sizes. Sums over chunks are fp32.
     """
     return ChunkedCrossEntropy.apply(x, weight, targets, chunks, softcap, torch.is_grad_enabled())

@@ -1,4 +1,6 @@
-"""What memory training takes, by estimate, and what to say if there is not enough."""
+"""
+An estimate of the memory that training takes, and what to say if there is not enough.
+"""
 
 import dataclasses
 import os
@@ -7,7 +9,7 @@ from sologpt.hardware import available_memory
 
 
 def memory_estimate(model, optimizers, cfg, dtype):
-    """Returns memory_needed of a run of train.py, whose optimizers have their moments already."""
+    """Returns memory_needed for a run of train.py, whose optimizers have their moments already."""
     params = model.get_num_params(non_embedding=False)
     states = [state for optimizer in optimizers.values() for state in optimizer.state.values()]
     optimizer_bytes = sum(moment.nbytes for state in states for moment in state.values())
@@ -18,19 +20,17 @@ def memory_estimate(model, optimizers, cfg, dtype):
 def memory_needed(
     params, optimizer, config, batch_size, dtype, compile, activation_memory=1.0, loss_chunks=1
 ):
-    """Returns by estimate what training takes at its peak: bytes of weights, gradients, optimizer,
-    activations, loss.
+    """Returns an estimate of training's peak: bytes of weights, gradients, optimizer, activations and loss.
 
-    params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig;
-    the rest is as in train.py. Left out: dropout's masks, and what the CUDA context and the libraries take.
+    params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig.
+    The rest is as in train.py. Left out: dropout's masks, and what the CUDA context and the libraries take.
     """
     tokens = batch_size * config.block_size
     activations = activation_bytes(config, tokens, dtype, compile, activation_memory, loss_chunks)
     loss = loss_bytes(config, tokens, dtype, compile, loss_chunks)
     gradients = 4 * params
-    if (
-        compile
-    ):  # a compiled backward pass returns all of its own at its end, when it has used up what follows
+    # a compiled backward pass returns all of its gradients at its end, with activations and loss used up
+    if compile:
         gradients += max(4 * params - activations - loss, 0)
     sizes = dict(
         weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss
@@ -39,16 +39,18 @@ def memory_needed(
 
 
 def activation_bytes(config, tokens, dtype, compile, activation_memory, loss_chunks):
-    """Returns the bytes that the blocks keep for the backward pass, as torch's partitioner (2.13, on a CPU)
-    decides.
+    """Returns the bytes that the blocks keep for the backward pass, as torch 2.13's partitioner has it (CPU).
 
     Compiled, 17 numbers times n_embd for each token and layer (34 bytes in bf16, as in Korthikanti et al.
     2022, https://arxiv.org/abs/2205.05198, section 4.1, without the attention scores, which fused attention
     does not keep), and a bf16 copy of every matrix; at an activation_memory just below 1 only 11, and no
-    copies; further down at most that share of all. For arch="modern" 21 and 13. Within 3 % of the count at 1
-    and, with more tokens than the copies weigh, from 0.8 on; else too high, at 0.5 up to twice. Not compiled
-    it is 16 times n_embd on a CPU, for arch="modern" 21, in bf16 28; autocast's fp32 LayerNorm makes it more
-    on a GPU."""
+    copies; below that at most that share of the total. For arch="modern" 21 and 13. The estimate is within
+    3 % of the count at 1 and, if the tokens outweigh the copies, down to 0.8; otherwise it is too high, at
+    0.5 by up to a factor of two.
+
+    Not compiled, it is 16 times n_embd on a CPU, for arch="modern" 21, in bf16 28, and more on a GPU, where
+    autocast computes LayerNorm in fp32.
+    """
     size = bytes_of(dtype)
     C, V, layers = config.n_embd, config.vocab_size, config.n_layer
     most, least = 17, 11
@@ -60,7 +62,7 @@ def activation_bytes(config, tokens, dtype, compile, activation_memory, loss_chu
     if size == 2:
         total += 2 * (12 * layers * C * C + V * C)
     if compile and activation_memory < 1:
-        logits = size * V * tokens if loss_chunks == 1 else 0  # they are activations too
+        logits = size * V * tokens if loss_chunks == 1 else 0  # logits are activations too
         share = max(activation_memory * (total + logits) - logits, 0)
         total = min(size * tokens * C * (least * layers + 2), share)
     return total
@@ -73,10 +75,10 @@ def loss_bytes(config, tokens, dtype, compile, loss_chunks):
         total = 2 * bytes_of(dtype) * V * tokens
     elif loss_chunks == 1 and config.arch == "gpt2":  # fp32 log-probabilities and two gradients
         total = 12 * V * tokens
-    else:  # the cap's gradient too; in chunks some more steps, none of them fused
+    else:  # the cap's gradient too; in chunks a few more steps, none of them fused
         total = 16 * V * tokens
     if loss_chunks > 1:
-        total = total // loss_chunks + 4 * V * C  # the matrix's gradient exists from the forward pass on
+        total = total // loss_chunks + 4 * V * C  # the head's gradient exists from the forward pass on
     return total
 
 
@@ -85,7 +87,7 @@ def bytes_of(dtype):
 
 
 def memory_line(needed, device):
-    """Returns memory_needed's estimate in words, in GB or, below one, in MB, with what the device has."""
+    """Returns memory_needed's estimate as text, in GB or, below one, in MB, with what the device has."""
     total = sum(needed.values())
     unit, unit_bytes, digits = "MB", 1e6, 1
     if total >= 1e9:
@@ -100,17 +102,16 @@ def memory_line(needed, device):
 
 
 def smaller_batch(batch_size, sequences):
-    """Returns (batch_size, gradient_accumulation_steps) for the same number of sequences an iteration: half
+    """Returns (batch_size, gradient_accumulation_steps) for as many sequences per iteration as before: half
     of batch_size, which must be at least 2, or the next smaller number that divides the sequences."""
     smaller = next(b for b in range(batch_size // 2, 0, -1) if sequences % b == 0)
     return smaller, sequences // smaller
 
 
 def no_room(params, optimizer, config, cfg, dtype, available):
-    """Returns what to tell the user of train.py when memory has run out and batch_size is not to be lowered.
+    """Returns what to tell train.py's user if memory runs out and batch_size may not or cannot be lowered.
 
-    params, optimizer, config: as memory_needed's; cfg: train.py's keys; available: bytes of memory, None if
-    unknown.
+    params, optimizer, config: as in memory_needed. cfg: train.py's keys. available: bytes; None: unknown.
     """
     text = f"out of memory with batch_size={cfg.batch_size}"
     if cfg.batch_size > 1:
@@ -118,7 +119,7 @@ def no_room(params, optimizer, config, cfg, dtype, available):
             cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps
         )
         flags = f"--batch_size={batch_size} --gradient_accumulation_steps={accumulation}"
-        return f"{text}; {flags} is the same run in less memory, and --auto_fit=True finds that by itself"
+        return f"{text}; {flags} is the same run in less memory, and --auto_fit=True finds it automatically"
 
     def total(config, **changes):
         levers = dict(activation_memory=cfg.activation_memory, loss_chunks=cfg.loss_chunks) | changes
@@ -129,7 +130,7 @@ def no_room(params, optimizer, config, cfg, dtype, available):
     smaller = "a smaller --block_size, --n_layer or --n_embd"
     if available is None:
         return f"{text}: use {smaller}"
-    text += f", and {available / 1e9:.2f} GB are there"
+    text += f", and {available / 1e9:.2f} GB are available"
     if needed <= available:
         return f"{text}, so it should fit, but does not: try --loss_chunks=8, or {smaller}"
     levers = dict(loss_chunks=8)

@@ -1,4 +1,6 @@
-"""What updates the weights: AdamW, and Muon for the matrices of the blocks."""
+"""
+What updates the weights: AdamW, and Muon for the matrices of the blocks.
+"""
 
 import collections
 import math
@@ -7,8 +9,7 @@ import torch
 
 
 def adamw(params, weight_decay, learning_rate, betas, device_type):
-    """Returns fused AdamW in two groups: matrices decay by weight_decay, biases and LayerNorm weights do
-    not."""
+    """Returns fused AdamW in two groups: matrices, with weight_decay, and biases and LayerNorms, without."""
     params = list(params)
     groups = [
         dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
@@ -19,7 +20,7 @@ def adamw(params, weight_decay, learning_rate, betas, device_type):
 
 
 def make_optimizers(model, cfg, device):
-    """Returns the optimizers of a run, a dict by their names in a checkpoint.
+    """Returns the optimizers of a run by their names in a checkpoint, a dict.
 
     cfg.optimizer="adamw": {"optimizer": AdamW of all parameters}. "muon": Muon, under "muon", takes the
     matrices of the blocks, AdamW the embeddings, the head and all vectors.
@@ -41,8 +42,7 @@ def make_optimizers(model, cfg, device):
 def allocate_moments(optimizers):
     """Gives AdamW and Muon their moments now instead of in their first step.
 
-    So if memory runs out, it does so in a forward or backward pass, which can be repeated, never in an
-    update.
+    So memory can run out only in a forward or backward pass, which can be repeated, never in an update.
     """
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -86,13 +86,13 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon in few launches: all matrices of one shape at once, instead of some 20 launches for
-    each.
+    """torch.optim.Muon with few launches: all matrices of a shape at once, instead of about 20 launches each.
 
     A parameter may hold several matrices on top of each other, as c_attn holds q, k and v: a group's `fused`,
-    1 or 3, says how many, and each is orthogonalized by itself. Updates are scaled to the size of AdamW's
-    (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2), so that learning rate and weight decay
-    are AdamW's too.
+    1 or 3, says how many; each is orthogonalized by itself.
+
+    Updates are scaled to the size of AdamW's, so that learning rate and weight decay are AdamW's too (Liu et
+    al. 2025, https://arxiv.org/abs/2502.16982, section 2.2).
     """
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """
-Going on from a checkpoint: what has to fit together, what this run does differently, and where it had got
-to.
+Resuming from a checkpoint: what has to match, how this run will differ, and where the last one stopped.
 """
 
 import dataclasses
@@ -28,15 +27,14 @@ def load_state(cfg, files):
 
 
 def with_architecture(cfg, fields, source):
-    """Returns train.py's cfg with the architecture of a model, which source, a path or a name, holds and
-    which has these fields of GPTConfig. Raises UserError, with all that differs, if the user has set another
-    one."""
+    """Returns train.py's cfg with the architecture in fields, those of GPTConfig for the model in source, a
+    path or a name. Raises UserError, with all that differs, if the user has set another one."""
     saved = {name: fields[name] for name in ("arch", "n_layer", "n_head", "n_embd", "block_size", "bias")}
     differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
     if differing:
         listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
         raise UserError(
-            f"{source} is of another model: {listed}; leave these out, or start anew in another --out_dir"
+            f"{source} has another architecture: {listed}; omit these, or start anew in another --out_dir"
         )
     changed = dataclasses.replace(cfg, **saved)
     changed.given = cfg.given
@@ -44,8 +42,7 @@ def with_architecture(cfg, fields, source):
 
 
 def check_vocabulary(vocab_size, source, tokenizer, folder):
-    """Raises UserError if a model with vocab_size rows, from source, cannot be trained on the data of
-    folder."""
+    """Raises UserError if a model with vocab_size rows, from source, cannot train on the data in folder."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{folder} has {tokenizer.vocab_size} token ids, the model in {source} only {vocab_size}"
@@ -55,20 +52,19 @@ def check_vocabulary(vocab_size, source, tokenizer, folder):
 
 
 def check_data(cfg, state, data, folder, path):
-    """Raises UserError if data, from shards.fingerprint, is not what the state at path was trained on, unless
-    that is allowed."""
+    """Raises UserError, or warns if allowed, if data (a shards.fingerprint) is not that of path's state."""
     changes = data_changes(state, data)
     if not changes:
         return
     text = f"{folder} is not what {path} was trained on: {changes}"
     if not (cfg.allow_data_change or cfg.eval_only):
-        raise UserError(f"{text}; to go on with it all the same: --allow_data_change=True")
+        raise UserError(f"{text}; to continue with it anyway: --allow_data_change=True")
     warn(text)
 
 
 def data_changes(state, data):
     """Returns how data, from shards.fingerprint, differs from that of a state: up to four phrases in one
-    string, empty if it does not, or if the state is nanoGPT's, which does not say."""
+    string, empty if it does not, or if the state is nanoGPT's, which records no data."""
     before = state.get("data", data)
     differing = [name for name in sorted(before | data) if before.get(name) != data.get(name)]
     phrases = [
@@ -80,7 +76,7 @@ def data_changes(state, data):
 
 
 def restore(run, state):
-    """Gives all of a state to a new Run of train.py."""
+    """Loads all of a state into a new Run of train.py."""
     path = run.files.newest
     at, iter_num = run.at, state["iter_num"]
     checkpoint.restore_model(run.model, state, path)
@@ -99,7 +95,7 @@ def restore(run, state):
 
 
 def warn_of_changes(cfg, state, get_lr):
-    """Points out how a run with cfg will differ from the one it resumes: by a learning rate, from train.py's
+    """Warns of how a run with cfg will differ from the one it resumes: by a learning rate, from train.py's
     get_lr, that is more than 1 % off at this iteration, and by another order of the data."""
     if cfg.eval_only:
         return
@@ -108,11 +104,11 @@ def warn_of_changes(cfg, state, get_lr):
     before = dataclasses.replace(cfg, **{k: v for k, v in state.get("config", {}).items() if k in known})
     lr, lr_before = get_lr(it, cfg), get_lr(it, before)
     if abs(lr - lr_before) > 0.01 * lr_before:
-        expected = f"by the schedule so far it was to be {lr_before:.3e}"
+        expected = f"the schedule so far has {lr_before:.3e}"
         warn(f"the learning rate of iteration {it} is {lr:.3e}, {expected}")
     S, S_before = cfg.sequences_per_iter, before.sequences_per_iter
     if "data" in state and (S, cfg.seed) != (S_before, before.seed):  # nanoGPT's batches are random anyway
         warn(
-            f"from here on the data comes in another order, some of it again or never: "
-            f"{S} sequences an iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
+            f"from here on the data comes in another order, parts of it twice or never: "
+            f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
         )

@@ -1,4 +1,6 @@
-"""From a model's logits to text: which token comes next, and the loop that continues from there."""
+"""
+From a model's logits to text: which token comes next, and the loop over tokens.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -19,12 +21,12 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
     ids = None
     if top_k or nucleus:
         logits, ids = logits.topk(min(top_k or V, V))  # the likeliest first
-    logits = logits.float() - logits.amax(-1, keepdim=True)  # no overflow, however small the temperature is
+    logits = logits.float() - logits.amax(-1, keepdim=True)  # no overflow at any temperature
     p = F.softmax(logits / temperature, dim=-1)
     if nucleus:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps the fewest ids whose sum reaches top_p
     mass = p.cumsum(-1)
-    # in (0, mass]: never an id without mass
+    # looks for a value in (0, mass], so never takes an id without mass
     chosen = torch.searchsorted(mass, (1 - noise[:, None]) * mass[:, -1:])
     if ids is not None:
         chosen = ids.gather(-1, chosen)
@@ -32,8 +34,7 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
 
 
 def step(model, token, position, cache, noise, temperature, top_k, top_p):
-    """Returns the ids, int64 (B,), that follow token (B,) at position (B,), given the tokens before it in
-    cache.
+    """Returns the ids, int64 (B,), that follow token (B,) at position (B,), given the cache of the past.
 
     All shapes are the same at every step, so that it compiles to one CUDA graph.
     """
@@ -49,8 +50,7 @@ def check_prompt(idx, n_ids):
 
 
 def read_window(model, text, end, lengths, cache):
-    """Returns the logits (B, V) after each row's last token, from a pass over the row's last block_size
-    tokens.
+    """Returns the logits (B, V) after each row's last token, from a pass over its last block_size tokens.
 
     text is int64 (B, at least end), lengths (B,) at most end. Fills the cache while the text fits into it.
     """
@@ -68,14 +68,14 @@ def read_window(model, text, end, lengths, cache):
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None, noise=None,
            lengths=None, cache=None, step=step):  # fmt: skip
-    """Yields the text so far, int64 (B, T + n), after the n-th new token of each row: one tensor that fills
-    up.
+    """Yields the text so far, int64 (B, T + n), after the n-th new token of each row: views of one tensor.
 
     The first step reads the prompt and fills the cache; later steps read one token each. Past block_size
     every step reads the last block_size tokens again, as nanoGPT does at every step: when the window slides,
     each token's position changes, and with it all keys and values. Arguments are those of generate; to
-    compile the step, give the function above compiled, and a cache from model.empty_cache, so that its
-    tensors are always the same ones."""
+    compile the step, pass the function above compiled, and a cache from model.empty_cache, so that its
+    tensors are the same in every call.
+    """
     B, T = idx.shape
     block_size, n_ids = model.config.block_size, model.config.n_ids
     device = idx.device
@@ -114,11 +114,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     top_p: sample among the fewest ids that have this share of the probability; None or 1: among all. Options:
 
     - stop_token: end once every row has produced this id
-    - noise, fp32 (B, max_new_tokens), uniform on [0, 1): what the ids are drawn with; None: torch's random
-      numbers
+    - noise, fp32 (B, max_new_tokens), uniform on [0, 1): to draw the ids with; None: torch's random numbers
     - lengths, int64 (B,): row b's prompt is its first lengths[b] ids; new ids overwrite what follows them
 
-    Ids that only pad the vocabulary have no probability. A context longer than block_size is cut to its last
+    Ids that only pad the vocabulary are never drawn. A context longer than block_size is cut to its last
     block_size tokens. Raises ValueError for a prompt that is empty or has ids that the tokenizer lacks.
     """
     for text in stream(model, idx, max_new_tokens, temperature, top_k, top_p, **options):

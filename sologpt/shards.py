@@ -1,5 +1,5 @@
 """
-Token files: write them, find and read them, and the order in which training visits them.
+Token files: writing, finding and reading them, and the order in which training visits them.
 
 Three formats are read, told apart by file name: shards with llm.c's header (`*train*_000001.bin`),
 build-nanogpt's NumPy shards (`*train*_000001.npy`) and nanoGPT's raw uint16 `train.bin`. Only the first is
@@ -52,11 +52,10 @@ def write_shard(path, tokens):
 
 
 class ShardWriter:
-    """Writes the tokens of one split, as they come, into shards of shard_tokens each; the last may be
-    shorter.
+    """Writes the tokens of one split, as they come, to shards of shard_tokens each; the last may be shorter.
 
-    files, a dict, gets {name: {"tokens": n, "sha256": hex}} of each shard that is whole and on disk; the
-    entries that it has at the start are of shards written before. open_tokens is the number of tokens in the
+    files, a dict, gets {name: {"tokens": n, "sha256": hex}} of each shard that is whole and on disk; its
+    entries at the start are those of shards written before. open_tokens is the number of tokens in the
     unfinished shard, which has a temporary name and is removed on leaving the `with`.
     """
 
@@ -74,11 +73,10 @@ class ShardWriter:
 
     def __exit__(self, *error):
         if self.file:
-            with contextlib.suppress(
-                OSError
-            ):  # closing writes what is buffered, which a full disk refuses again
+            # closing writes what is buffered, which a full disk refuses again
+            with contextlib.suppress(OSError):
                 self.file.close()
-            remove(self.file.name)  # not there any more if a signal came just after the renaming
+            remove(self.file.name)  # already gone if a signal came just after the renaming
 
     def path(self):
         number = len(self.files)
@@ -134,8 +132,7 @@ def read_header(path):
 
 
 def read_npy(path):
-    """Returns the Shard at path, a 1-D uint16 or uint32 array saved by NumPy. Raises UserError if it is
-    not."""
+    """Returns the Shard at path, a .npy file of 1-D uint16 or uint32 tokens. Raises UserError for others."""
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as e:
@@ -148,8 +145,7 @@ def read_npy(path):
 
 
 def read_raw(path):
-    """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises UserError at an odd number of
-    bytes."""
+    """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises UserError at an odd size."""
     size = os.path.getsize(path)
     if size % 2:
         raise UserError(
@@ -160,8 +156,7 @@ def read_raw(path):
 
 
 def find_data(dataset):
-    """Returns the folder of a dataset: data/<dataset>, or dataset itself as a path. Raises
-    FileNotFoundError."""
+    """Returns the folder of a dataset: data/<dataset>, or dataset as a path. Raises FileNotFoundError."""
     for folder in (os.path.join("data", dataset), dataset):
         if dataset and os.path.isdir(folder):
             return folder
@@ -172,10 +167,9 @@ def find_data(dataset):
 
 
 def find_shards(folder, split):
-    """Returns the Shards of split, 'train' or 'val', in name order. Raises FileNotFoundError if there are
-    none.
+    """Returns the Shards of split, 'train' or 'val', in name order. Raises FileNotFoundError for none.
 
-    Both splits have the same format: the first of which the folder holds any file.
+    Both splits have the same format: the first one of which the folder holds any file.
     """
     formats = (
         (r".*(train|val).*_\d+\.bin", read_header),
@@ -196,14 +190,12 @@ def find_shards(folder, split):
 
 
 def split_of(name):
-    """Returns the split of a token file: the word in its name that comes last, as in
-    medieval_train_000001.bin."""
+    """Returns a token file's split, the word that comes last in its name: medieval_train_000001.bin."""
     return "train" if name.rfind("train") > name.rfind("val") else "val"
 
 
 def fingerprint(shards, tokenizer):
-    """Returns {file name: what it holds}, all strings, of the Shards and their Tokenizer; checkpoints keep
-    it.
+    """Returns {file name: what it holds}, strings, of the Shards and their Tokenizer; checkpoints keep it.
 
     It reads the first 4,096 tokens of each file: a change after them that keeps the length goes unnoticed.
     """

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM as a request, which a loop answers where it can leave with everything saved."""
+"""
+Ctrl-C and SIGTERM as a request, which a loop answers where it can end with everything saved.
+"""
 
 import contextlib
 import os
@@ -27,7 +29,6 @@ class StopRequest:
         if self.number:
             os._exit(128 + number)
         self.number = number
-        with contextlib.suppress(
-            OSError
-        ):  # a log on a full disk. No print: the signal may have interrupted one
+        # a log may be on a full disk; not print(), which the signal may have interrupted
+        with contextlib.suppress(OSError):
             os.write(2, f"\n{self.text}\n".encode())

@@ -3,8 +3,7 @@ What token ids mean: a Tokenizer turns text into ids and ids into text.
 
 Three kinds, told apart by `encoding`: "bytes" (an id for each byte), "characters" (nanoGPT's meta.pkl), and
 every other name is one of tiktoken's. A checkpoint and a data folder keep only the fields of a tokenizer,
-which are plain values; tiktoken's files are loaded when the first text is encoded or decoded, so training
-does not need them.
+which are plain values; tiktoken's files are loaded at the first text to encode or decode, not in training.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ EOT = "<|endoftext|>"
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """The base of the three kinds."""
+    """Base class of the three kinds."""
 
     encoding: str
     vocab_size: int  # number of ids
@@ -47,13 +46,11 @@ class Tokenizer:
         return b"".join(map(self.spell, ids)).decode("utf-8", "replace")
 
     def embedding_rows(self):
-        """Returns the vocab_size of a new model: the number of ids, rounded up to a multiple of 64 for
-        speed."""
+        """Returns the vocab_size of a new model: the number of ids, padded to a multiple of 64 for speed."""
         return math.ceil(self.vocab_size / 64) * 64
 
     def fields(self):
-        """Returns what make_tokenizer needs to make it again, a dict of plain values: what checkpoints
-        keep."""
+        """Returns a dict of plain values, from which make_tokenizer makes it again; checkpoints keep it."""
         return dataclasses.asdict(self)
 
 
@@ -130,8 +127,7 @@ def make_tokenizer(fields):
 
 
 def find_tokenizer(encoding):
-    """Returns the Tokenizer of an encoding: "bytes" or a name that tiktoken knows, whose files are loaded
-    now."""
+    """Returns the Tokenizer of an encoding: "bytes", or a name of tiktoken's, whose files are loaded now."""
     if encoding == "bytes":
         return ByteTokenizer("bytes", 257, 256)
     bpe = load_bpe(encoding)
@@ -139,8 +135,7 @@ def find_tokenizer(encoding):
 
 
 def load_bpe(encoding):
-    """Returns tiktoken's Encoding of that name. Raises UserError if there is none or its files cannot be
-    had."""
+    """Returns tiktoken's Encoding of that name. Raises UserError if it is unknown or cannot be downloaded."""
     import tiktoken
 
     if encoding not in tiktoken.list_encoding_names():
@@ -172,7 +167,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_tokenizer(folder):
-    """Returns the Tokenizer of a data folder: of meta.json (prepare_fineweb.py) or meta.pkl (nanoGPT);
+    """Returns the Tokenizer of a data folder, from meta.json (prepare_fineweb.py) or meta.pkl (nanoGPT);
     without either it is GPT-2's, as in nanoGPT. Raises UserError for a file that cannot be read."""
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):

@@ -235,12 +235,12 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
     start = "out of memory with batch_size=1; by estimate 124.4M parameters need 3.18 GB with one sequence"
     assert advice(None) == f"{start}: use a smaller --block_size, --n_layer or --n_embd"
     assert advice(4e9).startswith(
-        f"{start}, and 4.00 GB are there, so it should fit, but does not: try --loss_ch"
+        f"{start}, and 4.00 GB are available, so it should fit, but does not: try --loss_ch"
     )
     # 8 chunks: 77e6 for their part, 16 bytes a logit there, and 155e6 for the matrix's gradient
-    assert advice(2.85e9).endswith("2.85 GB are there, enough with --loss_chunks=8")
+    assert advice(2.85e9).endswith("2.85 GB are available, enough with --loss_chunks=8")
     # 2,600e6 - 2,237e6 = 363e6 over 920e3 a token: 394
-    assert advice(2.6e9).endswith("2.60 GB are there, enough for about --block_size=384")
+    assert advice(2.6e9).endswith("2.60 GB are available, enough for about --block_size=384")
     assert advice(1.5e9).endswith(
         "not enough for more than 94M parameters: use a smaller --n_layer or --n_embd"
     )

@@ -227,7 +227,8 @@ def test_what_is_no_folder_of_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="it has no config.json"):
         GPT.from_pretrained(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match="there is no folder 'nowhere', and of names only gpt2, gpt2-medium"
+        FileNotFoundError,
+        match="there is no folder 'nowhere', and the only known names are gpt2, gpt2-medium",
     ):
         GPT.from_pretrained("nowhere")
     theirs().save_pretrained(tmp_path)
@@ -338,7 +339,7 @@ def test_training_goes_on_from_openais_weights_and_keeps_their_gelu(run, cached,
     if BPE_CACHED:
         assert run("sample.py", *sampled).stdout == run("sample.py", *sampled, "--init_from=gpt2").stdout
     out = run("train.py", *argv, "--n_layer=2", status=1)
-    assert "gpt2 is of another model: n_layer=1, not 2" in out.stderr
+    assert "gpt2 has another architecture: n_layer=1, not 2" in out.stderr
     out = run("train.py", *argv[1:], "--init_from=gpt2-xl", status=1)
     assert (
         "cannot download gpt2-xl from the Hugging Face hub" in out.stderr

@@ -116,9 +116,11 @@ def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp
     prepare(run, "--input=a.jsonl", "--out_dir=again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
     refused = prepare(run, "--input=a.jsonl", "--val_tokens=500", status=1)
-    assert "out was prepared otherwise (val_tokens: 1000000 there, 500 now)" in refused.stderr
+    assert "out was prepared with other settings (val_tokens: 1000000 there, 500 now)" in refused.stderr
     write_jsonl(tmp_path / "a.jsonl", TEXTS[1:])
-    assert "out was prepared otherwise (source: " in prepare(run, "--input=a.jsonl", status=1).stderr
+    assert (
+        "out was prepared with other settings (source: " in prepare(run, "--input=a.jsonl", status=1).stderr
+    )
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "out/fineweb_val_000000.bin").write_bytes(b"")
     assert "does not start with llm.c's shard header" in prepare(run, "--input=a.jsonl", status=1).stderr
@@ -627,7 +629,7 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
     out, err = process.communicate()
     assert process.returncode == 128 + number
     assert err.splitlines()[1:] == [
-        "stopping; once more to leave at once",
+        "stopping; Ctrl-C again leaves at once",
         "stopped; the same command continues after the last whole shard",
     ]
     assert not out
@@ -643,7 +645,7 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "unfinished.npz" in names and not any(name.endswith(".tmp") for name in names)
     refused = prepare(run, *big_source, "--val_tokens=200000", status=1).stderr
-    assert "unfinished run of another kind (val_tokens: 300000 there, 200000 now)" in refused
+    assert "unfinished run with other settings (val_tokens: 300000 there, 200000 now)" in refused
     assert "continuing out after " in prepare(run, *big_source).stdout
     prepare(run, *big_source, "--out_dir=again")
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
@@ -654,7 +656,7 @@ def test_a_full_disk_ends_it_cleanly_and_with_more_room_the_same_command_goes_on
     process = start(tmp_path, *big_source, "--out_dir=out", preexec_fn=limit)
     _, err = process.communicate()
     assert process.returncode == 1
-    assert err == "error: cannot write to out: File too large; with more room the same command continues\n"
+    assert err == "error: cannot write to out: File too large; make room, and the same command continues\n"
     assert list((tmp_path / "out").iterdir()) == []
     prepare(run, *big_source)
     prepare(run, *big_source, "--out_dir=again")

@@ -318,7 +318,7 @@ def test_the_recipe_is_sampled_from_its_checkpoint(run, byte_data, tiny):
     [
         ([], ["--optimizer=muon"], "is of a run with --optimizer=adamw, not muon"),
         (["--optimizer=muon"], [], "is of a run with --optimizer=muon, not adamw"),
-        ([], ["--arch=modern"], "is of another model: arch=gpt2, not modern"),
+        ([], ["--arch=modern"], "has another architecture: arch=gpt2, not modern"),
     ],
 )
 def test_a_run_is_not_resumed_as_another_kind(run, byte_data, tiny, first, then, message):

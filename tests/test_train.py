@@ -578,7 +578,7 @@ def test_without_auto_fit_the_run_ends_with_what_to_do(run, byte_data, tiny, fau
     out = run("train.py", *tiny, "--auto_fit=False", status=1)
     assert out.stderr.splitlines()[-1] == (
         "error: out of memory with batch_size=4; --batch_size=2 --gradient_accumulation_steps=4 is the same "
-        "run in less memory, and --auto_fit=True finds that by itself "
+        "run in less memory, and --auto_fit=True finds it automatically "
         "(out/ckpt.pt holds iteration 5, this is iteration 5)"
     )
 
@@ -606,7 +606,7 @@ def test_other_data_are_refused_unless_allowed(run, byte_data, tiny, tmp_path):
         "data/toy is not what out/ckpt.pt was trained on: fineweb_train_000004.bin: 3,600 uint16 tokens"
         in out.stderr
     )
-    assert ", was missing; to go on with it all the same: --allow_data_change=True" in out.stderr
+    assert ", was missing; to continue with it anyway: --allow_data_change=True" in out.stderr
     assert "warning: data/toy is not what" in run("train.py", *resume, "--allow_data_change=True").stderr
     assert "warning" not in run("train.py", *resume).stderr  # these are its data now
 
@@ -629,10 +629,9 @@ def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, t
     lr = 1e-3 + 0.5 * (1 + math.cos(math.pi * 10 / 22)) * (1e-2 - 1e-3)
     out = run("train.py", *argv)
     assert out.stderr.splitlines() == [
-        f"warning: the learning rate of iteration 12 is {lr:.3e}, "
-        "by the schedule so far it was to be 6.000e-05",
-        "warning: from here on the data comes in another order, some of it again or never: "
-        "12 sequences an iteration and seed 5, so far 8 and seed 1337",
+        f"warning: the learning rate of iteration 12 is {lr:.3e}, the schedule so far has 6.000e-05",
+        "warning: from here on the data comes in another order, parts of it twice or never: "
+        "12 sequences per iteration and seed 5, so far 8 and seed 1337",
     ]
     assert "note: val has only 62 windows; all of them are evaluated" in out.stdout
 
@@ -838,7 +837,7 @@ def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tin
     out = run("train.py", *tiny, "--warmup_iters=50", "--max_iters=1")
     assert "note: the learning rate still rises when this run ends: warmup_iters=50" in out.stdout
     out = run("train.py", *tiny, "--warmup_iters=5", "--lr_decay_iters=4", "--max_iters=6")
-    assert "note: after warmup_iters=5 it drops to min_lr: lr_decay_iters=4" in out.stdout
+    assert "note: after warmup_iters=5 lr drops to min_lr: lr_decay_iters=4" in out.stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4 cut short"])
