@@ -21,6 +21,11 @@ so a row takes seconds, plus its start and compilation, even where an iteration 
 beside it is the estimate that train.py prints before it starts.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import contextlib
 import dataclasses
 import itertools
@@ -28,7 +33,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -41,7 +45,7 @@ import torch
 from configurator import convert, from_command_line, key, parse, run_script
 from model import make_gpt
 from sologpt import hardware, shards
-from sologpt.errors import UserError
+from sologpt.errors import UserError, out_of_memory
 from sologpt.memory import memory_estimate
 from sologpt.optim import allocate_moments, make_optimizers
 from sologpt.tokenizer import BPETokenizer, read_tokenizer
@@ -145,7 +149,7 @@ class Trainer:
         )
         self.batches = itertools.repeat(host_tensor(random_tokens, machine.device))
         if cfg.real_data:
-            windows = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, vocab_size)
+            windows = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, self.n_ids)
             self.batches = micro_batches(windows, 0, cfg, machine.device)
 
     def micro_step(self):
@@ -255,7 +259,7 @@ def row_process(cfg, pipe):
         pipe.send(("about", about(trainer)))
         pipe.send(("row", profile(trainer) if cfg.profile else measure(trainer)))
     except Exception as e:
-        if hardware.out_of_memory(e):
+        if out_of_memory(e):
             pipe.send(("memory", None))
         elif isinstance(e, (UserError, OSError)):
             pipe.send(("error", str(e)))

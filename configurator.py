@@ -16,10 +16,11 @@ import inspect
 import math
 import operator
 import os
+import signal
 import sys
 import traceback
 
-from sologpt.errors import UserError
+from sologpt.errors import UserError, out_of_memory
 
 LIMITS = {  # arguments of key(): sign in --help, words in an error, the comparison that must hold
     "low": (">=", "at least", operator.ge),
@@ -84,7 +85,9 @@ def parse(text, field):
             return int(text, 0)
         if field.type is float:
             return float(text)
-        return unquote(text)
+        return unquote(os.fsencode(text).decode())  # UTF-8, whatever the locale made of it
+    except UnicodeDecodeError as e:
+        raise UserError(f"{field.name} is not UTF-8 text: {e.reason} at byte {e.start}") from None
     except (ValueError, KeyError):
         hint = "; write True or False" if field.type is bool else ""
         raise UserError(f"{field.name} needs {a(field.type)}, not {text!r}{hint}") from None
@@ -126,7 +129,7 @@ def read_file(path, fields, values):
         where = f"{path}:{lines[name]}" if name in lines else path
         try:
             if name not in fields:
-                raise UserError(unknown(name, fields))
+                raise UserError(f"{unknown(name, fields)}; a name of your own may begin with an underscore")
             if name in lines or value is not values[name]:
                 new[name] = convert(value, fields[name])
         except UserError as e:
@@ -150,8 +153,16 @@ def run_file(path, values):
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
         raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
+    for name in imported_names(tree) & namespace.keys():
+        del namespace[name]
     lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
     return namespace, lines
+
+
+def imported_names(tree):
+    """Returns the names that the import statements of a config file bind."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {(alias.asname or alias.name).partition(".")[0] for node in nodes for alias in node.names}
 
 
 def read_source(path):
@@ -263,22 +274,50 @@ def from_command_line(cls, doc, argv):
 
 
 def run_script(main, argv=None):
-    """Runs main(argv), which is the whole script; argv is that of the command line unless given.
+    """Runs main(argv), all that a script does; argv is that of the command line unless given.
 
     A mistake of the user's (UserError, OSError, not enough memory) is one line on stderr and exit status 1; a
-    fault of the program keeps its traceback. stdout is UTF-8 whatever the locale, each line written at once.
-    """
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    fault of the program keeps its traceback. Text is UTF-8 whatever the locale, each line of stdout written
+    at once."""
+    prepare_streams()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the first lines of train.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:  # the reader of the output, `head` perhaps, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
+    except BrokenPipeError:  # whoever read the output, `head` perhaps, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at the end fails again
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
-        if not isinstance(e, (UserError, OSError)) and type(e).__name__ != "OutOfMemoryError":
+        if not isinstance(e, (UserError, OSError)) and not out_of_memory(e):
             raise
-        print(f"error: {e}".partition("\n")[0], file=sys.stderr)
+        print(f"error: {str(e) or 'not enough memory'}".partition("\n")[0], file=sys.stderr)
         sys.exit(1)
+
+
+def prepare_streams():
+    """Makes stdin, stdout and stderr UTF-8; each line of stdout is written at once."""
+    open_closed_streams()
+    options = dict(
+        stdin=dict(errors="surrogateescape"),  # whoever encodes the text finds what is not UTF-8
+        stdout=dict(errors="backslashreplace", line_buffering=True),
+        stderr=dict(errors="backslashreplace"),
+    )
+    for name, how in options.items():
+        if hasattr(getattr(sys, name), "reconfigure"):  # not in a notebook
+            getattr(sys, name).reconfigure(encoding="utf-8", **how)
+
+
+def open_closed_streams():
+    """Gives a stream that was closed (`2>&-` in a shell) to the null device, so that writing to it does
+    nothing and no file that is opened later gets its number, to which libraries may write."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))

@@ -325,7 +325,7 @@ class GPT(nn.Module):
         """Writes config.json, generation_config.json and model.safetensors (fp32) for transformers' GPT-2.
 
         Rows that pad the vocabulary are left out; biases that this model lacks are written as zeros.
-        eot_token: the id that starts and ends a text.
+        eot_token: the id that starts and ends a text. Raises ValueError for a ModernGPT.
         """
         huggingface.write_folder(folder, dataclasses.asdict(self.config), self.state_dict(), eot_token)
 
@@ -435,10 +435,6 @@ class ModernGPT(GPT):
 
     def looked_up(self):
         return self.transformer.wte
-
-    def save_pretrained(self, folder, eot_token=None):
-        """Raises ValueError: Hugging Face's format holds arch='gpt2' only."""
-        raise UserError("arch='modern' cannot be exported: Hugging Face's format holds arch='gpt2' only")
 
 
 def make_gpt(config):

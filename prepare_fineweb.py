@@ -33,7 +33,6 @@ import re
 import shutil
 import signal
 import sys
-import sysconfig
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -46,11 +45,11 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from sologpt import shards
 from sologpt.errors import UserError
-from sologpt.files import atomic_file, remove
+from sologpt.files import atomic_file, remove, sole_use
+from sologpt.source import ENDINGS, contents_of, find_files, times_of
 from sologpt.stop import SIGNALS, StopRequest
 from sologpt.tokenizer import EOT, find_tokenizer
 
-ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
 # characters sent to a worker together: 0.1 s of its time, next to which sending them costs little
 CHUNK = 2**20
 # characters; a longer document is processed in parts, so that memory does not depend on the input
@@ -96,33 +95,6 @@ class PrepareConfig(Config):
 # finding the files
 
 
-def find_files(source):
-    """Returns the files of `source` (see --input) in a fixed order. Raises FileNotFoundError for none."""
-    if source == "stdlib":
-        root = sysconfig.get_paths()["stdlib"]
-        found = glob.glob(f"{glob.escape(root)}/**/*.py", recursive=True)
-        # files broken on purpose, or not Python's own
-        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        found = [path for path in found if not skipped & set(os.path.relpath(path, root).split(os.sep))]
-        if not found:
-            raise FileNotFoundError(
-                f"this Python has no library sources in {root}; use --input=FOLDER with your own texts"
-            )
-        return sorted(found)
-    found = []
-    for part in [source] if os.path.exists(source) else source.split(","):
-        if os.path.isdir(part):
-            names = glob.glob(f"{glob.escape(part)}/**/*", recursive=True)
-            matching = [name for name in names if name.endswith(ENDINGS) and os.path.isfile(name)]
-        else:
-            names = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
-            matching = [name for name in names if os.path.isfile(name)]
-        if not matching:
-            raise FileNotFoundError(f"--input={part}: no such file or folder with {', '.join(ENDINGS)} files")
-        found += sorted(matching)
-    return found
-
-
 def find_hub_files(repo, subset, split):
     """Returns the addresses of a dataset's files, pinned to its present revision, from the datasets library.
     Raises UserError if there is no such dataset, or its files are of a kind that is not read here."""
@@ -137,7 +109,7 @@ def find_hub_files(repo, subset, split):
     if split not in found:
         splits = ", ".join(map(str, found)) or "no files"
         raise UserError(f"{repo} {subset} has no split {split!r} (--split); it has {splits}")
-    if not all(name.endswith(ENDINGS) for name in found[split]):
+    if not all(name.lower().endswith(ENDINGS) for name in found[split]):
         raise UserError(f"{repo} {subset} has files like {found[split][0]}; it reads {', '.join(ENDINGS)}")
     return list(found[split])
 
@@ -145,7 +117,7 @@ def find_hub_files(repo, subset, split):
 def text_bytes(path):
     """Returns the approximate bytes of text in a local file, for the estimates of time and disk."""
     size = os.path.getsize(path)
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         import pyarrow.parquet
 
         with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
@@ -153,7 +125,7 @@ def text_bytes(path):
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
             # the largest column is the text
             return sum(max(g.column(i).total_uncompressed_size for i in range(g.num_columns)) for g in groups)
-    return 4 * size if path.endswith((".gz", ".zst")) else size
+    return 4 * size if path.lower().endswith((".gz", ".zst")) else size
 
 
 # -----------------------------------------------------------------------------
@@ -161,14 +133,17 @@ def text_bytes(path):
 
 
 def open_file(path):
-    """Returns a file, local or on the hub, open for reading bytes; .gz and .zst are decompressed."""
+    """Returns a file, local or on the hub, open for reading bytes; .gz and .zst are decompressed. Raises
+    UserError for a compressed file without a byte."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
     if "://" in path:
         import fsspec
 
         raw = fsspec.open(path, "rb").open()
     else:
+        if codec and not os.path.getsize(path):
+            raise UserError("empty: even nothing has some bytes when it is compressed")
         raw = open(path, "rb")
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1])
     if not codec:
         return raw
     import pyarrow  # comes with datasets; Python itself reads .zst only from 3.14 on
@@ -299,9 +274,9 @@ class Part(NamedTuple):
 
 def read_parts(path, cfg):
     """Yields the Parts of the documents of one file."""
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         read = functools.partial(read_parquet, path, cfg.text_key)
-    elif path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    elif path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         read = functools.partial(read_jsonl, path, cfg.text_key)
     else:
         read = functools.partial(read_text, path, cfg.txt_documents)
@@ -566,8 +541,10 @@ def prepared_already(out_dir, settings):
     try:
         with open(path, encoding="utf-8") as f:
             there = dict(json.load(f))
-        files = {name: int(n["tokens"]) for name, n in there.get("files", {}).items()}
-    except (ValueError, TypeError, KeyError) as e:
+        files = {name: int(about["tokens"]) for name, about in there["files"].items()}
+        if not files:
+            raise UserError("it lists no files")
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
     if differing := differences(there, settings):
         raise UserError(
@@ -636,7 +613,10 @@ def expected_tokens(job, counts):
 
 def check_space(out_dir, tokens, itemsize):
     """Raises OSError if this many tokens do not fit on the disk of out_dir."""
-    free, needed = shutil.disk_usage(out_dir).free, tokens * itemsize
+    folder = out_dir
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "."
+    free, needed = shutil.disk_usage(folder).free, tokens * itemsize
     if needed > free:
         raise OSError(
             f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB "
@@ -658,6 +638,7 @@ class Job:
     settings: dict  # all that shapes the tokens, plain values, as in meta.json
     files: list  # local paths or, in the order of the source, addresses on the hub
     text_size: int  # approximate bytes of text in local files; 0 for the hub
+    source_times: str  # digest of the local files' sizes and times of change
 
     @property
     def progress_path(self):
@@ -676,27 +657,54 @@ class Job:
 
 
 def plan(cfg):
-    """Returns the Job; the hub's files are still to be found."""
-    tokenizer = find_tokenizer(cfg.encoding)
-    source = f"{cfg.repo} {cfg.subset} {cfg.split}"
-    files = []
-    if cfg.input:
-        files = find_files(cfg.input)
-        sizes = [os.path.getsize(path) for path in files]
-        names = hashlib.sha256(json.dumps([files, sizes]).encode()).hexdigest()[:16]
-        source = f"{cfg.input}: {len(files)} files, {sum(sizes):,} bytes, sha256 of names and sizes {names}"
-    settings = dict(format=1) | tokenizer.fields() | dict(source=source)
+    """Returns the Job; the hub's files are still to be found. Says which local files there are."""
+    out_dir = cfg.out_dir or ("data/stdlib" if cfg.input == "stdlib" else "data/fineweb")
+    settings = dict(format=1) | find_tokenizer(cfg.encoding).fields()
+    settings["source"] = f"{cfg.repo} {cfg.subset} {cfg.split}"
     for name in ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens"):
         settings[name] = getattr(cfg, name)
-    out_dir = cfg.out_dir or ("data/stdlib" if cfg.input == "stdlib" else "data/fineweb")
-    return Job(cfg, out_dir, settings, files, sum(map(text_bytes, files)))
+    if not cfg.input:
+        return Job(cfg, out_dir, settings, [], 0, "")
+    files, passed_over = find_files(cfg.input)
+    others = ", ".join(f"{count:,} {reason}" for reason, count in passed_over.items() if count)
+    print(f"source: {len(files):,} files{f'; passed over: {others}' if others else ''}")
+    job = Job(cfg, out_dir, settings, files, sum(map(text_bytes, files)), times_of(files))
+    settings["source"] = describe_source(job)
+    return job
+
+
+def describe_source(job):
+    """Returns what the settings say of local files, a digest of their contents included. Reads them all,
+    unless nothing has changed since an earlier preparation, or what they give would not fit on the disk
+    anyway."""
+    record = record_in(job.out_dir)
+    start = f"{job.cfg.input}: "
+    if record.get("source_times") == job.source_times and str(record.get("source")).startswith(start):
+        return record["source"]
+    if not record:
+        check_space(job.out_dir, expected_tokens(job, Progress().counts), job.itemsize)
+    size = sum(os.path.getsize(path) for path in job.files)
+    return f"{start}{len(job.files)} files, {size:,} bytes, sha256 {contents_of(job.files)[:16]}"
+
+
+def record_in(out_dir):
+    """Returns what a preparation into out_dir, finished or not, recorded; empty if nothing, or damaged."""
+    try:
+        with open(os.path.join(out_dir, "meta.json"), encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        pass
+    try:
+        return Progress.load(os.path.join(out_dir, "unfinished.npz"))[1]
+    except UserError:
+        return {}
 
 
 def begin(job):
     """Starts or continues a preparation. Returns its (Progress, settings). Raises OSError on a full disk."""
     cfg, out_dir = job.cfg, job.out_dir
-    os.makedirs(out_dir, exist_ok=True)
     progress, kept = unfinished(out_dir, job.progress_path, job.settings)
+    kept = kept | dict(source_times=job.source_times)
     if not cfg.input:  # the hub's files as they were at the start, whatever has been changed there since
         job.files = kept.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
         kept = job.settings | dict(hub_files=job.files)
@@ -767,8 +775,13 @@ def write_val(job, progress, train, val):
 
 def write_meta(job, progress, counts, files):
     """Writes meta.json, last: with it the folder is complete."""
+    if job.source_times and times_of(job.files) != job.source_times:
+        raise UserError(
+            f"the files of --input={job.cfg.input} were changed while they were read; "
+            f"delete {job.out_dir} and prepare it again"
+        )
     position = progress.position
-    meta = job.settings | counts | dict(files=files)
+    meta = job.settings | dict(source_times=job.source_times) | counts | dict(files=files)
     meta |= dict(empty_documents=position.empty, bad_files=position.bad_files)
     with atomic_file(os.path.join(job.out_dir, "meta.json")) as f:
         f.write(json.dumps(meta, indent=1).encode())
@@ -810,15 +823,25 @@ def prepare(job, stop):
     print(f"next: {job.train_command}")
 
 
+def is_done(job):
+    """Returns whether the job has been done already, and says so if it has."""
+    if not prepared_already(job.out_dir, job.settings):
+        return False
+    with contextlib.suppress(OSError):  # prepared data may be read-only
+        remove(job.progress_path)  # left over where a run was killed just before removing it
+    print(f"{job.out_dir} is prepared already. Next: {job.train_command}")
+    return True
+
+
 def main(argv):
     cfg = from_command_line(PrepareConfig, __doc__, argv)
     with StopRequest("stopping; Ctrl-C again leaves at once") as stop:
         job = plan(cfg)
-        if prepared_already(job.out_dir, job.settings):
-            remove(job.progress_path)  # left over where a run was killed just before removing it
-            print(f"{job.out_dir} is prepared already. Next: {job.train_command}")
-        else:
-            prepare(job, stop)
+        if is_done(job):
+            return
+        with sole_use(job.out_dir):
+            if not is_done(job):  # by another process, meanwhile
+                prepare(job, stop)
 
 
 if __name__ == "__main__":

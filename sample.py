@@ -11,6 +11,11 @@ sample appears token by token; several are drawn in one batch.
 --export writes the model for Hugging Face's transformers.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import codecs
 import dataclasses
 import itertools
@@ -28,7 +33,8 @@ from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, sampling
 from sologpt.errors import UserError
-from sologpt.tokenizer import Tokenizer, make_tokenizer, read_tokenizer
+from sologpt.memory import check_size
+from sologpt.tokenizer import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
 
 
 @dataclass
@@ -54,6 +60,7 @@ class SampleConfig(Config):
     export: str = key(
         "", "write the model to this folder, for Hugging Face's transformers, instead of sampling"
     )
+    encoding: str = key("", "tokenizer of a folder, if not the one it names: bytes or a name of tiktoken's")
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     dtype: str = key(
         "",
@@ -69,6 +76,10 @@ class SampleConfig(Config):
         if not known and not os.path.isdir(self.init_from):
             names = ", ".join(huggingface.PRETRAINED)
             found.append(f"init_from must be 'resume', 'best', {names} or a folder, not {self.init_from!r}")
+        if self.encoding and known:
+            found.append(f"encoding is for a GPT-2 folder; the tokenizer of {self.init_from!r} is known")
+        if 0 < self.temperature < 1e-6:
+            found.append(f"temperature={self.temperature} must be 0 or at least 1e-6")
         if self.interactive and self.start == "-":
             found.append(
                 "interactive=True reads the prompts from stdin, so --start=- cannot read from it as well"
@@ -90,14 +101,16 @@ def load(cfg):
         return load_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"))
     if cfg.init_from == "best":
         return load_checkpoint(os.path.join(cfg.out_dir, "best.pt"))
-    return *load_pretrained(cfg.init_from), None
+    return *load_pretrained(cfg.init_from, cfg.encoding), None
 
 
 def load_checkpoint(path):
     """Returns (model, tokenizer, state) of a checkpoint, ours or nanoGPT's."""
     state = checkpoint.load(path)
     tokenizer = checkpoint_tokenizer(state, path)
-    model = make_gpt(GPTConfig(**checkpoint.model_fields(state, tokenizer)))
+    config = GPTConfig(**checkpoint.model_fields(state, tokenizer))
+    check_size(config)
+    model = make_gpt(config)
     checkpoint.restore_model(model, state, path)
     loss = ""
     if "best_val_loss" in state:
@@ -122,24 +135,30 @@ def checkpoint_tokenizer(state, path):
     return tokenizer
 
 
-def load_pretrained(name):
-    """Returns (model, tokenizer) of a folder in Hugging Face's format or of one of OpenAI's GPT-2 models."""
+def load_pretrained(name, encoding):
+    """Returns (model, tokenizer) of a folder in Hugging Face's format or of one of OpenAI's GPT-2 models.
+    encoding names the tokenizer, if not empty; else the folder must."""
     model = GPT.from_pretrained(name)
-    tokenizer = read_tokenizer(name)  # from meta.json, if --export wrote the folder, else GPT-2's
+    tokenizer = huggingface.read_folder_tokenizer(name)
+    if encoding:
+        tokenizer = find_tokenizer(encoding)
+    if not tokenizer:
+        raise UserError(f"{name} does not say which tokenizer it has; name it, as in --encoding=gpt2")
     rows = model.config.vocab_size
-    if rows - tokenizer.vocab_size not in range(64):  # fewer rows, or more than padding explains
-        raise UserError(
-            f"{name} does not say what its {rows} token ids mean: it lacks the meta.json that --export writes"
-        )
+    if tokenizer.vocab_size > rows:
+        ids = f"the tokenizer {tokenizer.encoding} has {tokenizer.vocab_size} ids"
+        raise UserError(f"{ids}, the model in {name} only {rows}")
     model.config = dataclasses.replace(model.config, n_ids=tokenizer.vocab_size)
     return model, tokenizer
 
 
 def export(folder, model, tokenizer, state):
     """Writes model, tokenizer and model card to folder, as far as Hugging Face's format can hold them."""
-    model.save_pretrained(folder, tokenizer.eot_token)
+    huggingface.check_arch(model.config.arch)
+    huggingface.make_room(folder)
     padding = (model.config.vocab_size - model.config.n_ids) * model.config.n_embd
     huggingface.write_card(folder, state, model.get_num_params(non_embedding=False) - padding)
+    model.save_pretrained(folder, tokenizer.eot_token)
     try:
         huggingface.write_tokenizer(folder, tokenizer, model.config.block_size)
     except UserError as e:
@@ -164,6 +183,21 @@ class Session:
     options: dict = dataclasses.field(default_factory=dict)  # more arguments of sampling.stream
     tokens: int = 0
     seconds: float = 0.0
+
+
+def check_room(cfg, model, prompt):
+    """Raises UserError if the samples that are asked for cannot fit into memory, before that is tried."""
+    count = 1 if cfg.interactive else cfg.num_samples
+    c = model.config
+    length = len(prompt) + cfg.max_new_tokens
+    cached = min(length, c.block_size) * c.n_layer * 2 * c.n_embd * model.lm_head.weight.itemsize
+    needed = count * (cached + 16 * length)  # an id and a random number for each token
+    available = hardware.total_memory(model.lm_head.weight.device)
+    if available and needed > available:
+        raise UserError(
+            f"num_samples={count} of max_new_tokens={cfg.max_new_tokens} need {needed / 1e9:,.1f} GB, and "
+            f"there are {available / 1e9:,.1f} GB; ask for fewer"
+        )
 
 
 def draw(session, context, first, count):
@@ -320,6 +354,7 @@ def main(argv):
         )
     if cfg.stop_at_eot and tokenizer.eot_token is None:
         raise UserError(f"stop_at_eot=True, but the encoding {tokenizer.encoding!r} has no end-of-text token")
+    check_room(cfg, model, prompt)
     with open(cfg.out or os.devnull, "w", encoding="utf-8", buffering=1) as out:  # line by line
         session = Session(cfg, model, tokenizer, device, out)
         if cfg.compile:

@@ -11,6 +11,11 @@ metrics.jsonl (every figure of the log).
 Ctrl-C or SIGTERM finishes the iteration, saves, and prints the command that continues.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import contextlib
 import dataclasses
 import gc
@@ -22,6 +27,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -30,9 +36,10 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, resume, shards
-from sologpt.errors import UserError
+from sologpt.errors import UserError, out_of_memory
+from sologpt.files import sole_use
 from sologpt.log import Clock, Metrics, describe, duration, notes, open_metrics, say, sum_up, warn
-from sologpt.memory import memory_estimate, no_room, smaller_batch
+from sologpt.memory import check_size, memory_estimate, no_room, smaller_batch
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
 from sologpt.stop import StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
@@ -115,7 +122,7 @@ class TrainConfig(Config):
 
     @property
     def cooldown_start(self):
-        return self.max_iters - math.ceil(self.cooldown_frac * self.max_iters)
+        return self.max_iters - math.ceil(Fraction(str(self.cooldown_frac)) * self.max_iters)  # exact
 
     def problems(self):
         """Returns messages about conflicting values."""
@@ -479,7 +486,7 @@ def log_iteration(run, step_loss, norm, lr):
 
 
 # -----------------------------------------------------------------------------
-# if memory runs out
+# if memory runs out, or data cannot be read
 
 
 def train_until_it_fits(run):
@@ -487,11 +494,20 @@ def train_until_it_fits(run):
     while True:
         try:
             return train(run)
+        except shards.DataError as e:
+            save_progress(run)  # nothing of the iteration has been applied yet
+            raise UserError(f"{e} ({run.files.kept})") from None
         except Exception as e:
-            if not hardware.out_of_memory(e):
+            if not out_of_memory(e):
                 raise
         # out here the exception is gone, and with it the frame that held the activations
         use_smaller_batch(run)
+
+
+def save_progress(run):
+    """Saves the state at the beginning of an iteration that cannot be finished, unless that is saved."""
+    if run.at.iter_num > run.first_iter and run.files.saved_iter != run.at.iter_num:
+        save_checkpoint(run)
 
 
 def use_smaller_batch(run):
@@ -501,8 +517,7 @@ def use_smaller_batch(run):
     run.model.zero_grad(set_to_none=True)
     checkpoint.set_rng(run.rng, device)
     hardware.forget_compiled(device)
-    if at.iter_num > run.first_iter and run.files.saved_iter != at.iter_num:
-        save_checkpoint(run)
+    save_progress(run)
     if cfg.batch_size == 1 or not cfg.auto_fit:
         params = run.model.get_num_params(non_embedding=False)
         available = hardware.available_memory(device)
@@ -520,7 +535,9 @@ def use_smaller_batch(run):
 def model_config(cfg, tokenizer, vocab_size, gelu="none"):
     """Returns the GPTConfig that the keys describe."""
     sizes = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
-    return GPTConfig(**sizes, vocab_size=vocab_size, n_ids=tokenizer.vocab_size, gelu=gelu, arch=cfg.arch)
+    config = GPTConfig(**sizes, vocab_size=vocab_size, n_ids=tokenizer.vocab_size, gelu=gelu, arch=cfg.arch)
+    check_size(config)
+    return config
 
 
 def prepare_model(model, cfg, machine):
@@ -552,10 +569,11 @@ def set_up(cfg, machine):
     tokenizer = read_tokenizer(folder)
     vocab_size = fields.get("vocab_size", tokenizer.embedding_rows())
     resume.check_vocabulary(vocab_size, source, tokenizer, folder)
-    train_data, val_data = shards.open_splits(folder, cfg.block_size, vocab_size)
+    if pretrained:
+        resume.check_tokenizer(cfg, source, tokenizer, folder)
+    train_data, val_data = shards.open_splits(folder, cfg.block_size, tokenizer.vocab_size)
     fingerprint = shards.fingerprint(train_data.shards + val_data.shards, tokenizer)
-    if state:
-        resume.check_data(cfg, state, fingerprint, folder, source)
+    changed = state and resume.check_data(cfg, state, fingerprint, folder, source)
 
     # model and optimizers
     config = model_config(cfg, tokenizer, vocab_size, fields.get("gelu", "none"))
@@ -565,8 +583,8 @@ def set_up(cfg, machine):
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if state:
-        resume.restore(run, state)
-        resume.warn_of_changes(cfg, state, get_lr)
+        resume.restore(run, state, changed)
+        resume.warn_of_changes(cfg, machine, state, get_lr)
     else:
         allocate_moments(optimizers)
     run.memory = memory_estimate(model, optimizers, cfg, machine.dtype)
@@ -592,19 +610,23 @@ def main(argv):
         raise UserError("this trainer uses one GPU; start it with python train.py, not with torchrun")
     machine = hardware.find_machine(cfg)
     print("\n".join([*notes(cfg), *machine.lines]))
-    run = set_up(cfg, machine)
-    describe(run)
-    run.clock = Clock(machine)
-    bar = tqdm(total=cfg.max_iters, initial=run.at.iter_num, disable=None, dynamic_ncols=True, unit="it")
-    request = StopRequest("stopping after this iteration; Ctrl-C again leaves without saving")
-    with contextlib.closing(open_metrics(run)) as run.metrics, request as run.stop, bar as run.bar:
-        try:
-            train_until_it_fits(run)
-        finally:
-            gc.unfreeze()
-            gc.enable()
+    out_dir = contextlib.nullcontext()  # eval_only leaves it alone
     if not cfg.eval_only:
-        finish(run, argv)
+        out_dir = sole_use(cfg.out_dir)
+    with out_dir:
+        run = set_up(cfg, machine)
+        describe(run)
+        run.clock = Clock(machine)
+        bar = tqdm(total=cfg.max_iters, initial=run.at.iter_num, disable=None, dynamic_ncols=True, unit="it")
+        request = StopRequest("stopping after this iteration; Ctrl-C again leaves without saving")
+        with contextlib.closing(open_metrics(run)) as run.metrics, request as run.stop, bar as run.bar:
+            try:
+                train_until_it_fits(run)
+            finally:
+                gc.unfreeze()
+                gc.enable()
+        if not cfg.eval_only:
+            finish(run, argv)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ and we read nanoGPT's; they load with weights_only=True and cannot run code.
 
 import dataclasses
 import errno
+import itertools
 import math
 import os
 import shutil
@@ -17,10 +18,36 @@ import zipfile
 import torch
 
 from sologpt.errors import UserError
-from sologpt.files import atomic_file, remove
+from sologpt.files import atomic_file, remove, remove_temporary
 from sologpt.log import warn
+from sologpt.tokenizer import make_tokenizer
 
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+NUMBER = (int, float)
+# types of the parts of a state
+TYPES = dict(
+    model=dict,
+    model_args=dict,
+    arch=str,
+    gelu=str,
+    tokenizer=dict,
+    data=dict,
+    config=dict,
+    dtype=str,
+    optimizer=dict,
+    muon=dict,
+    scaler=dict,
+    rng=dict,
+    iter_num=int,
+    best_val_loss=(*NUMBER, torch.Tensor),
+    tokens_seen=int,
+    seconds=NUMBER,
+    bad_steps=int,
+    bad_in_row=int,
+)
+# and of its model_args: the fields of GPTConfig that nanoGPT has too
+MODEL_ARGS = dict(
+    n_layer=int, n_head=int, n_embd=int, block_size=int, bias=bool, vocab_size=int, dropout=NUMBER
+)
 
 
 # -----------------------------------------------------------------------------
@@ -80,6 +107,7 @@ def load(path):
         raise UserError(f"cannot read the checkpoint {path}, damaged or not one of ours: {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise UserError(f"{path} is no checkpoint of a GPT: it lacks 'model' or 'model_args'")
+    check_types(state, path)
     missing = [name for name in MODEL_ARGS if name not in state["model_args"]]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)} in its model_args")
@@ -88,14 +116,65 @@ def load(path):
     state.setdefault("gelu", "none")
     weights = {strip(name): tensor for name, tensor in state["model"].items()}
     state["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
+    check_sizes(state, path)
     return state
 
 
+def check_types(state, path):
+    """Raises UserError for a part of a state that is not of its type, or a number that cannot be."""
+    check_type_of_each(state, TYPES, path)
+    check_type_of_each(state["model_args"], MODEL_ARGS, path)
+    for name, tensor in state["model"].items():
+        if type(name) is not str or not torch.is_tensor(tensor):
+            raise UserError(f"{path} is damaged: its model holds {name!r}, which is no named tensor")
+    for name, text in state.get("data", {}).items():
+        if type(name) is not str or type(text) is not str:
+            raise UserError(f"{path} is damaged: its data holds {name!r}, which is no named text")
+    for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row"):
+        if state.get(name, 0) < 0:
+            raise UserError(f"{path} is damaged: its {name} is {state[name]}")
+    loss = torch.as_tensor(state.get("best_val_loss", 0.0))
+    if loss.numel() != 1 or loss.isnan():
+        raise UserError(f"{path} is damaged: its best_val_loss is {state['best_val_loss']}")
+    dropout = state["model_args"].get("dropout", 0.0)
+    if not 0 <= dropout < 1:
+        raise UserError(f"{path} is damaged: its dropout is {dropout}")
+    if "tokenizer" in state:
+        try:
+            make_tokenizer(state["tokenizer"])
+        except UserError as e:
+            raise UserError(f"{path} is damaged: {e}") from None
+
+
+def check_type_of_each(values, types, path):
+    for name in types.keys() & values.keys():
+        value, allowed = values[name], types[name]
+        is_flag = type(value) is bool and allowed is not bool  # for Python a bool is an int too
+        if is_flag or not isinstance(value, allowed):
+            raise UserError(f"{path} is damaged: its {name} is of the type {type(value).__name__}")
+
+
+def check_sizes(state, path):
+    """Raises UserError if model_args are not those of the weights: a model of their sizes could be of any
+    size."""
+    args, weights = state["model_args"], state["model"]
+    layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+    table = weights.get("transformer.wte.weight", torch.empty(0))
+    shape = list(table.shape)
+    if len(layers) != args["n_layer"] or shape != [args["vocab_size"], args["n_embd"]]:
+        raise UserError(
+            f"the weights in {path} do not fit its model_args: {len(layers)} layers, an embedding of {shape}"
+        )
+
+
 def check_archive(path):
-    """Raises BadZipFile at a wrong checksum: torch.load itself would take flipped bits for weights."""
+    """Raises BadZipFile at a wrong checksum, since torch.load itself would take flipped bits for weights, and
+    for compressed parts: torch writes none, and they could be of any size in memory."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("it has compressed parts, which torch.save does not write")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
@@ -125,6 +204,7 @@ def weights_state(run):
     state["model"] = run.model.state_dict()
     state["data"] = run.fingerprint
     state["config"] = dataclasses.asdict(run.cfg)
+    state["dtype"] = run.machine.dtype
     state["seconds"] = time.perf_counter() - run.started
     return state | dataclasses.asdict(run.at)
 
@@ -162,15 +242,41 @@ def restore_optimizers(optimizers, state, path):
         )
     for name, optimizer in optimizers.items():
         saved = state[name]
-        sizes = [len(group["params"]) for group in saved["param_groups"]]
-        if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-            kind = "Muon's" if name == "muon" else "AdamW's"
+        kind = "Muon" if name == "muon" else "AdamW"
+        try:
+            fits = moments_fit(saved, optimizer)
+        except (KeyError, TypeError, AttributeError):  # it is built otherwise
+            fits = False
+        if not fits:
             raise UserError(
-                f"the optimizer state in {path} is not {kind} in two groups of this model's parameters"
+                f"the optimizer state in {path} is not that of {kind} for this model: two groups of "
+                f"parameters, and moments of the shape of each"
             )
         for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({name: value for name, value in current.items() if name != "params"})
         optimizer.load_state_dict(saved)
+
+
+def moments_fit(saved, optimizer):
+    """Whether the state_dict of an optimizer has the moments of this one's parameters, and nothing else:
+    torch itself would take moments of any shape, and crash in the update."""
+    groups = [group["params"] for group in saved["param_groups"]]
+    params = [group["params"] for group in optimizer.param_groups]
+    numbers = [number for group in groups for number in group]
+    if [len(group) for group in groups] != [len(group) for group in params]:
+        return False
+    if set(saved["state"]) != set(numbers):
+        return False
+    expected = ["momentum_buffer"] if isinstance(optimizer, torch.optim.Muon) else ["exp_avg", "exp_avg_sq"]
+    for number, p in zip(numbers, (p for group in params for p in group), strict=True):
+        moments = saved["state"][number]
+        if not {*expected} <= moments.keys() <= {*expected, "step"}:
+            return False
+        if any(moments[name].shape != p.shape or not moments[name].is_floating_point() for name in expected):
+            return False
+        if "step" in moments and torch.as_tensor(moments["step"]).numel() != 1:
+            return False
+    return True
 
 
 def get_rng(device):
@@ -182,6 +288,7 @@ def get_rng(device):
 
 
 def set_rng(rng, device):
+    """Sets torch's random state to what get_rng returned."""
     torch.set_rng_state(rng["cpu"])
     if device.type == "cuda" and "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"], device)
@@ -244,8 +351,6 @@ class RunFiles:
         previous = None if self.saved_iter is None else self.previous
         if not self.write(self.ckpt, state, previous):
             return False
-        if self.newest is None:
-            remove(self.previous)  # of an earlier run
         self.newest = self.ckpt
         self.saved_iter = state["iter_num"]
         self.kept = f"{self.ckpt} holds iteration {self.saved_iter}"
@@ -271,5 +376,23 @@ class RunFiles:
 
     def remove_partial(self):
         """Removes files that a killed run had not finished writing."""
-        for path in (self.ckpt, self.best, self.before_cooldown, self.metrics):
-            remove(f"{path}.tmp")
+        for path in self.all():
+            remove_temporary(path)
+
+    def all(self):
+        """Returns the paths of a run's files, ckpt.pt last: while it is there, a run can be resumed."""
+        return [self.metrics, self.best, self.before_cooldown, self.previous, self.ckpt]
+
+    def set_aside(self):
+        """Moves the files of an earlier run to earlier-1/, earlier-2/, ... in out_dir. Returns that folder,
+        or None if there were none."""
+        found = [path for path in self.all() if os.path.exists(path)]
+        if not found:
+            return None
+        numbers = itertools.count(1)
+        folders = (os.path.join(self.out_dir, f"earlier-{number}") for number in numbers)
+        folder = next(folder for folder in folders if not os.path.exists(folder))
+        os.makedirs(folder)
+        for path in found:
+            os.replace(path, os.path.join(folder, os.path.basename(path)))
+        return folder

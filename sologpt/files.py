@@ -1,10 +1,19 @@
-"""
-Files that exist whole or not at all: written under another name, synced to disk, then renamed.
-"""
+"""Files that exist whole or not at all: written under another name, synced to disk, then renamed. Folders
+that belong to one process at a time."""
 
 import contextlib
+import glob
 import hashlib
 import os
+import socket
+import sys
+
+from sologpt.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
 
 
 @contextlib.contextmanager
@@ -13,7 +22,7 @@ def atomic_file(path, previous=None):
 
     What was at path becomes previous, if that is given: at every moment one of the two is there, and whole.
     """
-    partial = f"{path}.tmp"
+    partial = temporary_name(path)
     try:
         with open(partial, "wb") as f:
             yield f
@@ -21,6 +30,17 @@ def atomic_file(path, previous=None):
     except BaseException:
         remove(partial)
         raise
+
+
+def temporary_name(path):
+    """Returns the name under which this process writes a file until it is whole."""
+    return f"{path}.{os.getpid()}.tmp"
+
+
+def remove_temporary(path):
+    """Removes what processes that were killed had not finished writing under temporary names of path."""
+    for partial in [f"{path}.tmp", *glob.glob(f"{glob.escape(path)}.*.tmp")]:
+        remove(partial)
 
 
 def sync_and_rename(f, path, previous=None):
@@ -59,3 +79,69 @@ def sha256_of(path):
         while block := f.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# a folder belongs to one process
+
+
+@contextlib.contextmanager
+def sole_use(folder):
+    """Makes the folder if need be, and keeps other processes that ask for the same out of it until the `with`
+    ends.
+
+    The lock is the kernel's and ends with the process, however that dies; the file .lock only says whose it
+    is. A folder that was made here and is still empty at the end is removed. Raises UserError, naming the
+    other process, and OSError if the folder cannot be written.
+    """
+    made = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, ".lock")
+    f = open_lock(path, folder)
+    try:
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})")
+        f.flush()
+        yield
+    finally:
+        if os.name == "posix":  # before it is unlocked, so that nobody removes the file of another
+            remove(path)
+            f.close()
+        else:
+            f.close()
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(folder)
+
+
+def open_lock(path, folder):
+    """Returns the file at path, open and locked."""
+    while True:
+        f = open(path, "a+", encoding="utf-8")
+        if not lock(f):
+            f.seek(0)
+            owner = f.read() or "another process"
+            f.close()
+            raise UserError(f"{folder} is in use by {owner}; wait for it, or choose another --out_dir")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+                return f
+        f.close()  # whoever had it locked has removed the file meanwhile
+
+
+def lock(f):
+    """Locks an open file. Returns False if another process has locked it. A file system without locks, as
+    some network ones are, is no reason not to train: that is a warning."""
+    try:
+        if os.name == "posix":
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            f.seek(2**20)  # beyond the text: on Windows nobody else can read what is locked
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as e:
+        print(f"warning: cannot lock {f.name}: {e}; start nothing else that writes there", file=sys.stderr)
+    return True

@@ -297,17 +297,18 @@ def available_memory(device):
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def total_memory(device):
+    """Returns the bytes of memory that a device has in all; None where that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 def peak_memory(device):
     """Returns the most bytes that tensors of this process have taken at one time; None off CUDA. No sync."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def out_of_memory(error):
-    """Returns whether torch, one of CUDA's libraries or the system says by this error that memory ran out."""
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        word in str(error) for word in words
-    )
 
 
 # -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; samp
 tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.
 """
 
-import glob
+import hashlib
 import importlib
 import json
 import os
@@ -13,7 +13,7 @@ import os
 import torch
 
 from sologpt.errors import UserError
-from sologpt.tokenizer import EOT
+from sologpt.tokenizer import EOT, BPETokenizer, CharacterTokenizer, read_tokenizer
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's, on the hub
 
@@ -109,6 +109,11 @@ def read_folder(name, dropout=0.0, block_size=None):
     folder = find_folder(name)
     fields = read_config(folder)
     weights = read_weights(folder)
+    layers = {key.split(".")[2] for key in weights if key.startswith("transformer.h.")}
+    if len(layers) != fields["n_layer"]:  # before a model of any number of layers is built
+        raise UserError(
+            f"{name} has weights of {len(layers)} layers, and its config.json says {fields['n_layer']}"
+        )
     block_size = block_size or fields["block_size"]
     if block_size > fields["block_size"]:
         raise UserError(
@@ -118,19 +123,38 @@ def read_folder(name, dropout=0.0, block_size=None):
     return fields | dict(block_size=block_size, dropout=dropout), weights
 
 
+def weight_files(folder):
+    """Returns the paths of the weights in a folder: model.safetensors, else the parts that the index of a
+    large model names. Other files with such names may be left over from another model."""
+    whole = os.path.join(folder, "model.safetensors")
+    index = f"{whole}.index.json"
+    if os.path.exists(whole):
+        return [whole]
+    if not os.path.exists(index):
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors; only that format, which cannot run code, is read"
+        )
+    try:
+        with open(index, encoding="utf-8") as f:
+            names = set(json.load(f)["weight_map"].values())
+        paths = [os.path.join(folder, os.path.basename(name)) for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{index} is damaged: {e!r}") from None
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path} is missing, and {index} names it")
+    return paths
+
+
 def read_weights(folder):
     """Returns the weights of a folder, fp32, by our names; raises as read_folder."""
     load_file = require("safetensors.torch").load_file
     theirs = {}
-    for path in glob.glob(f"{glob.escape(folder)}/model*.safetensors"):  # large models have several
+    for path in weight_files(folder):
         try:
             theirs |= load_file(path)
-        except Exception as e:  # SafetensorError, derived from Exception itself
+        except Exception as e:  # SafetensorError, derived from Exception itself, and OSError
             raise UserError(f"cannot read {path}: {e}") from None
-    if not theirs:
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors; only that format, which cannot run code, is read"
-        )
     head = theirs.pop("lm_head.weight", None)  # a copy of the embedding, where it is stored at all
     weights = {}
     for name, w in theirs.items():
@@ -157,8 +181,77 @@ def load_weights(model, weights, name):
         raise UserError(f"the weights of {name} are not those of a GPT-2 language model: {first}") from None
 
 
+# sha256 of the vocabulary in GPT-2's tokenizer.json or vocab.json, as vocabulary_sha256 computes it
+GPT2_VOCABULARY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
+
+
+def read_folder_tokenizer(name):
+    """Returns the Tokenizer of the model in a folder, or of OpenAI's of that name; None if the folder does
+    not say, or has one that is not known here."""
+    gpt2 = BPETokenizer("gpt2", 50257, 50256)
+    if name in PRETRAINED and not os.path.isdir(name):
+        return gpt2
+    if os.path.exists(os.path.join(name, "meta.json")):  # we exported it
+        return read_tokenizer(name)
+    model = read_json(os.path.join(name, "tokenizer.json")).get("model", {})
+    vocabulary = model.get("vocab") or read_json(os.path.join(name, "vocab.json"))
+    if vocabulary_sha256(vocabulary) == GPT2_VOCABULARY:
+        return gpt2
+    if model.get("type") == "WordLevel" and all(len(text) == 1 for text in vocabulary):
+        itos = {i: text for text, i in vocabulary.items()}
+        return CharacterTokenizer("characters", len(itos), None, itos)
+    return None
+
+
+def vocabulary_sha256(vocabulary):
+    """Returns the sha256 of {text: id}, in the order of the ids."""
+    entries = sorted(vocabulary.items(), key=lambda entry: entry[1])
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def read_json(path):
+    """Returns the dict in a JSON file; empty if there is none. Raises UserError if it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+
+
 # -----------------------------------------------------------------------------
 # writing
+
+WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md")
+WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json")
+
+
+def check_arch(arch):
+    if arch != "gpt2":
+        raise UserError(f"arch={arch!r} cannot be exported: Hugging Face's format holds arch='gpt2' only")
+
+
+def make_room(folder):
+    """Makes a folder ready for an export: new, or without what an earlier export has written. Raises
+    UserError if it has files that no export of ours writes, or is somebody else's model."""
+    os.makedirs(folder, exist_ok=True)
+    names = sorted(os.listdir(folder))
+    others = [name for name in names if name not in WRITTEN]
+    if names and not is_export(folder):
+        others = others or names
+    if others:
+        raise UserError(f"{folder} holds {others[0]}, not of an export of ours; choose a new or empty folder")
+    for name in names:
+        os.remove(os.path.join(folder, name))
+
+
+def is_export(folder):
+    path = os.path.join(folder, "README.md")
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return "trained with soloGPT" in f.read()
 
 
 def write_json(folder, name, content):
@@ -169,14 +262,12 @@ def write_json(folder, name, content):
 def write_folder(folder, fields, weights, eot_token):
     """Writes config.json, generation_config.json and model.safetensors for a GPT with these fields of
     GPTConfig and these weights. eot_token: the id that starts and ends a text, or None."""
+    check_arch(fields["arch"])
     save_file = require("safetensors.torch").save_file
     fields = fields | dict(vocab_size=fields["n_ids"])
     tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
-    config = (
-        dict(architectures=["GPT2LMHeadModel"])
-        | REST
-        | {theirs: fields[ours] for ours, theirs in NAMES.items()}
-    )
+    config = dict(architectures=["GPT2LMHeadModel"]) | REST
+    config |= {theirs: fields[ours] for ours, theirs in NAMES.items()}
     config["activation_function"] = {"none": "gelu", "tanh": "gelu_new"}[fields["gelu"]]
     config |= tokens
     config |= {name: fields["dropout"] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}

@@ -63,21 +63,30 @@ class Clock:
 
 
 def rewind_metrics(path, iter_num):
-    """Drops the lines of metrics.jsonl from iter_num on, and lines that were cut short, so that no iteration
-    appears twice after resuming there."""
-    kept = []
+    """Drops the lines of metrics.jsonl from iter_num on, so that no iteration appears twice after resuming
+    there, and lines that cannot be read; a last line that was cut short is no news, others are counted."""
+    kept, unreadable = [], 0
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            kept = [line for line in f if is_before(line, iter_num)]
+        with open(path, "rb") as f:
+            for line in f:
+                iteration = iteration_of(line)
+                if iteration is None:
+                    unreadable += line.endswith(b"\n")
+                elif iteration < iter_num:
+                    kept.append(line)
+    if unreadable:
+        warn(f"{path}: {unreadable} lines that cannot be read are left out")
     with atomic_file(path) as f:
-        f.write("".join(kept).encode())
+        f.write(b"".join(kept))
 
 
-def is_before(line, iter_num):
+def iteration_of(line):
+    """Returns the iteration of a line of metrics.jsonl, bytes; None if it cannot be read."""
     try:
-        return json.loads(line)["iter"] < iter_num
-    except (ValueError, KeyError, TypeError):
-        return False
+        iteration = json.loads(line)["iter"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return iteration if type(iteration) is int else None
 
 
 class Metrics:
@@ -136,13 +145,21 @@ def open_metrics(run):
     path = os.devnull  # eval_only leaves out_dir alone: a run may be writing there
     if not cfg.eval_only:
         path = run.files.metrics
-        os.makedirs(cfg.out_dir, exist_ok=True)
         run.files.remove_partial()
+        if run.files.newest is None:
+            set_aside(run.files)
         rewind_metrics(path, iter_num)
     metrics = Metrics(path, wandb)
     kind = "resume" if iter_num else "config"
     metrics.record(kind, iter_num, config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
     return metrics
+
+
+def set_aside(files):
+    """Moves what an earlier run has left in out_dir out of the way of a new one."""
+    folder = files.set_aside()
+    if folder:
+        say(f"moved an earlier run to {folder}; --init_from=resume would have continued it")
 
 
 def start_wandb(cfg):

@@ -3,9 +3,11 @@ An estimate of the memory that training takes, and what to say if there is not e
 """
 
 import dataclasses
-import os
 
-from sologpt.hardware import available_memory
+import torch
+
+from sologpt.errors import UserError
+from sologpt.hardware import available_memory, total_memory
 
 
 def memory_estimate(model, optimizers, cfg, dtype):
@@ -95,8 +97,8 @@ def memory_line(needed, device):
     available = ""
     if free := available_memory(device):
         available = f" of {free / 1e9:.1f} GB free"
-    elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
-        available = f" of {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB of RAM"
+    elif has := total_memory(device):
+        available = f" of {has / 1e9:.1f} GB of RAM"
     parts = ", ".join(f"{name} {size / unit_bytes:.{digits}f}" for name, size in needed.items())
     return f"about {total / unit_bytes:.{digits}f} {unit}{available}: {parts}"
 
@@ -149,3 +151,15 @@ def no_room(params, optimizer, config, cfg, dtype, available):
 
 def with_length(config, block_size):
     return dataclasses.replace(config, block_size=block_size)
+
+
+def check_size(config):
+    """Raises UserError if the weights of a model with this GPTConfig cannot fit into this computer's memory,
+    where they are made, before that is tried."""
+    params = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    has = total_memory(torch.device("cpu"))
+    if has and 4 * params > has:
+        raise UserError(
+            f"n_layer={config.n_layer} of n_embd={config.n_embd} make a model of {params / 1e9:,.1f}B "
+            f"parameters, {4 * params / 1e9:,.1f} GB, and this computer has {has / 1e9:,.1f} GB; lower them"
+        )

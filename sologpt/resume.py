@@ -3,9 +3,12 @@ Resuming from a checkpoint: what has to match, how this run will differ, and whe
 """
 
 import dataclasses
+import math
 import time
 
-from sologpt import checkpoint, huggingface
+import torch
+
+from sologpt import checkpoint, huggingface, shards
 from sologpt.errors import UserError
 from sologpt.log import warn
 
@@ -21,8 +24,6 @@ def load_state(cfg, files):
                 f"{files.newest} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}"
             )
         return state
-    if files.exist() and not cfg.eval_only:
-        print(f"{files.ckpt} of an earlier run will be overwritten; --init_from=resume would continue it")
     return None
 
 
@@ -47,26 +48,42 @@ def check_vocabulary(vocab_size, source, tokenizer, folder):
         raise UserError(
             f"{folder} has {tokenizer.vocab_size} token ids, the model in {source} only {vocab_size}"
         )
-    if source in huggingface.PRETRAINED and tokenizer.encoding != "gpt2":
-        raise UserError(f"{folder} was made with the encoding {tokenizer.encoding!r}, {source} with gpt2")
+
+
+def check_tokenizer(cfg, source, tokenizer, folder):
+    """Raises UserError, or warns if allowed, if the pretrained model in source has another tokenizer than the
+    data in folder, or does not say which it has."""
+    theirs = huggingface.read_folder_tokenizer(source)
+    if theirs == tokenizer:
+        return
+    text = f"{source} does not say which tokenizer it was trained with"
+    if theirs:
+        text = f"{source} was trained with the tokenizer {theirs.encoding} of {theirs.vocab_size} ids"
+    text += f"; the data in {folder} are made with {tokenizer.encoding} of {tokenizer.vocab_size}"
+    if not (cfg.allow_data_change or cfg.eval_only):
+        raise UserError(f"{text}. If it is the same, or to train on it anyway: --allow_data_change=True")
+    warn(text)
 
 
 def check_data(cfg, state, data, folder, path):
-    """Raises UserError, or warns if allowed, if data (a shards.fingerprint) is not that of path's state."""
+    """Returns whether data, a shards.fingerprint, differs from that of path's state. Warns if so; raises
+    UserError if that is not allowed."""
     changes = data_changes(state, data)
     if not changes:
-        return
+        return False
     text = f"{folder} is not what {path} was trained on: {changes}"
     if not (cfg.allow_data_change or cfg.eval_only):
         raise UserError(f"{text}; to continue with it anyway: --allow_data_change=True")
     warn(text)
+    return True
 
 
 def data_changes(state, data):
     """Returns how data, from shards.fingerprint, differs from that of a state: up to four phrases in one
     string, empty if it does not, or if the state is nanoGPT's, which records no data."""
     before = state.get("data", data)
-    differing = [name for name in sorted(before | data) if before.get(name) != data.get(name)]
+    names = sorted(before | data)
+    differing = [name for name in names if not shards.same_file(before.get(name), data.get(name))]
     phrases = [
         f"{name}: {data.get(name, 'missing')}, was {before.get(name, 'missing')}" for name in differing[:4]
     ]
@@ -75,16 +92,14 @@ def data_changes(state, data):
     return "; ".join(phrases)
 
 
-def restore(run, state):
-    """Loads all of a state into a new Run of train.py."""
+def restore(run, state, data_changed):
+    """Loads all of a state into a new Run of train.py; losses on other data do not compare with its best
+    one."""
     path = run.files.newest
     at, iter_num = run.at, state["iter_num"]
     checkpoint.restore_model(run.model, state, path)
     checkpoint.restore_optimizers(run.optimizers, state, path)
-    if state.get("scaler"):
-        run.scaler.load_state_dict(state["scaler"])
-    if "rng" in state:  # nanoGPT keeps none
-        checkpoint.set_rng(state["rng"], run.machine.device)
+    restore_scaler_and_rng(run, state, path)
     at.iter_num = run.first_iter = iter_num
     at.best_val_loss = float(state["best_val_loss"])
     at.tokens_seen = state.get("tokens_seen", iter_num * run.cfg.tokens_per_iter)
@@ -92,23 +107,54 @@ def restore(run, state):
     at.bad_in_row = state.get("bad_in_row", 0)
     run.started = time.perf_counter() - state.get("seconds", 0.0)
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
+    if data_changed:
+        at.best_val_loss = math.inf
+        print("the data has changed: the best val loss, and best.pt, start anew")
 
 
-def warn_of_changes(cfg, state, get_lr):
+def restore_scaler_and_rng(run, state, path):
+    """Loads the state of the gradient scaler and torch's random state; nanoGPT keeps neither."""
+    try:
+        if state.get("scaler") and run.scaler.is_enabled():
+            run.scaler.load_state_dict(state["scaler"])
+            torch.full((), run.scaler.get_scale())  # what the first iteration will do
+        if "rng" in state:
+            checkpoint.set_rng(state["rng"], run.machine.device)
+    except (RuntimeError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is damaged: its gradient scaler or random state: {e}") from None
+
+
+SETTINGS = ("dropout", "weight_decay", "grad_clip", "beta1", "beta2", "eval_iters")
+
+
+def warn_of_changes(cfg, machine, state, get_lr):
     """Warns of how a run with cfg will differ from the one it resumes: by a learning rate, from train.py's
-    get_lr, that is more than 1 % off at this iteration, and by another order of the data."""
+    get_lr, that is more than 1 % off at this iteration, by other SETTINGS or another dtype, and by another
+    order of the data."""
     if cfg.eval_only:
         return
     it = state["iter_num"]
-    known = {f.name for f in dataclasses.fields(cfg)}
-    before = dataclasses.replace(cfg, **{k: v for k, v in state.get("config", {}).items() if k in known})
+    before = settings_before(cfg, state)
     lr, lr_before = get_lr(it, cfg), get_lr(it, before)
     if abs(lr - lr_before) > 0.01 * lr_before:
         expected = f"the schedule so far has {lr_before:.3e}"
         warn(f"the learning rate of iteration {it} is {lr:.3e}, {expected}")
+    changed = [name for name in SETTINGS if getattr(cfg, name) != getattr(before, name)]
+    phrases = [f"{name}={getattr(cfg, name)}, was {getattr(before, name)}" for name in changed]
+    if state.get("dtype", machine.dtype) != machine.dtype:
+        phrases.append(f"dtype={machine.dtype}, was {state['dtype']}")
+    if phrases:
+        warn(f"from here on with other settings: {'; '.join(phrases)}")
     S, S_before = cfg.sequences_per_iter, before.sequences_per_iter
     if "data" in state and (S, cfg.seed) != (S_before, before.seed):  # nanoGPT's batches are random anyway
         warn(
             f"from here on the data comes in another order, parts of it twice or never: "
             f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
         )
+
+
+def settings_before(cfg, state):
+    """Returns cfg with the values that the state was saved with, as far as it records them."""
+    known = {f.name: f.type for f in dataclasses.fields(cfg)}
+    saved = state.get("config", {})
+    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known and type(v) is known[k]})

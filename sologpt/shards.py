@@ -18,10 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from sologpt.errors import UserError
-from sologpt.files import atomic_file, remove, sha256_of, sync_and_rename
+from sologpt.files import atomic_file, remove, sha256_of, sync_and_rename, temporary_name
 
 HEADER_BYTES = 1024  # 256 int32: magic, version, token count, zeros (llm.c, dev/data/data_common.py)
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, dtype)
+
+
+class DataError(UserError):
+    """Token files that cannot be read any more, or hold what they must not: noticed in the middle of a
+    run."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class ShardWriter:
         """Appends tokens, a 1-D uint16 or uint32 array. Raises OSError, for a full disk for example."""
         while len(tokens):
             if not self.file:
-                self.file = open(f"{self.path()}.tmp", "wb")
+                self.file = open(temporary_name(self.path()), "wb")
                 self.file.write(bytes(HEADER_BYTES))
             room = self.shard_tokens - self.open_tokens
             chunk = tokens[:room]
@@ -195,20 +200,58 @@ def split_of(name):
 
 
 def fingerprint(shards, tokenizer):
-    """Returns {file name: what it holds}, strings, of the Shards and their Tokenizer; checkpoints keep it.
+    """Returns {file name: what it holds}, all strings, of the Shards and their Tokenizer; checkpoints keep
+    it.
 
-    It reads the first 4,096 tokens of each file: a change after them that keeps the length goes unnoticed.
+    Of every file it has the length and a CRC of the first 4,096 tokens, and of those that meta.json lists the
+    sha256 too: the one in meta.json, but if the file was changed later than meta.json, that of the file as it
+    is now. A later change in other files that keeps their length and start goes unnoticed.
     """
     found = {}
+    recorded = recorded_sha256s(os.path.dirname(shards[0].path))
     for shard in shards:
+        name = os.path.basename(shard.path)
         start = np.fromfile(shard.path, shard.dtype, min(shard.count, 4096), offset=shard.offset)
         crc = zlib.crc32(start.tobytes())
-        found[os.path.basename(shard.path)] = (
-            f"{shard.count:,} {shard.dtype.name} tokens (CRC {crc:08x} at its start)"
-        )
+        found[name] = f"{shard.count:,} {shard.dtype.name} tokens (CRC {crc:08x} at its start)"
+        if name in recorded:
+            found[name] += f"{SHA256}{current_sha256(shard.path, recorded[name])[:16]}"
     crc = zlib.crc32(json.dumps(tokenizer.fields(), sort_keys=True).encode())
     found["tokenizer"] = f"{tokenizer.encoding} of {tokenizer.vocab_size:,} ids (CRC {crc:08x})"
     return found
+
+
+SHA256 = ", sha256 "  # in a fingerprint, between what every file has and what only some have
+
+
+def same_file(a, b):
+    """Whether two entries of fingerprints, strings or None, are of the same content, as far as both say."""
+    if a is None or b is None:
+        return a == b
+    start, _, sha256 = a.partition(SHA256)
+    other_start, _, other_sha256 = b.partition(SHA256)
+    if sha256 and other_sha256 and sha256 != other_sha256:
+        return False
+    return start == other_start
+
+
+def recorded_sha256s(folder):
+    """Returns {file name: sha256} of the shards that folder's meta.json lists; empty if it lists none."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            files = json.load(f)["files"]
+        return {name: str(about["sha256"]) for name, about in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # meta.json may be somebody else's
+        return {}
+
+
+def current_sha256(path, recorded):
+    """Returns the sha256 of a file, given the one in meta.json: computed only if the file is newer than
+    that."""
+    meta = os.path.join(os.path.dirname(path), "meta.json")
+    if os.stat(path).st_mtime_ns <= os.stat(meta).st_mtime_ns:
+        return recorded
+    return sha256_of(path)
 
 
 def tokens_per_byte(folder, split):
@@ -238,19 +281,19 @@ def epoch_order(n, seed, epoch):
     return order
 
 
-def open_splits(folder, block_size, vocab_size):
+def open_splits(folder, block_size, n_ids):
     """Returns the Windows of train and of val. Raises as find_shards and Windows do."""
     splits = [find_shards(folder, split) for split in ("train", "val")]
-    return [Windows(shards, block_size, vocab_size) for shards in splits]
+    return [Windows(shards, block_size, n_ids) for shards in splits]
 
 
 class Windows:
     """The windows of one split. len() is their number; their tokens are read from disk when asked for."""
 
-    def __init__(self, shards, block_size, vocab_size):
+    def __init__(self, shards, block_size, n_ids):
         self.shards = shards
         self.block_size = block_size
-        self.vocab_size = vocab_size
+        self.n_ids = n_ids  # that the tokenizer has
         self.tokens = sum(shard.count for shard in shards)
         counts = [max(shard.count - 1, 0) // block_size for shard in shards]
         self.ends = np.cumsum(counts)  # number of windows up to and including each shard
@@ -281,8 +324,8 @@ class Windows:
     def read(self, windows):
         """Returns the tokens, int64 (len(windows), block_size + 1), of the windows with these numbers.
 
-        Each call maps the files anew: a mapping that stays open grows to the size of the whole file in RSS.
-        Raises UserError for an id that the model has no row for; on a GPU it would be a device-side assert.
+        Raises DataError for a file that has become shorter or is gone, and for an id that the tokenizer
+        lacks: the model may have no row for it, and on a GPU that would be a device-side assert.
         """
         tokens = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
         owners = np.searchsorted(self.ends, windows, side="right")
@@ -291,13 +334,32 @@ class Windows:
             rows = np.flatnonzero(owners == owner)
             first = self.ends[owner - 1] if owner else 0
             starts = (windows[rows] - first) * self.block_size
-            data = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.count,))
-            tokens[rows] = data[starts[:, None] + np.arange(self.block_size + 1)]
-        if tokens.max() >= self.vocab_size:
-            paths = ", ".join(self.shards[owner].path for owner in np.unique(owners)[:3])
-            raise UserError(
-                f"token id {tokens.max()} in {paths} is not below the model's vocab_size={self.vocab_size}; "
-                f"the data was made with another tokenizer than its meta.json or meta.pkl (none: GPT-2) or "
-                f"the checkpoint says"
-            )
+            tokens[rows] = self.read_from(shard, starts)
+            self.check_ids(shard, starts, tokens[rows])
         return tokens
+
+    def read_from(self, shard, starts):
+        """Returns the tokens of the windows that begin at starts in one file. No memory map: that would grow
+        to the size of the file in RSS, and a file that is cut short would kill the process."""
+        size = (self.block_size + 1) * shard.dtype.itemsize
+        windows = []
+        try:
+            with open(shard.path, "rb") as f:
+                for start in starts.tolist():
+                    f.seek(shard.offset + start * shard.dtype.itemsize)
+                    windows.append(f.read(size))
+        except OSError as e:
+            raise DataError(f"cannot read {shard.path}: {e.strerror}") from None
+        if any(len(window) < size for window in windows):
+            raise DataError(f"{shard.path} has become shorter; copy or prepare it again")
+        return np.frombuffer(b"".join(windows), dtype=shard.dtype).reshape(len(windows), -1)
+
+    def check_ids(self, shard, starts, tokens):
+        if tokens.max() < self.n_ids:
+            return
+        row, column = np.argwhere(tokens >= self.n_ids)[0]
+        raise DataError(
+            f"{shard.path} has the token id {tokens[row, column]} at position {starts[row] + column:,}, but "
+            f"its tokenizer has only the ids below {self.n_ids}: it was made with another one than its "
+            f"meta.json or meta.pkl (none: GPT-2) says; correct that file or prepare the data again"
+        )

@@ -1,12 +1,15 @@
 """
-Ctrl-C and SIGTERM as a request, which a loop answers where it can end with everything saved.
+Ctrl-C, SIGTERM and SIGHUP as a request, which a loop answers where it can end with everything saved.
 """
 
 import contextlib
 import os
 import signal
+import sys
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    SIGNALS.append(signal.SIGHUP)  # the terminal was closed, perhaps with its ssh session
 
 
 class StopRequest:
@@ -18,7 +21,10 @@ class StopRequest:
         self.number = 0  # of the signal; 0: nobody has asked
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self.before.items():
+            if number in (signal.SIGINT, signal.SIGTERM) or handler != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *error):
@@ -31,4 +37,4 @@ class StopRequest:
         self.number = number
         # a log may be on a full disk; not print(), which the signal may have interrupted
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{self.text}\n".encode())
+            os.write(sys.stderr.fileno(), f"\n{self.text}\n".encode())

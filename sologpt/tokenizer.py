@@ -28,9 +28,28 @@ class Tokenizer:
     vocab_size: int  # number of ids
     eot_token: int | None  # the id of <|endoftext|>; None: there is none
 
+    def __post_init__(self):
+        eot_type = type(self.eot_token)
+        if (
+            type(self.encoding) is not str
+            or type(self.vocab_size) is not int
+            or eot_type not in (int, type(None))
+        ):
+            raise TypeError("these are not the types of a tokenizer's fields")
+
     def encode(self, text):
         """Returns the ids of a text, a list; <|endoftext|> becomes the end-of-text id. Raises UserError for
-        text that the tokenizer cannot represent."""
+        text that is not valid Unicode, or that the tokenizer cannot represent."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise UserError(
+                f"the text is not UTF-8: an invalid byte or half a character at {e.start}"
+            ) from None
+        return self.ids_of(text)
+
+    def ids_of(self, text):
+        """Returns what encode returns, for valid text."""
         raise NotImplementedError
 
     def encode_document(self, text):
@@ -55,11 +74,11 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    def encode(self, text):
+    def ids_of(self, text):
         first, *others = text.split(EOT)
-        ids = list(first.encode("utf-8", "replace"))
+        ids = list(first.encode())
         for part in others:
-            ids += [self.eot_token, *part.encode("utf-8", "replace")]
+            ids += [self.eot_token, *part.encode()]
         return ids
 
     def encode_document(self, text):
@@ -77,11 +96,16 @@ class ByteTokenizer(Tokenizer):
 class CharacterTokenizer(Tokenizer):
     itos: dict  # {id: text}
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(type(i) is int and type(text) is str for i, text in self.itos.items()):
+            raise TypeError("itos must be a dict from ids to texts")
+
     @functools.cached_property
     def stoi(self):
         return {text: i for i, text in self.itos.items()}
 
-    def encode(self, text):
+    def ids_of(self, text):
         missing = sorted(set(text) - set(self.stoi))
         if missing:
             raise UserError(
@@ -102,7 +126,7 @@ class BPETokenizer(Tokenizer):
     def bpe(self):
         return load_bpe(self.encoding)
 
-    def encode(self, text):
+    def ids_of(self, text):
         return self.bpe.encode(text, allowed_special={EOT})
 
     def encode_document(self, text):
@@ -121,9 +145,12 @@ class BPETokenizer(Tokenizer):
 
 
 def make_tokenizer(fields):
-    """Returns the Tokenizer with these fields, a dict."""
+    """Returns the Tokenizer with these fields, a dict. Raises UserError if they are not a tokenizer's."""
     kinds = dict(bytes=ByteTokenizer, characters=CharacterTokenizer)
-    return kinds.get(fields["encoding"], BPETokenizer)(**fields)
+    try:
+        return kinds.get(fields["encoding"], BPETokenizer)(**fields)
+    except (TypeError, KeyError):  # other fields, or none
+        raise UserError("the description of the tokenizer is damaged") from None
 
 
 def find_tokenizer(encoding):

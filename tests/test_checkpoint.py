@@ -52,12 +52,17 @@ def test_the_state_before_the_newest_is_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_prev.pt"]
 
 
-def test_a_new_run_does_not_keep_the_states_of_an_old_one(tmp_path):
-    old = checkpoint.RunFiles(str(tmp_path))
-    old.save(state(90)), old.save(state(95))
-    new = checkpoint.RunFiles(str(tmp_path))
-    new.save(state(1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt"] and resumed(tmp_path)[0] == 1
+def test_a_new_run_sets_the_files_of_an_old_one_aside(tmp_path):
+    for number in (1, 2):
+        old = checkpoint.RunFiles(str(tmp_path))
+        old.save(state(90)), old.save(state(95)), old.write(old.best, state(80))
+        (tmp_path / "mine.txt").touch()
+        assert checkpoint.RunFiles(str(tmp_path)).set_aside() == str(tmp_path / f"earlier-{number}")
+        moved = sorted(path.name for path in (tmp_path / f"earlier-{number}").iterdir())
+        assert moved == ["best.pt", "ckpt.pt", "ckpt_prev.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "mine.txt"]
+    assert checkpoint.RunFiles(str(tmp_path)).set_aside() is None
+    assert resumed(tmp_path / "earlier-1")[0] == 95
 
 
 @pytest.mark.parametrize("broken", ["damaged", "missing"])
@@ -152,7 +157,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, part, wrong):
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
-    for name in ("ckpt.pt.tmp", "best.pt.tmp", "metrics.jsonl.tmp", "mine.tmp"):
+    for name in ("ckpt.pt.123.tmp", "best.pt.tmp", "metrics.jsonl.4.tmp", "mine.tmp"):
         (tmp_path / name).touch()
     checkpoint.RunFiles(str(tmp_path)).remove_partial()
     assert [path.name for path in tmp_path.iterdir()] == ["mine.tmp"]

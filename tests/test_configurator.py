@@ -101,7 +101,8 @@ def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path):
     path = write(tmp_path, "import math\n\nsteps = 'ten'\nrat = 0.1\n_scratch = 5\nfast = 1\n")
     assert errors([path, "--kind=z", "--nam=x"]) == [
         f"{path}:3: steps needs an int, not 'ten' (a str)",
-        f"{path}:4: unknown key 'rat' (did you mean 'rate'?)",
+        f"{path}:4: unknown key 'rat' (did you mean 'rate'?); "
+        f"a name of your own may begin with an underscore",
         f"{path}:6: fast needs a bool, not 1 (an int)",
         "--kind: kind must be 'a' or 'b', not 'z'",
         "--nam: unknown key 'nam' (did you mean 'name'?)",
@@ -117,8 +118,25 @@ def test_a_config_file_is_python_that_sees_the_values_so_far(tmp_path):
 
 def test_a_config_file_cannot_change_the_caller(tmp_path):
     path = write(tmp_path, "name = __name__\n_leak = 1\nfields = None\n")
-    assert errors([path]) == [f"{path}:3: unknown key 'fields'"]
+    [error] = errors([path])
+    assert error == f"{path}:3: unknown key 'fields'; a name of your own may begin with an underscore"
     assert callable(fields) and "_leak" not in globals()
+
+
+def test_imported_names_are_no_keys_but_those_of_a_loop_are(tmp_path):
+    text = "from math import pi, tau as t\nimport os.path\nrate = pi / 10\n"
+    assert configure(Toy, [write(tmp_path, text)]).rate == pytest.approx(0.314159, abs=1e-6)
+    path = write(tmp_path, "for i in range(3):\n    steps = 10 + i\n")
+    [error] = errors([path])
+    assert error == f"{path}:1: unknown key 'i'; a name of your own may begin with an underscore"
+    assert configure(Toy, [write(tmp_path, "for _i in range(3):\n    steps = 10 + _i\n")]).steps == 12
+
+
+def test_a_value_that_is_not_utf8_is_refused_and_one_that_is_comes_through_any_locale():
+    assert errors(["--name=caf\udce9"]) == [
+        "--name: name is not UTF-8 text: unexpected end of data at byte 3"
+    ]
+    assert configure(Toy, ["--name=caf\udcc3\udca9"]).name == "café"  # as a locale without é passes it on
 
 
 def test_a_config_file_is_utf8_whatever_its_comments_say(tmp_path):

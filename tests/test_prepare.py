@@ -174,9 +174,9 @@ def test_files_come_in_a_fixed_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text("x")
-    assert find_files("*.txt") == ["a.txt", "b.txt"]
-    assert find_files("c.md,a.txt") == ["c.md", "a.txt"]
-    assert [os.path.basename(path) for path in find_files(str(tmp_path))] == ["a.txt", "b.txt"]
+    assert find_files("*.txt")[0] == ["a.txt", "b.txt"]
+    assert find_files("c.md,a.txt,*.txt")[0] == ["c.md", "a.txt", "b.txt"]
+    assert [os.path.basename(path) for path in find_files(str(tmp_path))[0]] == ["a.txt", "b.txt"]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_short_first_documents_and_one_that_outweighs_the_rest(run, tmp_path):
         json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "y"}) + "\n"
     )
     refused = prepare(run, "--input=b.jsonl", "--out_dir=b", status=1).stderr
-    assert "to train on" in refused and not list((tmp_path / "b").iterdir())
+    assert "to train on" in refused and not (tmp_path / "b").exists()
 
 
 def test_a_name_that_the_dataset_does_not_know_is_one_line(spawn, tmp_path):
@@ -632,7 +632,7 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
         "stopping; Ctrl-C again leaves at once",
         "stopped; the same command continues after the last whole shard",
     ]
-    assert not out
+    assert out == "source: 3 files\n"
     for _ in range(100):  # the workers are gone; a Z would be waiting for whoever adopted it
         states = subprocess.run(
             ["ps", "-eo", "pgid=,stat="], capture_output=True, text=True
@@ -657,7 +657,7 @@ def test_a_full_disk_ends_it_cleanly_and_with_more_room_the_same_command_goes_on
     _, err = process.communicate()
     assert process.returncode == 1
     assert err == "error: cannot write to out: File too large; make room, and the same command continues\n"
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     prepare(run, *big_source)
     prepare(run, *big_source, "--out_dir=again")
     assert contents(tmp_path / "out") == contents(tmp_path / "again")

@@ -15,7 +15,7 @@ import pytest
 
 from sologpt import shards
 from sologpt.files import atomic_file
-from sologpt.shards import Windows, find_data, find_shards, write_shard
+from sologpt.shards import DataError, Windows, find_data, find_shards, write_shard
 
 IDS = np.arange(1000, dtype=np.uint16) * 7 % 251
 
@@ -185,12 +185,13 @@ def test_too_little_data_for_one_window_is_an_error(tmp_path):
         windows_of(tmp_path, range(10))
 
 
-def test_an_id_without_a_row_in_the_model_is_refused(tmp_path):
-    windows = windows_of(tmp_path, range(990, 1011))
+def test_an_id_that_the_tokenizer_lacks_is_refused_with_its_place(tmp_path):
+    windows = windows_of(tmp_path, range(500), range(990, 1011))  # of ids below 1000
+    assert windows.read(np.array([48])).max() == 490
     with pytest.raises(
-        ValueError, match="token id 1010 in .*a_train_000001.bin is not below the model's vocab_size=1000"
+        DataError, match="a_train_000002.bin has the token id 1000 at position 10, but its tok.*below 1000"
     ):
-        windows.read(np.array([0, 1]))
+        windows.read(np.array([48, 49, 50]))
 
 
 def test_reading_a_large_file_does_not_fill_memory(tmp_path):

@@ -413,7 +413,7 @@ def run_with(fault, argv, cwd, status):
 
 # where the process kills itself
 KILLS = {
-    "while the file is half written": "os.fsync = lambda f: kill('ckpt.pt.tmp')",
+    "while the file is half written": "os.fsync = lambda f: kill('ckpt.pt.*.tmp')",
     "when ckpt.pt has become ckpt_prev.pt": "os.replace = lambda a, b: (replace(a, b), kill('ckpt_prev.pt'))",
     "when the new ckpt.pt is there": "files.sync_folder = lambda folder: kill('ckpt_prev.pt', 'ckpt.pt')",
 }
@@ -427,7 +427,7 @@ def test_a_run_killed_while_it_saves_resumes_as_if_nothing_had_happened(run, byt
 import pathlib, signal
 replace, out = os.replace, pathlib.Path({moment!r})
 def kill(*there):  # in the save of iteration 6, when that of iteration 3 is there
-    if all((out / name).exists() for name in there) and '"checkpoint"' in (out / "metrics.jsonl").read_text():
+    if all(list(out.glob(name)) for name in there) and '"checkpoint"' in (out / "metrics.jsonl").read_text():
         os.kill(os.getpid(), signal.SIGKILL)
 {KILLS[moment]}
 """
@@ -435,7 +435,8 @@ def kill(*there):  # in the save of iteration 6, when that of iteration 3 is the
         run_with(fault, [*argv, "--init_from=auto"], tmp_path, status=-signal.SIGKILL)
         names = {path.name for path in folder.iterdir()}
         between, over = moment.startswith("when ckpt.pt has"), moment.startswith("when the new")
-        assert ("ckpt.pt" in names, "ckpt.pt.tmp" in names) == (not between, not over)
+        partial = [name for name in names if name.startswith("ckpt.pt.")]
+        assert ("ckpt.pt" in names, bool(partial)) == (not between, not over)
         second = run("train.py", *argv, "--init_from=auto")
         file, at = "ckpt_prev.pt" if between else "ckpt.pt", 6 if over else 3
         assert f"resuming from {moment}/{file} at iteration {at}," in second.stdout
@@ -630,6 +631,7 @@ def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, t
     out = run("train.py", *argv)
     assert out.stderr.splitlines() == [
         f"warning: the learning rate of iteration 12 is {lr:.3e}, the schedule so far has 6.000e-05",
+        "warning: from here on with other settings: eval_iters=100, was 1",
         "warning: from here on the data comes in another order, parts of it twice or never: "
         "12 sequences per iteration and seed 5, so far 8 and seed 1337",
     ]
@@ -869,7 +871,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(run, b
 def test_a_compiler_that_does_not_work_is_one_line(run, spawn, byte_data, tiny, tmp_path):
     run("train.py", *tiny, "--max_iters=1")
     broken = dict(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), status=1)
-    for script, argv in (("train.py", tiny), ("sample.py", ["--device=cpu"])):
+    for script, argv in (("sample.py", ["--device=cpu"]), ("train.py", tiny)):
         out = spawn(script, *argv, "--compile=True", **broken)
         assert re.search(
             r"^error: torch.compile failed: .*C\+\+ compiler.*; try --compile=False$", out.stderr, re.M
@@ -897,7 +899,9 @@ def test_a_checkpoint_that_contradicts_itself_is_one_line(run, byte_data, tiny, 
     run("train.py", *tiny, "--init_from=resume", "--eval_only=True")
     state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
     torch.save(state, path)
-    assert "is not AdamW's in two groups" in run("train.py", *tiny, "--init_from=resume", status=1).stderr
+    assert (
+        "is not that of AdamW for this model" in run("train.py", *tiny, "--init_from=resume", status=1).stderr
+    )
     del state["model"]["lm_head.weight"]
     torch.save(state, path)
     message = "the weights in out/ckpt.pt do not fit its model_args: Missing key"

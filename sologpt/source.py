@@ -1,0 +1,120 @@
+"""
+The local files that a preparation reads: which there are, each once, and whether they are still the same.
+"""
+
+import collections
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import sysconfig
+
+from sologpt.files import sha256_of
+
+ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
+
+
+def find_files(source):
+    """Returns (files, passed over) of `source`, the --input of prepare_fineweb.py: paths in a fixed order,
+    each real file once, and how many were not taken, a Counter by reason.
+
+    Raises FileNotFoundError if a part of the source has no file, and OSError for a folder that cannot be
+    read.
+    """
+    passed_over = collections.Counter()
+    if source == "stdlib":
+        return standard_library(), passed_over
+    found = []
+    for part in [source] if os.path.exists(source) else source.split(","):
+        if os.path.isdir(part):
+            matching = files_below(part, passed_over)
+        elif os.path.isfile(part):
+            matching = [part]
+        else:
+            matching = matches(part)
+        if not matching:
+            raise FileNotFoundError(f"--input={part}: no such file or folder with {', '.join(ENDINGS)} files")
+        found += sorted(matching)
+    return each_once(found, passed_over), passed_over
+
+
+def standard_library():
+    """Returns the source files of Python's own library."""
+    root = sysconfig.get_paths()["stdlib"]
+    found = glob.glob(f"{glob.escape(root)}/**/*.py", recursive=True)
+    # files broken on purpose, or not Python's own
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    found = [path for path in found if not skipped & set(os.path.relpath(path, root).split(os.sep))]
+    if not found:
+        raise FileNotFoundError(
+            f"this Python has no library sources in {root}; use --input=FOLDER with your own texts"
+        )
+    return sorted(found)
+
+
+def files_below(folder, passed_over):
+    """Returns the files below a folder that have one of ENDINGS, in upper or lower case. Links are followed,
+    but into each real folder once, so that links in a circle end."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=raise_error, followlinks=True):
+        if os.path.realpath(root) in seen:
+            passed_over["linked twice"] += 1
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        hidden = {name for name in folders + names if is_hidden(name)}
+        passed_over["hidden"] += len(hidden)
+        folders[:] = sorted(set(folders) - hidden)
+        for name in sorted(set(names) - hidden):
+            path = os.path.join(root, name)
+            if name.lower().endswith(ENDINGS) and os.path.isfile(path):
+                found.append(path)
+            else:
+                passed_over["with other endings"] += 1
+    return found
+
+
+def matches(pattern):
+    """Returns the files that match a pattern like `texts/*.txt`; `**` stands for folders at any depth, and
+    does not follow links. Names that begin with a dot match only if the pattern has such a name."""
+    start = pathlib.Path(pattern).anchor
+    try:
+        found = [path for path in pathlib.Path(start).glob(pattern[len(start) :]) if path.is_file()]
+    except ValueError:  # an empty pattern, or a** for example
+        return []
+    if any(is_hidden(name) for name in pathlib.Path(pattern).parts):
+        return [str(path) for path in found]
+    return [str(path) for path in found if not any(is_hidden(name) for name in path.parts)]
+
+
+def is_hidden(name):
+    return name.startswith(".") and name != ".."
+
+
+def each_once(paths, passed_over):
+    """Returns paths without those that lead to the same file as an earlier one."""
+    first = {}
+    for path in paths:
+        first.setdefault(os.path.realpath(path), path)
+    passed_over["linked twice"] += len(paths) - len(first)
+    return list(first.values())
+
+
+def raise_error(error):
+    raise error
+
+
+def times_of(files):
+    """Returns a digest of names, sizes and times of change: what tells cheaply that nothing has changed."""
+    about = [(path, os.stat(path)) for path in files]
+    entries = [(path, status.st_size, status.st_mtime_ns) for path, status in about]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def contents_of(files):
+    """Returns a digest of names and contents. Reads every file."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(os.fsencode(path) + b"\0" + sha256_of(path).encode())
+    return digest.hexdigest()
