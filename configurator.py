@@ -62,7 +62,9 @@ def convert(value, field):
         except OverflowError:
             raise UserError(f"{field.name} is too large for a float") from None
     if type(value) is not field.type:
-        raise UserError(f"{field.name} needs {a(field.type)}, not {value!r} ({a(type(value))})")
+        raise UserError(f"{field.name} needs {a(field.type)}, not {shown(value)} ({a(type(value))})")
+    if field.type is int and abs(value) >= 2**63:
+        raise UserError(f"{field.name} is too large: torch and numpy count up to 2**63 - 1")
     if field.type is float and not math.isfinite(value):
         raise UserError(f"{field.name} needs a finite number, not {value}")
     if field.type is str and "\0" in value:
@@ -74,6 +76,14 @@ def convert(value, field):
         if limits[name] is not None and not holds(value, limits[name]):
             raise UserError(f"{field.name} must be {words} {limits[name]}, not {value}")
     return value
+
+
+def shown(value):
+    """Returns the repr of any value from a config file, cut short."""
+    try:
+        return repr(value)[:100]
+    except ValueError:
+        return "so large a number"  # Python prints no more than 4,300 digits
 
 
 def parse(text, field):

@@ -1,9 +1,10 @@
 """
-What a run survives: kills, full disks, damaged files, signals, exceptions, missing memory and fuzzed
-configurations.
+What a run survives: kills, a second run in its folder, full disks, damaged files, changed data, signals,
+closed streams, exceptions and missing memory. (fuzz.py: altered checkpoints and configurations;
+prepare_faults.py: the same for preparing data.)
 
-    python benchmarks/faults.py             100 kills, 220 damaged files, 6,000 configurations; 15 to 20
-    minutes python benchmarks/faults.py --quick     a tenth of it
+    python benchmarks/faults.py             100 kills, 220 damaged files; 15 to 20 minutes
+    python benchmarks/faults.py --quick     a tenth of it
 
 Each fault meets train.py in a process of its own, on a small model with dropout on a CPU; afterwards the run
 is resumed with --init_from=auto, and its final state is compared, bit for bit, with that of a run that
@@ -14,8 +15,7 @@ cannot be tried here says so.
 
 import argparse
 import contextlib
-import dataclasses
-import functools
+import hashlib
 import json
 import os
 import random
@@ -30,16 +30,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from configurator import ConfigError, configure
-from prepare_fineweb import PrepareConfig
-from sample import SampleConfig
 from sologpt import checkpoint, shards
-from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,6 +56,17 @@ SLOW_WRITES = """
 fsync, replace = os.fsync, os.replace
 os.fsync = lambda f: (time.sleep(0.05), fsync(f))
 os.replace = lambda a, b: (time.sleep(0.01), replace(a, b), time.sleep(0.01))
+"""
+QUOTA = """
+import errno
+fsync, syncs = os.fsync, 0
+def fsync_with_quota(f):
+    global syncs
+    syncs += 1
+    if {first} <= syncs < {last}:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    fsync(f)
+os.fsync = fsync_with_quota
 """
 AT_CALL = """
 forward, calls = model.GPT.forward, 0
@@ -86,7 +91,10 @@ def prepare(folder):
     ids = np.frombuffer(b"pack my box with jugs now. " * 400, dtype=np.uint8).astype(np.uint16)
     shards.write_shard(data / "toy_train_000001.bin", ids)
     shards.write_shard(data / "toy_val_000000.bin", ids[:1000])
-    (data / "meta.json").write_text('{"encoding": "bytes", "vocab_size": 257, "eot_token": 256}')
+    sha256s = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in data.glob("*.bin")}
+    meta = dict(encoding="bytes", vocab_size=257, eot_token=256)
+    meta["files"] = {name: dict(tokens=0, sha256=sha256) for name, sha256 in sha256s.items()}
+    (data / "meta.json").write_text(json.dumps(meta))
 
 
 def read_until(process, wanted):
@@ -95,14 +103,21 @@ def read_until(process, wanted):
         pass
 
 
-def start(folder, out, *more, fault="", limit=None):
-    """Returns the process of a run with its state in folder/out. limit: bytes that a file may have."""
+def start(folder, out, *more, fault="", limit=None, closed=()):
+    """Returns the process of a run with its state in folder/out. limit: bytes that a file may have; closed:
+    numbers of the streams that are not open in it."""
+
+    def prepare_process():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        for number in closed:
+            os.close(number)
+
     code = FAULTY.format(fault=fault, script=str(ROOT / "train.py"))
-    limited = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     command = [sys.executable, "-c", code, *RUN, f"--out_dir={out}", *more]
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=folder, env=ENV, text=True, stdout=pipe, stderr=pipe, preexec_fn=limited
+        command, cwd=folder, env=ENV, text=True, stdout=pipe, stderr=pipe, preexec_fn=prepare_process
     )
 
 
@@ -190,12 +205,35 @@ def kills(folder, reference, times, rng):
     )
 
 
+def two_at_once(folder, reference, times, rng):
+    """A second run is started in the out_dir of the first, is refused, or takes over from where a killed one
+    was; whichever is alive is killed at a random moment."""
+    refused = lost = 0
+    for i in range(times):
+        out = f"two{i}"
+        first = start(folder, out, fault=SLOW_WRITES)
+        read_until(first, "iter 0:")
+        second = start(folder, out, fault=SLOW_WRITES)
+        if i % 2:  # as a scheduler does that takes the first for dead, and then kills it
+            time.sleep(rng.uniform(0, 5))
+            first.kill()
+        _, errors = second.communicate()
+        was_refused = f"{out} is in use by process {first.pid}" in errors
+        refused += was_refused
+        clean = was_refused and second.returncode == 1 and len(errors.splitlines()) == 1
+        clean = clean or (i % 2 and second.returncode == 0)
+        first.kill()
+        first.communicate()
+        lost += not (clean and resumed_equals(folder, out, reference))
+    return f"a second run in the same out_dir; refused {refused} times, else the first was dead", times, lost
+
+
 def signals(folder, reference, times, rng):
-    """SIGTERM and Ctrl-C at random moments of the loop; exit status and the printed command are checked
-    too."""
+    """SIGTERM, SIGHUP and Ctrl-C at random moments of the loop; exit status and the printed command are
+    checked too."""
     lost = 0
     for i in range(times):
-        number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3]
         process = start(folder, f"signal{i}", fault=SLOW_WRITES)
         read_until(process, "iter 0:")
         time.sleep(rng.uniform(0, 2))
@@ -207,7 +245,7 @@ def signals(folder, reference, times, rng):
             and "Traceback" not in errors
         )
         lost += not (clean and resumed_equals(folder, f"signal{i}", reference))
-    return "Ctrl-C or SIGTERM at a random moment", times, lost
+    return "Ctrl-C, SIGTERM or SIGHUP at a random moment", times, lost
 
 
 def second_signals(folder, reference, times, rng):
@@ -251,6 +289,19 @@ def file_limits(folder, reference, times, rng):
         clean = clean and "could not be saved" in errors and (folder / out / "ckpt.pt").read_bytes() == before
         lost += not (clean and resumed_equals(folder, out, reference))
     return "files may not grow to the size of a checkpoint (RLIMIT_FSIZE)", times, lost
+
+
+def quotas(folder, reference, times, rng):
+    """A file system that says only when a file is synced that there is no room for it, as network file
+    systems do; a stand-in, for a random span of time."""
+    lost = 0
+    for i in range(times):
+        first = rng.randrange(2, 40)
+        fault = QUOTA.format(first=first, last=first + rng.randrange(1, 20))
+        status, _, errors = finish(folder, f"quota{i}", fault=fault)
+        clean = status == 0 and "Traceback" not in errors and "Disk quota exceeded" in errors
+        lost += not (clean and resumed_equals(folder, f"quota{i}", reference, parts=4))
+    return "a quota, noticed when a file is synced (stand-in)", times, lost
 
 
 def mount(path, *options):
@@ -362,6 +413,56 @@ def flipped(folder, reference, times, rng):
     return f"a bit of ckpt.pt flipped; ckpt_prev.pt taken {fell_back} times, else it was padding", *counts
 
 
+def closed_streams(folder, reference, times, rng):
+    """stdin, stdout and stderr, or some of them, are closed, as a badly written service does."""
+    lost = 0
+    for i in range(times):
+        closed = [number for number in range(3) if i + 1 >> number & 1]
+        status, _, errors = finish(folder, f"closed{i}", closed=closed)
+        lost += (status, errors) != (0, "") or not resumed_equals(folder, f"closed{i}", reference)
+    return "streams closed, in every combination", times, lost
+
+
+def changed_data(folder, reference, times, rng):
+    """A token somewhere in a shard is changed between two runs: refused, until it is changed back."""
+    lost = 0
+    for i in range(times):
+        out = f"changed{i}"
+        finish(folder, out, f"--max_iters={rng.randrange(6, 150)}")
+        before = (folder / out / "ckpt.pt").read_bytes()
+        path = rng.choice(sorted((folder / "data/toy").glob("*.bin")))
+        raw = path.read_bytes()
+        where = rng.randrange(shards.HEADER_BYTES, len(raw), 2)
+        path.write_bytes(raw[:where] + bytes([raw[where] ^ 1]) + raw[where + 1 :])
+        status, _, errors = finish(folder, out)
+        clean = status == 1 and len(errors.splitlines()) == 1 and "is not what" in errors
+        clean = clean and (folder / out / "ckpt.pt").read_bytes() == before
+        path.write_bytes(raw)
+        lost += not (clean and resumed_equals(folder, out, reference))
+    return "one token of the data changed before resuming", times, lost
+
+
+def vanished_data(folder, reference, times, rng):
+    """A shard is cut short or deleted while the run is on: it saves, and says so in one line."""
+    lost = 0
+    for i in range(times):
+        out = f"vanished{i}"
+        path = folder / "data/toy/toy_train_000001.bin"
+        raw = path.read_bytes()
+        process = start(folder, out, "--checkpoint_interval=1000")
+        read_until(process, f"iter {rng.randrange(1, 60)}:")
+        if i % 2:
+            os.truncate(path, rng.randrange(len(raw)))
+        else:
+            path.unlink()
+        _, errors = process.communicate()
+        clean = process.returncode == 1 and "Traceback" not in errors and str(path.name) in errors
+        clean = clean and checkpoint.load(folder / out / "ckpt.pt")["iter_num"] > 0
+        path.write_bytes(raw)
+        lost += not (clean and resumed_equals(folder, out, reference))
+    return "a shard cut short or deleted during the run", times, lost
+
+
 def missing_memory(folder, reference, times, rng):
     """torch.OutOfMemoryError, raised by a stand-in, from a random pass on for micro-batches above 1 or 2: the
     run ends, and equals, bit for bit, what resuming its last state before the fault with the smaller
@@ -384,133 +485,6 @@ def missing_memory(folder, reference, times, rng):
 
 
 # -----------------------------------------------------------------------------
-# configurations
-
-CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig, "prepare_fineweb.py": PrepareConfig}
-NAMES = {script: [field.name for field in dataclasses.fields(cls)] for script, cls in CONFIGS.items()}
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-VALUES = st.one_of(
-    TEXT,
-    st.sampled_from(
-        ["True", "False", "0", "-1", "1e-3", "1e999", "nan", "0x10", "''", "'", "None", "cpu", "1_000"]
-    ),
-    st.integers().map(str),
-    st.floats().map(str),
-)
-
-
-def arguments(script):
-    """A strategy: argument lists for a script, some right, most wrong in one way or several."""
-    setting = st.builds("--{}={}".format, st.sampled_from(NAMES[script]), VALUES)
-    bare = st.sampled_from(NAMES[script]).flatmap(
-        lambda name: st.sampled_from([f"--{name}", f"--no-{name}", name])
-    )
-    return st.lists(
-        st.one_of(setting, setting, bare, TEXT.filter(lambda t: t not in ("-h", "--help"))), max_size=6
-    )
-
-
-def sources(script):
-    """A strategy: config files for a script: assignments of all kinds of values, and text that is no Python
-    at all."""
-    plain = st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), TEXT)
-    value = st.one_of(
-        st.recursive(plain, st.lists, max_leaves=3).map(repr),
-        st.sampled_from(
-            [*NAMES[script], "1 / 0", "open", "lambda: 0", "(1, 2)", "1e3", "10 ** 5000", "__name__"]
-        ),
-        VALUES,
-    )
-    line = st.builds("{} = {}".format, st.sampled_from([*NAMES[script], "_x", "learning_rat"]), value)
-    noise = st.one_of(
-        TEXT, st.sampled_from(["import math", "def f(: pass", "(" * 300, "raise SystemExit", "\t x = 1"])
-    )
-    return st.lists(st.one_of(line, line, line, noise), max_size=6).map("\n".join)
-
-
-def check(cls, argv):
-    """Raises AssertionError if configure lets a wrong value through, and whatever else it raises but
-    ConfigError."""
-    try:
-        config = configure(cls, argv)
-    except ConfigError as e:
-        assert str(e).strip()
-        return
-    for field in dataclasses.fields(cls):
-        value, limits = getattr(config, field.name), field.metadata
-        assert type(value) is field.type, field.name
-        assert not limits["choices"] or value in limits["choices"], field.name
-        assert limits["low"] is None or value >= limits["low"], field.name
-        assert limits["below"] is None or value < limits["below"], field.name
-        assert field.type is not float or abs(value) < float("inf"), field.name
-    for name, text in (argument[2:].split("=", 1) for argument in argv if argument.startswith("--")):
-        last = [argument for argument in argv if argument.startswith(f"--{name}=")][-1]
-        if (
-            cls.__dataclass_fields__[name].type in (int, float)
-            and f"--{name}={text}" == last
-            and argv[-1] == last
-        ):
-            assert getattr(config, name) == cls.__dataclass_fields__[name].type(eval(text, {}, {})), argv
-
-
-def for_each(strategy, times, one):
-    """Calls one() with that many examples of a strategy. The first that raises is made as small as can be and
-    shown."""
-
-    @settings(max_examples=times, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(strategy)
-    def call(example):
-        one(example)
-
-    call()
-
-
-def fuzz_configure(times, folder):
-    """Reads fuzzed argument lists and config files in this process; returns how many. Raises at the first
-    fault."""
-    tried = 0
-
-    def read(cls, argv):
-        nonlocal tried
-        tried += 1
-        check(cls, argv)
-
-    def read_file(cls, source):
-        (folder / "fuzzed.py").write_text(source, encoding="utf-8", newline="")
-        read(cls, [str(folder / "fuzzed.py")])
-
-    for script, cls in CONFIGS.items():
-        for_each(arguments(script), times // 6, functools.partial(read, cls))
-        for_each(sources(script), times // 6, functools.partial(read_file, cls))
-    return tried
-
-
-def fuzz_scripts(times, folder):
-    """Runs the scripts with fuzzed arguments, which all end at the latest at a folder that is not there.
-    Returns how often, and how often there was a traceback or another exit status than 1 or 2."""
-    tried = wrong = 0
-    last = {
-        "train.py": "--dataset=nowhere",
-        "sample.py": "--out_dir=nowhere",
-        "prepare_fineweb.py": "--input=nowhere",
-    }
-
-    def run(script, argv):
-        nonlocal tried, wrong
-        argv = [argument for argument in argv if "\0" not in argument] + [last[script]]
-        command = [sys.executable, str(ROOT / script), *argv]
-        process = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
-        bad = process.returncode not in (1, 2) or "Traceback" in process.stderr or not process.stderr.strip()
-        tried, wrong = tried + 1, wrong + bad
-        if bad:
-            print(f"LOST: {argv} ends with {process.returncode}: {process.stderr}", file=sys.stderr)
-
-    for script in CONFIGS:
-        for_each(arguments(script), times // 3, functools.partial(run, script))
-    return tried, wrong
-
-
-# -----------------------------------------------------------------------------
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -521,10 +495,9 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="one fault, by the name of its function")
     options = parser.parse_args()
     share, rng = (10 if options.quick else 1), random.Random(options.seed)
-    plan = dict(
-        kills=100, signals=10, second_signals=10, exceptions=10, file_limits=10, full_disks=10, read_only=4
-    )
-    plan |= dict(truncated=20, flipped=200, missing_memory=10)
+    plan = dict(kills=100, two_at_once=20, signals=12, second_signals=10, exceptions=10, file_limits=10)
+    plan |= dict(quotas=10, full_disks=10, read_only=4, truncated=20, flipped=200, closed_streams=7)
+    plan |= dict(changed_data=10, vanished_data=10, missing_memory=10)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -536,8 +509,3 @@ if __name__ == "__main__":
             if options.only in ("", name):
                 what, times, lost = globals()[name](folder, reference, max(2, times // share), rng)
                 print(f"| {what} | {times} | {lost} |", flush=True)
-        if options.only in ("", "fuzz"):
-            tried = fuzz_configure(6000 // share, folder)
-            print(f"| fuzzed command lines and config files | {tried} | 0 |", flush=True)
-            tried, wrong = fuzz_scripts(60 // share, folder)
-            print(f"| fuzzed command lines, a process each | {tried} | {wrong} |", flush=True)

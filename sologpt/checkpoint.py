@@ -22,6 +22,7 @@ from sologpt.files import atomic_file, remove, remove_temporary
 from sologpt.log import warn
 from sologpt.tokenizer import make_tokenizer
 
+NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no EDQUOT
 NUMBER = (int, float)
 # types of the parts of a state
 TYPES = dict(
@@ -76,7 +77,8 @@ def save(path, state, previous=None):
         with atomic_file(path, previous) as f:
             torch.save(state, f)
     except RuntimeError as e:  # torch's form of an OSError in the middle of writing
-        raise OSError(f"cannot write {path}: {e.__context__ or e}") from e
+        number = getattr(e.__context__, "errno", errno.EIO)
+        raise OSError(number, getattr(e.__context__, "strerror", str(e)), path) from e
 
 
 def tensors(value):
@@ -245,7 +247,7 @@ def restore_optimizers(optimizers, state, path):
         kind = "Muon" if name == "muon" else "AdamW"
         try:
             fits = moments_fit(saved, optimizer)
-        except (KeyError, TypeError, AttributeError):  # it is built otherwise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):  # it is built otherwise
             fits = False
         if not fits:
             raise UserError(
@@ -260,6 +262,8 @@ def restore_optimizers(optimizers, state, path):
 def moments_fit(saved, optimizer):
     """Whether the state_dict of an optimizer has the moments of this one's parameters, and nothing else:
     torch itself would take moments of any shape, and crash in the update."""
+    if any(type(part) is not dict for part in (*saved["param_groups"], *saved["state"].values())):
+        return False
     groups = [group["params"] for group in saved["param_groups"]]
     params = [group["params"] for group in optimizer.param_groups]
     numbers = [number for group in groups for number in group]
@@ -267,16 +271,18 @@ def moments_fit(saved, optimizer):
         return False
     if set(saved["state"]) != set(numbers):
         return False
-    expected = ["momentum_buffer"] if isinstance(optimizer, torch.optim.Muon) else ["exp_avg", "exp_avg_sq"]
+    is_muon = isinstance(optimizer, torch.optim.Muon)
+    expected = ["momentum_buffer"] if is_muon else ["exp_avg", "exp_avg_sq"]
     for number, p in zip(numbers, (p for group in params for p in group), strict=True):
         moments = saved["state"][number]
         if not {*expected} <= moments.keys() <= {*expected, "step"}:
             return False
         if any(moments[name].shape != p.shape or not moments[name].is_floating_point() for name in expected):
             return False
-        if "step" in moments and torch.as_tensor(moments["step"]).numel() != 1:
-            return False
-    return True
+    if is_muon:
+        return True
+    steps = {float(moments["step"]) for moments in saved["state"].values()}
+    return len(steps) == 1 and min(steps) >= 0  # every parameter takes part in every update
 
 
 def get_rng(device):
@@ -327,6 +333,8 @@ class RunFiles:
         state, reason = self.load_either()
         if not {"optimizer", "iter_num", "best_val_loss"} <= state.keys():
             raise UserError(f"{self.newest} holds weights only, no optimizer state to resume from")
+        if "data" in state and "rng" not in state:  # nanoGPT's has neither
+            raise UserError(f"{self.newest} is damaged: it lacks the random state")
         if self.newest == self.ckpt:
             self.saved_iter = state["iter_num"]
         self.kept = f"{self.newest} holds iteration {state['iter_num']}"
@@ -362,7 +370,7 @@ class RunFiles:
         try:
             save(path, state, previous)
         except OSError as e:
-            if e.errno == errno.ENOSPC and previous and os.path.exists(previous):
+            if e.errno in NO_ROOM and previous and os.path.exists(previous):
                 warn(f"deleting {previous} to save iteration {state['iter_num']}: {e}")
                 remove(previous)  # ckpt.pt is whole, and a new state is worth more than a second old one
                 return self.write(path, state, previous)

@@ -253,10 +253,10 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
 
 
 # -----------------------------------------------------------------------------
-# benchmarks/faults.py, which is run by hand for large numbers, with small ones
+# benchmarks/fuzz.py, which is run by hand for large numbers, with small ones
 
 
 def test_fuzzed_configurations_are_right_or_refused(tmp_path):
-    from benchmarks import faults
+    from benchmarks import fuzz
 
-    assert ROOT == faults.ROOT and faults.fuzz_configure(360, tmp_path) >= 300
+    assert ROOT == fuzz.ROOT and fuzz.fuzz_configure(360, tmp_path) >= 300
