@@ -188,11 +188,12 @@ def test_what_compile_lacks_is_named(monkeypatch, tmp_path):
     assert "gcc or clang is not on the PATH" in hardware.compile_obstacle(torch.device("cuda"), tmp_path)
 
 
+BATCH = 16
 SIZES = dict(block_size=256, vocab_size=2048, n_layer=4, n_head=2, n_embd=128, bias=False)
 
 
 def one_pass(model, dtype):
-    idx = torch.zeros(32, 256, dtype=torch.long)
+    idx = torch.zeros(BATCH, 256, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         model(idx, idx)
 
@@ -206,7 +207,7 @@ def kept_by_autograd(model, dtype):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage  # alive, so that no other gets its address
-        return tensor
+        return tensor.detach()  # an operation that keeps its own output would keep itself alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         one_pass(model, dtype)
@@ -245,9 +246,9 @@ def kept_by_the_compiler(model, dtype):
 def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_chunks):
     model = make_gpt(GPTConfig(**SIZES, arch=arch)).train()
     model.loss_chunks = loss_chunks
-    needed = memory.memory_needed(0, 0, model.config, 32, dtype, False, loss_chunks=loss_chunks)
+    needed = memory.memory_needed(0, 0, model.config, BATCH, dtype, False, loss_chunks=loss_chunks)
     # of the loss, fp32 log-probabilities, and the tangents that cap the logits, or the gradient by the matrix
-    of_loss = (4 if arch == "gpt2" else 8) * 2048 * 32 * 256 if loss_chunks == 1 else 4 * 2048 * 128
+    of_loss = (4 if arch == "gpt2" else 8) * 2048 * BATCH * 256 if loss_chunks == 1 else 4 * 2048 * 128
     assert needed["activations"] + of_loss == pytest.approx(kept_by_autograd(model, dtype), rel=0.1)
 
 
@@ -260,7 +261,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_ch
 def test_the_estimate_of_activations_is_what_the_compiler_keeps(arch, dtype, activation_memory):
     torch._dynamo.reset()
     model = make_gpt(GPTConfig(**SIZES, arch=arch)).train()
-    needed = memory.memory_needed(0, 0, model.config, 32, dtype, True, activation_memory)
+    needed = memory.memory_needed(0, 0, model.config, BATCH, dtype, True, activation_memory)
     logits = needed["loss"] / 2  # kept, too; the other half is their gradient
     with torch._functorch.config.patch(activation_memory_budget=activation_memory):
         kept = kept_by_the_compiler(model, dtype)
