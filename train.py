@@ -470,7 +470,8 @@ def log_iteration(run, step_loss, norm, lr):
     loss = step_loss.item()  # waits for the update too, so that the clock is right
     dt = run.clock.seconds_per_iter()
     left = cfg.max_iters - 1 - at.iter_num
-    eta = left * dt + math.ceil(left / cfg.eval_interval) * run.eval_seconds
+    evaluations = (cfg.max_iters - 1) // cfg.eval_interval - at.iter_num // cfg.eval_interval + 1
+    eta = left * dt + evaluations * run.eval_seconds
     tflops = run.model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12
     mfu, mfu_text = None, "n/a"
     if run.machine.peak:

@@ -371,10 +371,11 @@ class RunFiles:
             save(path, state, previous)
         except OSError as e:
             if e.errno in NO_ROOM and previous and os.path.exists(previous):
-                warn(f"deleting {previous} to save iteration {state['iter_num']}: {e}")
+                warn(f"deleting {previous} to save iteration {state['iter_num']}: {e.strerror}")
                 remove(previous)  # ckpt.pt is whole, and a new state is worth more than a second old one
                 return self.write(path, state, previous)
-            warn(f"cannot save iteration {state['iter_num']}: {e}; {self.kept}")
+            reason = f"cannot write {path}: {e.strerror or e}"
+            warn(f"cannot save iteration {state['iter_num']}: {reason}; {self.kept}")
             return False
         except UserError as e:
             raise UserError(

@@ -85,6 +85,16 @@ def test_a_broken_ckpt_never_takes_the_place_of_the_good_one_before_it(tmp_path,
     assert checkpoint.load(files.previous)["iter_num"] == 11
 
 
+def test_the_prefixes_of_ddp_and_of_torch_compile_are_taken_off_parameter_names(tmp_path):
+    plain = state(1)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        renamed = {prefix + name: p for name, p in plain["model"].items()}
+        torch.save(plain | dict(model=renamed), tmp_path / "ckpt.pt")
+        loaded = checkpoint.load(tmp_path / "ckpt.pt")["model"]
+        assert loaded.keys() == plain["model"].keys()
+        assert all(torch.equal(loaded[name], p) for name, p in plain["model"].items())
+
+
 def test_two_damaged_states_are_both_named(tmp_path):
     files = checkpoint.RunFiles(str(tmp_path))
     files.save(state(5)), files.save(state(10))
@@ -138,7 +148,8 @@ def test_a_disk_without_room_is_noticed_before_writing(tmp_path, monkeypatch, ca
     assert files.save(state(1)) and files.save(state(2))
     disk["free"] = 1000
     assert not files.write(files.best, state(3))
-    assert "cannot save iteration 3: [Errno 28] 0.0 MB are needed, 0.0 MB are free" in capsys.readouterr().err
+    reason = f"cannot write {files.best}: 0.0 MB are needed, 0.0 MB are free; "
+    assert f"cannot save iteration 3: {reason}" in capsys.readouterr().err
     # ckpt_prev.pt makes room for a newer state, and ckpt.pt, which is whole, stays
     assert not files.save(state(3)) and "deleting" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt"] and resumed(tmp_path)[0] == 2

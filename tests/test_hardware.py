@@ -5,6 +5,7 @@ torch's partitioner keep.
 Run: pytest tests/test_hardware.py
 """
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -170,6 +171,25 @@ def test_cpu_is_chosen_without_a_gpu_and_what_is_not_there_is_refused():
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         hardware.pick_dtype("float16", cpu)
     assert hardware.device_peak(cpu, "float32") == (None, "no peak is known for cpu")
+
+
+@pytest.mark.parametrize(
+    "has_bf16, expected",
+    [
+        (True, ("bfloat16", "this GPU has bf16")),
+        (False, ("float16", "this GPU has no bf16; fp16 with loss scaling")),
+    ],
+)
+def test_a_gpu_computes_in_bf16_if_it_can_and_in_fp16_else(monkeypatch, has_bf16, expected):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert hardware.pick_dtype("", cuda) == expected
+    assert hardware.pick_dtype("float16", cuda) == ("float16", "as asked")
+    if not has_bf16:
+        with pytest.raises(ValueError, match="GeForce has no bf16; use float16"):
+            hardware.pick_dtype("bfloat16", cuda)
 
 
 def test_what_compile_lacks_is_named(monkeypatch, tmp_path):

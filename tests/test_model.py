@@ -194,6 +194,17 @@ def test_dropout_acts_in_training_only():
     assert model(idx, idx)[1] != model(idx, idx)[1]
 
 
+def test_dropout_begins_with_the_embedding():
+    model, idx = tiny(dropout=0.25).train(), torch.randint(97, (50, 32))
+    seen = []
+    model.transformer.h[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    model(idx, idx)
+    whole = model.transformer.wte(idx) + model.transformer.wpe.weight
+    kept = seen[0] != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert torch.allclose(seen[0], whole / 0.75 * kept)
+
+
 def test_one_batch_can_be_learned_by_heart():
     model = tiny().train()
     optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.95), "cpu")

@@ -117,6 +117,15 @@ def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
     refused = prepare(run, "--input=a.jsonl", "--val_tokens=500", status=1)
     assert "out was prepared with other settings (val_tokens: 1000000 there, 500 now)" in refused.stderr
+    for option, values in (
+        ("txt_documents", "'file' there, 'line' now"),
+        ("text_key", "'text' there, 'line' now"),
+        ("max_tokens", "0 there, 2000000 now"),
+        ("shard_tokens", "100000000 there, 2000000 now"),
+    ):
+        value = values.split()[2].strip("'")
+        refused = prepare(run, "--input=a.jsonl", f"--{option}={value}", status=1)
+        assert f"out was prepared with other settings ({option}: {values})" in refused.stderr
     write_jsonl(tmp_path / "a.jsonl", TEXTS[1:])
     assert (
         "out was prepared with other settings (source: " in prepare(run, "--input=a.jsonl", status=1).stderr
@@ -646,6 +655,8 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
     assert "unfinished.npz" in names and not any(name.endswith(".tmp") for name in names)
     refused = prepare(run, *big_source, "--val_tokens=200000", status=1).stderr
     assert "unfinished run with other settings (val_tokens: 300000 there, 200000 now)" in refused
+    refused = prepare(run, *big_source, "--txt_documents=line", status=1).stderr
+    assert "unfinished run with other settings (txt_documents: " in refused
     assert "continuing out after " in prepare(run, *big_source).stdout
     prepare(run, *big_source, "--out_dir=again")
     assert contents(tmp_path / "out") == contents(tmp_path / "again")

@@ -69,6 +69,12 @@ def test_a_sample_ends_at_end_of_text_if_asked(run, byte_data, tiny):
     assert run("sample.py", *GREEDY, "--start=<|endoftext|>", "--max_new_tokens=2").stdout.startswith(
         "<|endoftext|>ab\n"
     )
+    # several end at different places: each is cut at its own
+    argv = ["--device=cpu", "--num_samples=40", "--start=a", "--stop_at_eot=True", "--max_new_tokens=30"]
+    samples = run("sample.py", *argv, "--temperature=3.0").stdout.split("\n---------------\n")[:-1]
+    assert len(samples) == 40 and len({len(text) for text in samples}) > 5
+    for text in samples:
+        assert text.count("<|endoftext|>") == text.endswith("<|endoftext|>")
 
 
 def test_the_data_folder_is_not_needed(trained, tmp_path):
@@ -108,6 +114,7 @@ def test_a_sample_depends_on_the_seed_and_its_number_only(untrained, tmp_path):
 def test_top_k_and_top_p_that_leave_one_token_are_greedy(untrained):
     argv = ["--device=cpu", "--max_new_tokens=40", "--num_samples=2"]
     greedy = untrained("sample.py", *argv, "--temperature=0").stdout
+    assert untrained("sample.py", *argv, "--top_k=1", "--temperature=3.0").stdout == greedy
     assert untrained("sample.py", *argv, "--top_p=1e-6", "--top_k=0").stdout == greedy
     out = untrained("sample.py", *argv, "--top_k=500", "--temperature=0")
     assert out.stdout == greedy and "top_k=500 takes all of the vocabulary, which has 257 ids" in out.stderr

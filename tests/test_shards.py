@@ -4,6 +4,7 @@ References: headers and files written by hand with struct and NumPy; the order r
 Run: pytest tests/test_shards.py
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from sologpt import shards
-from sologpt.files import atomic_file
+from sologpt.files import atomic_file, sha256_of
 from sologpt.shards import DataError, Windows, find_data, find_shards, write_shard
 
 IDS = np.arange(1000, dtype=np.uint16) * 7 % 251
@@ -128,6 +129,25 @@ def test_a_missing_folder_or_split_says_what_to_run(tmp_path):
         find_shards(tmp_path, "val")
 
 
+def test_a_digest_is_of_all_of_a_file(tmp_path):
+    content = np.random.RandomState(0).bytes(2_500_000)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_all_bytes_have_left_the_process_when_they_are_synced_to_disk(tmp_path, monkeypatch):
+    sizes, fsync = [], os.fsync
+
+    def noting_the_size(f):
+        sizes.append(os.fstat(f).st_size)
+        fsync(f)
+
+    monkeypatch.setattr(os, "fsync", noting_the_size)
+    write_shard(tmp_path / "x_train_000001.bin", IDS)
+    assert sizes[0] == 1024 + 2 * len(IDS)
+    assert len(sizes) == 1 + (os.name == "posix")  # and the folder's
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -192,6 +212,11 @@ def test_an_id_that_the_tokenizer_lacks_is_refused_with_its_place(tmp_path):
         DataError, match="a_train_000002.bin has the token id 1000 at position 10, but its tok.*below 1000"
     ):
         windows.read(np.array([48, 49, 50]))
+    windows.n_ids = 491  # the highest id of these windows is the last one allowed, and the first one not
+    assert windows.read(np.array([48])).max() == 490
+    windows.n_ids = 490
+    with pytest.raises(DataError, match="has the token id 490 at position 490, but .* below 490"):
+        windows.read(np.array([48]))
 
 
 def test_reading_a_large_file_does_not_fill_memory(tmp_path):
