@@ -394,6 +394,8 @@ def test_top_p_keeps_the_fewest_ids_that_reach_it():
     for top_p, allowed in ((0.05, {1}), (0.4, {1}), (0.41, {1, 2}), (0.85, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
         drawn = pick(logits, noise, 1.0, None, top_p)
         assert set(drawn.tolist()) == allowed
+    # four quarters, exact in floating point: two are half, and a third is too much
+    assert len(set(pick(torch.zeros(4000, 4), noise, 1.0, None, 0.5).tolist())) == 2
     share = pick(logits, noise, 1.0, None, 0.5).bincount(minlength=4) / 4000
     assert torch.allclose(share, torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
 
