@@ -170,7 +170,7 @@ class Trainer:
 
     def warm_up(self):
         """Returns the seconds of the first micro-step, which compiles the model."""
-        with hardware.compiling():
+        with hardware.compiling() if self.cfg.compile else contextlib.nullcontext():
             first = self.seconds(self.micro_step)
         self.seconds(self.update)
         return first
@@ -279,11 +279,20 @@ def profile(trainer, count=5, rows=15):
     with torch.profiler.profile(activities=activities) as profiler:
         total = 1e6 * count * trainer.seconds(trainer.micro_step, count)
     events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
-    events = sorted(events, key=lambda event: -getattr(event, attribute))[:rows]
-    lines = [f"{count} micro-steps in {total / 1e3:.1f} ms", f"{'ms':>10}{'share':>8}{'calls':>8}  operation"]
-    for event in events:
-        us = getattr(event, attribute)
-        lines.append(f"{us / 1e3:10.2f}{100 * us / total:7.1f}%{event.count:8d}  {event.key[:80]}")
+    slowest = sorted(((getattr(e, attribute), e.count, e.key) for e in events), reverse=True)[:rows]
+    return [f"{count} micro-steps in {total / 1e3:.1f} ms", *profile_table(slowest, total)]
+
+
+def profile_table(operations, total):
+    """Returns the lines of a table of operations, (microseconds, calls, name) each, and their shares of
+    total."""
+    if not operations:
+        return [
+            "torch's profiler saw no kernels: it needs CUPTI, which CUDA builds of torch bring along, and "
+            "the right to read the GPU's performance counters, which containers often lack"
+        ]
+    lines = [f"{'ms':>10}{'share':>8}{'calls':>8}  operation"]
+    lines += [f"{us / 1e3:10.2f}{100 * us / total:7.1f}%{n:8d}  {name[:80]}" for us, n, name in operations]
     return lines
 
 

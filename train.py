@@ -39,7 +39,7 @@ from sologpt import checkpoint, hardware, huggingface, resume, shards
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
 from sologpt.log import Clock, Metrics, describe, duration, notes, open_metrics, say, sum_up, warn
-from sologpt.memory import check_size, memory_estimate, no_room, smaller_batch
+from sologpt.memory import check_size, memory_estimate, no_room, nothing_half_done, smaller_batch
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
 from sologpt.stop import StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
@@ -97,7 +97,7 @@ class TrainConfig(Config):
     compile: bool = key(True, "torch.compile the model: slower to start, faster from then on")
     compile_mode: str = key(
         "default",
-        "max-autotune-no-cudagraphs tries more kernels; compiling takes minutes",
+        "max-autotune-no-cudagraphs tries more kernels (matmuls: from 68 SMs on), for minutes",
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
@@ -243,10 +243,11 @@ def update(model, optimizers, scaler, grad_clip):
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = total.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
     if math.isfinite(norm):
-        if norm > grad_clip > 0:  # otherwise clipping would be a pass over the gradients for nothing
+        if norm > grad_clip > 0:  # else a pass for nothing
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total)
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
+        with nothing_half_done():
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
     scaler.update()
     model.zero_grad(set_to_none=True)
     return norm
@@ -343,7 +344,7 @@ def train(run):
             return
 
         # save
-        stopping = bool(run.stop.number)  # read once: a signal that comes later waits for the next iteration
+        stopping = bool(run.stop.number)  # read once: a later signal waits for the next iteration
         save_due = eval_due and (improved or cfg.always_save_checkpoint)
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
@@ -380,13 +381,14 @@ def train(run):
 
 
 def compile_model(run):
-    """Compiles the model in a pass over zeros, outside the run and without drawing its random numbers."""
+    """Compiles the model, for evaluation and training, outside the run and without its random numbers."""
     cfg, machine = run.cfg, run.machine
     say("compiling the model (may take a minute)")
     start = time.perf_counter()
     tokens = torch.zeros(cfg.batch_size, cfg.block_size + 1, dtype=torch.int64)
     cuda = [machine.device] if machine.device.type == "cuda" else []
     with hardware.compiling(), torch.random.fork_rng(cuda):
+        estimate_loss(run.model, run.val_data, 1, cfg.batch_size, machine)
         micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
     run.model.zero_grad(set_to_none=True)
     machine.synchronize()
@@ -498,6 +500,8 @@ def train_until_it_fits(run):
         except shards.DataError as e:
             save_progress(run)  # nothing of the iteration has been applied yet
             raise UserError(f"{e} ({run.files.kept})") from None
+        except UserError:
+            raise
         except Exception as e:
             if not out_of_memory(e):
                 raise

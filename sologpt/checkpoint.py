@@ -6,10 +6,10 @@ Every .pt file is one dict of tensors and plain values, a superset of nanoGPT's,
 and we read nanoGPT's; they load with weights_only=True and cannot run code.
 """
 
+import collections
 import dataclasses
 import errno
 import itertools
-import math
 import os
 import shutil
 import time
@@ -64,9 +64,7 @@ def save(path, state, previous=None):
     The check costs a pass over the state, but no memory.
     """
     found = list(tensors(state))
-    floats = [tensor for tensor in found if tensor.is_floating_point()]
-    bounds = (bound for tensor in floats for bound in tensor.aminmax())  # a NaN spreads to both
-    if not all(math.isfinite(bound) for bound in bounds):
+    if not all_finite(tensor for tensor in found if tensor.is_floating_point()):
         raise UserError(f"not saved to {path}: weights or optimizer moments that are not finite")
     # tied weights are written once
     needed = sum({tensor.data_ptr(): tensor.nbytes for tensor in found}.values())
@@ -79,6 +77,16 @@ def save(path, state, previous=None):
     except RuntimeError as e:  # torch's form of an OSError in the middle of writing
         number = getattr(e.__context__, "errno", errno.EIO)
         raise OSError(number, getattr(e.__context__, "strerror", str(e)), path) from e
+
+
+def all_finite(floats):
+    """Whether tensors of floats hold no NaN and no infinity. One sync for each device, whatever their
+    number."""
+    bounds = collections.defaultdict(list)
+    for tensor in floats:
+        low, high = tensor.aminmax()  # a NaN spreads to both
+        bounds[tensor.device] += [low.float(), high.float()]
+    return all(torch.stack(of_device).isfinite().all().item() for of_device in bounds.values())
 
 
 def tensors(value):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
-from sologpt.errors import UserError
+from sologpt.errors import UserError, out_of_memory
 
 # One line a GPU: words of torch.cuda.get_device_name() that identify it, number of SMs (CUs on AMD), then
 # TFLOP/s in bf16, fp16, tf32 and fp32; 0 where the hardware has none. AxBxC is SMs x FLOPs per SM and clock x
@@ -358,9 +358,9 @@ def compiling():
     page of traceback, becomes a UserError of one line."""
     try:
         yield
-    except (ValueError, torch.OutOfMemoryError):
-        raise
     except Exception as e:
+        if isinstance(e, ValueError) or out_of_memory(e):
+            raise
         raise UserError(f"torch.compile failed: {str(e).partition(chr(10))[0]}; try --compile=False") from e
 
 

@@ -13,16 +13,28 @@ def capped(logits, softcap):
     return softcap * torch.tanh(logits.float() / softcap)
 
 
-def chunk_loss(x, weight, targets, softcap, with_gradients):
-    """Returns the summed cross-entropy of one chunk, an fp32 scalar, and its gradients with respect to x, in
-    the dtype of x, and to weight, in fp32; None without with_gradients. x: (n, C), targets: int64 (n,)."""
+@torch.library.custom_op("sologpt::add_product_", mutates_args=["total"])
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Adds a.T @ b to total, (V, C) in fp32, for a (n, V) and b (n, C) in the dtype of the matmuls.
+
+    An operation of its own, as torch.compile would put all chunks' sums off to the end, and keep every
+    product until then.
+    """
+    # the product sums over many tokens, and fp16 ends at 65,504
+    total.add_(a.t() @ (b / 128), alpha=128)
+
+
+def chunk_loss(x, weight, targets, softcap, d_weight):
+    """Returns the summed cross-entropy of one chunk, an fp32 scalar, and its gradient with respect to x, in
+    the dtype of x. Adds that with respect to weight to d_weight, in fp32; if that is None, there are no
+    gradients. x: (n, C), targets: int64 (n,)."""
     logits = capped(F.linear(x, weight), softcap).float()
     counted = targets >= 0
     total = logits.logsumexp(-1, keepdim=True)
     picked = logits.gather(1, targets.clamp(min=0)[:, None])
     loss = (total - picked).squeeze(1).masked_fill(~counted, 0).sum()
-    if not with_gradients:
-        return loss, None, None
+    if d_weight is None:
+        return loss, None
 
     # The gradient with respect to the logits is softmax - one-hot. It is not divided by the number of targets
     # yet, as fp16 would lose small values; the comparison, instead of a scatter, fuses into one kernel.
@@ -31,8 +43,8 @@ def chunk_loss(x, weight, targets, softcap, with_gradients):
     if softcap is not None:
         d = d * (1 - (logits / softcap).square())  # the derivative of tanh is 1 - tanh^2
     d = d.masked_fill(~counted[:, None], 0).to(x.dtype)
-    d_weight = (d.t() @ (x / 128)).float() * 128  # a sum over many tokens, and fp16 ends at 65,504
-    return loss, d @ weight, d_weight
+    add_product_(d_weight, d, x)
+    return loss, d @ weight
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -43,13 +55,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         loss = 0.0
         dx = []
-        dw = 0.0
+        dw = None
+        if with_gradients:
+            dw = torch.zeros_like(weight, dtype=torch.float32)
         for x_chunk, targets_chunk in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
-            part, d_x, d_weight = chunk_loss(x_chunk, w, targets_chunk, softcap, with_gradients)
+            part, d_x = chunk_loss(x_chunk, w, targets_chunk, softcap, dw)
             loss += part
-            if with_gradients:
-                dx.append(d_x)
-                dw += d_weight
+            dx.append(d_x)
         count = (targets >= 0).sum()
         if with_gradients:
             ctx.save_for_backward(torch.cat(dx), dw, count)

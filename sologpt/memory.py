@@ -2,11 +2,12 @@
 An estimate of the memory that training takes, and what to say if there is not enough.
 """
 
+import contextlib
 import dataclasses
 
 import torch
 
-from sologpt.errors import UserError
+from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, total_memory
 
 
@@ -147,6 +148,21 @@ def no_room(params, optimizer, config, cfg, dtype, available):
     return (
         f"{text}, not enough for more than {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
     )
+
+
+@contextlib.contextmanager
+def nothing_half_done():
+    """Returns a context for an update: if memory runs out in the middle of it, some weights are new and some
+    are not, so that it cannot be repeated. Raises UserError then."""
+    try:
+        yield
+    except Exception as e:
+        if out_of_memory(e):
+            raise UserError(
+                "out of memory in the middle of an update, which cannot be repeated; resume from the last "
+                "checkpoint with a smaller --batch_size"
+            ) from None
+        raise
 
 
 def with_length(config, block_size):

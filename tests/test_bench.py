@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
-from bench import BenchConfig, recommend, training_command
+from bench import BenchConfig, Trainer, profile_table, recommend, training_command
 from configurator import ConfigError, configure
+from sologpt import hardware
 
 SMALL = (
     "--device=cpu --compile=False --dataset=none --n_layer=2 --n_head=2 --n_embd=64 --block_size=64".split()
@@ -194,6 +195,19 @@ def test_missing_data_is_an_error_only_if_it_is_to_be_read(run):
         "bench.py", *SMALL, "--batch_size=1", "--gradient_accumulation_steps=1", "--real_data=True", status=1
     )
     assert process.stderr.startswith("error: there is no folder data/none for dataset='none'")
+
+
+def test_a_profile_without_kernels_says_why():
+    assert profile_table([(3000.0, 7, "mm")], 12_000.0)[1].split() == ["3.00", "25.0%", "7", "mm"]
+    assert "saw no kernels: it needs CUPTI" in profile_table([], 12_000.0)[0]
+
+
+def test_what_fails_without_the_compiler_is_not_its_fault(monkeypatch):
+    cfg = configure(BenchConfig, [*SMALL, "--compile=False"])
+    trainer = Trainer(cfg, hardware.find_machine(cfg))
+    monkeypatch.setattr(trainer.model, "forward", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.warm_up()
 
 
 def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byte_data):

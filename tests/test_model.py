@@ -3,6 +3,7 @@ The model against transformers' GPT-2, against plain math, and against figures w
 Run: pytest tests/test_model.py
 """
 
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig
 from sologpt import sampling
+from sologpt.loss import chunked_cross_entropy
 from sologpt.sampling import pick
 
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768)
@@ -185,6 +187,53 @@ def test_a_loss_in_chunks_makes_no_logits_and_without_gradients_none_of_those():
     assert logits is None and loss.grad_fn is None and loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert sizes == [64] * 4
     assert model(idx, targets)[1].requires_grad  # evaluation mode alone does not turn gradients off
+
+
+class HeadAlone(torch.nn.Module):
+    """What the chunked loss is compiled with at least: something before it, and a head of 8 MB."""
+
+    def __init__(self, chunks):
+        super().__init__()
+        self.before = torch.nn.Linear(256, 256)
+        self.head = torch.nn.Linear(256, 8192, bias=False)
+        self.chunks = chunks
+
+    def forward(self, x, targets):
+        return chunked_cross_entropy(self.before(x).relu(), self.head.weight, targets, self.chunks)
+
+
+def peak_memory(work):
+    """Returns the most bytes that the tensors made by work() took at one time, as torch's profiler counts."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        work()
+    events, sizes = profiler.profiler.kineto_results.experimental_event_tree(), []
+    while events:
+        event = events.pop()
+        events += event.children
+        if "alloc_size" in dir(event.typed[1]):
+            sizes.append((event.start_time_ns, event.typed[1].alloc_size))  # negative: freed
+    return max(itertools.accumulate(size for _, size in sorted(sizes)))
+
+
+# torch.compile itself does that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_loss_takes_less_memory_the_more_chunks_it_has():
+    x, targets = torch.randn(2048, 256), torch.randint(8192, (2048,))
+    peaks = []
+    for chunks in (2, 4, 16):
+        torch._dynamo.reset()
+        model = HeadAlone(chunks)
+        compiled = torch.compile(model, dynamic=False)
+
+        def step(model=model, compiled=compiled):
+            compiled(x, targets).backward()
+            model.zero_grad()
+
+        step()
+        peaks.append(peak_memory(step))
+    assert peaks == sorted(peaks, reverse=True)
+    # the head's gradient, a chunk's product and logits, and little else: not the products of all chunks
+    assert peaks[-1] < 4 * 8192 * (256 + 256 + 2 * 2048 / 16) * 1.5
 
 
 def test_dropout_acts_in_training_only():

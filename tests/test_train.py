@@ -25,9 +25,11 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
+import train
 from configurator import configure
 from model import GPT, GPTConfig
 from sologpt import checkpoint, hardware, shards
+from sologpt.errors import UserError, out_of_memory
 from sologpt.log import duration
 from train import TrainConfig, get_lr
 
@@ -108,9 +110,20 @@ def test_bf16_trains_too(run, byte_data, tiny):
     assert float(losses(out)[11]) < 4
 
 
-def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny):
+def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, monkeypatch):
     eager = losses(run("train.py", *tiny, "--dropout=0.0"))
+    estimate_loss = train.estimate_loss
+    graphs = []  # compiled before each call of it
+
+    def counting(*args):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return estimate_loss(*args)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(train, "estimate_loss", counting)
     out = run("train.py", *tiny, "--compile=True")
+    assert graphs == [0] + [2] * 6  # the first time it is called to compile
     assert "compiled in" in out.stdout
     assert [float(x) for x in losses(out).values()] == pytest.approx(
         [float(x) for x in eager.values()], abs=2e-3
@@ -580,6 +593,37 @@ def test_memory_that_runs_out_later_is_saved_from_first(run, byte_data, tiny, tm
     smaller = ("--batch_size=2", "--gradient_accumulation_steps=4", "--out_dir=small", "--init_from=resume")
     assert min(losses(run("train.py", *argv, *smaller))) == 5
     assert same(weights(tmp_path / "out"), weights(tmp_path / "small"))
+
+
+def test_memory_that_runs_out_in_an_update_ends_the_run_as_that_cannot_be_repeated(
+    run, byte_data, tiny, tmp_path, monkeypatch
+):
+    run("train.py", *tiny, "--max_iters=3")
+    before = weights(tmp_path / "out")
+    monkeypatch.setattr(torch.optim.AdamW, "step", runs_out_of_memory)
+    out = run("train.py", *tiny, "--init_from=resume", "--eval_interval=100", status=1)
+    assert out.stderr.splitlines()[-1].startswith("error: out of memory in the middle of an update, which")
+    assert same(weights(tmp_path / "out"), before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to allocate",
+    ],
+)
+def test_memory_runs_out_by_many_names_and_not_because_of_the_compiler(text):
+    error = RuntimeError(text)
+    assert out_of_memory(error)
+    with pytest.raises(RuntimeError) as raised, hardware.compiling():
+        raise error
+    assert raised.value is error
+    with pytest.raises(UserError, match="torch.compile failed: no ptxas; try --compile=False"):
+        with hardware.compiling():
+            raise RuntimeError("no ptxas")
 
 
 def test_without_auto_fit_the_run_ends_with_what_to_do(run, byte_data, tiny, faulty):
