@@ -29,7 +29,7 @@ def memory_needed(
     The rest is as in train.py. Left out: dropout's masks, and what the CUDA context and the libraries take.
     """
     tokens = batch_size * config.block_size
-    activations = activation_bytes(config, tokens, dtype, compile, activation_memory, loss_chunks)
+    activations = activation_bytes(config, tokens, dtype, compile, activation_memory)
     loss = loss_bytes(config, tokens, dtype, compile, loss_chunks)
     gradients = 4 * params
     # a compiled backward pass returns all of its gradients at its end, with activations and loss used up
@@ -41,48 +41,52 @@ def memory_needed(
     return {name: round(bytes) for name, bytes in sizes.items()}
 
 
-def activation_bytes(config, tokens, dtype, compile, activation_memory, loss_chunks):
-    """Returns the bytes that the blocks keep for the backward pass, as torch 2.13's partitioner has it (CPU).
+# numbers, times n_embd, that the blocks keep for each token and layer until the backward pass
+KEPT = {  # arch: {dtype: (compiled, not compiled)}
+    "gpt2": {"bfloat16": (16, 18), "float16": (18, 18), "float32": (16, 16)},
+    "modern": {"bfloat16": (21, 28), "float16": (22, 28), "float32": (23, 21)},
+}
+CHEAP = {"gpt2": 4.5, "modern": 7.5}  # of these, what an activation_memory just below 1 recomputes
 
-    Compiled, 17 numbers times n_embd for each token and layer (34 bytes in bf16, as in Korthikanti et al.
-    2022, https://arxiv.org/abs/2205.05198, section 4.1, without the attention scores, which fused attention
-    does not keep), and a bf16 copy of every matrix; at an activation_memory just below 1 only 11, and no
-    copies; below that at most that share of the total. For arch="modern" 21 and 13. The estimate is within
-    3 % of the count at 1 and, if the tokens outweigh the copies, down to 0.8; otherwise it is too high, at
-    0.5 by up to a factor of two.
 
-    Not compiled, it is 16 times n_embd on a CPU, for arch="modern" 21, in bf16 28, and more on a GPU, where
-    autocast computes LayerNorm in fp32.
+def activation_bytes(config, tokens, dtype, compile, activation_memory):
+    """Returns the bytes that the blocks keep for the backward pass.
+
+    In 16 bits that includes a copy of every matrix, except at an activation_memory below 1, where no copies
+    and not even what is CHEAP are kept. The numbers, and those of loss_bytes, are fitted to what torch 2.11
+    asks of CUDA's allocator in 35 cases of 124M parameters (docs/memory.md); Korthikanti et al. 2022
+    (https://arxiv.org/abs/2205.05198, section 4.1) count 34 bytes in 16 bits, without attention's scores,
+    which fused attention does not keep.
     """
     size = bytes_of(dtype)
     C, V, layers = config.n_embd, config.vocab_size, config.n_layer
-    most, least = 17, 11
-    if config.arch == "modern":
-        most, least = 21, 13
-        if not compile and size == 2:
-            most = 28
-    total = size * tokens * C * (most * layers + 2)
+    if_compiled, if_not = KEPT[config.arch][dtype]
+    kept = if_compiled if compile else if_not
+    total = size * tokens * C * (kept * layers + 2)
     if size == 2:
         total += 2 * (12 * layers * C * C + V * C)
     if compile and activation_memory < 1:
-        logits = size * V * tokens if loss_chunks == 1 else 0  # logits are activations too
-        share = max(activation_memory * (total + logits) - logits, 0)
-        total = min(size * tokens * C * (least * layers + 2), share)
+        least = size * tokens * C * ((kept - CHEAP[config.arch]) * layers + 2)
+        total = min(least, activation_memory * total)
     return total
 
 
 def loss_bytes(config, tokens, dtype, compile, loss_chunks):
-    """Returns the bytes that the logits and their gradients take at their peak."""
+    """Returns the bytes that the logits and their gradients take at their peak, and, compiled or in chunks,
+    the head's gradient, which comes before all others."""
     V, C = config.vocab_size, config.n_embd
-    if compile:  # logits and their gradient
-        total = 2 * bytes_of(dtype) * V * tokens
-    elif loss_chunks == 1 and config.arch == "gpt2":  # fp32 log-probabilities and two gradients
-        total = 12 * V * tokens
-    else:  # the cap's gradient too; in chunks a few more steps, none of them fused
-        total = 16 * V * tokens
-    if loss_chunks > 1:
-        total = total // loss_chunks + 4 * V * C  # the head's gradient exists from the forward pass on
-    return total
+    if loss_chunks > 1:  # the head's gradient exists from the forward pass on, and a chunk's share of it
+        return chunk_bytes(config, dtype, compile) * tokens // loss_chunks + 8 * V * C
+    if compile:  # the gradient takes the place of the logits
+        return bytes_of(dtype) * V * tokens + 4 * V * C
+    if config.arch == "modern":  # the cap's gradient too
+        return 16 * V * tokens
+    return (8 + bytes_of(dtype)) * V * tokens  # fp32 log-probabilities and their gradient, and the logits'
+
+
+def chunk_bytes(config, dtype, compile):
+    """Returns the bytes of a token's logits and their gradient; not compiled, a few more steps are there."""
+    return (2 * bytes_of(dtype) if compile else 16) * config.vocab_size
 
 
 def bytes_of(dtype):

@@ -5,8 +5,10 @@ has imported torch already; `spawn` starts a process of its own, for what only a
 
 import functools
 import importlib
+import inspect
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,15 @@ ROOT = Path(__file__).parent.parent
 # enough for models of this size, and the sums are the same each time
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
+# what a test's source says if it starts processes or compiles
+SLOW = re.compile(r"spawn|subprocess|start\(|interrupt\(|killed_|prepare|compile=True|torch\.compile|ENV\b")
 TEXT = "pack my box with jugs now. " * 400  # 27 letters: in windows of 16, each comes at every position
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW.search(inspect.getsource(item.function)):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

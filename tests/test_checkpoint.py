@@ -140,6 +140,31 @@ def test_a_write_that_fails_at_any_point_leaves_a_whole_state(tmp_path, monkeypa
     assert checkpoint.load(files.previous)["iter_num"] == 10
 
 
+def test_a_disk_that_fills_while_torch_writes_gives_the_room_of_the_older_state(
+    tmp_path, monkeypatch, capsys
+):
+    """torch turns the error of a full disk into a RuntimeError; it is raised as long as ckpt_prev.pt is
+    there."""
+    files = checkpoint.RunFiles(str(tmp_path))
+    files.save(state(5)), files.save(state(10))
+    save = torch.save
+
+    def without_room(value, f):
+        if not os.path.exists(files.previous):
+            return save(value, f)
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0") from None
+
+    monkeypatch.setattr(torch, "save", without_room)
+    assert files.save(state(15))
+    err = capsys.readouterr().err
+    assert err == f"warning: deleting {files.previous} to save iteration 15: No space left on device\n"
+    # the newest state is whole, and so is the one before it
+    assert checkpoint.load(files.ckpt)["iter_num"] == 15 and checkpoint.load(files.previous)["iter_num"] == 10
+
+
 def test_a_disk_without_room_is_noticed_before_writing(tmp_path, monkeypatch, capsys):
     files, size = checkpoint.RunFiles(str(tmp_path)), sum(t.nbytes for t in checkpoint.tensors(state(1)))
     disk = dict(free=size)
@@ -247,20 +272,21 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
         return memory.no_room(124_400_000, 8 * 124_400_000, config, cfg, dtype, available)
 
     # 16 * 124.4e6 = 1,990e6; copies of 12 * 12 * 768^2 + 50,304 * 768 weights in bf16: 247e6; and 1,024 times
-    # 2 * 768 * (17 * 12 + 2) = 316e3 and 12 * 50,304 = 604e3
-    start = "out of memory with batch_size=1; by estimate 124.4M parameters need 3.18 GB with one sequence"
+    # 2 * 768 * (18 * 12 + 2) = 335e3 and 10 * 50,304 = 503e3
+    start = "out of memory with batch_size=1; by estimate 124.4M parameters need 3.10 GB with one sequence"
     assert advice(None) == f"{start}: use a smaller --block_size, --n_layer or --n_embd"
     assert advice(4e9).startswith(
         f"{start}, and 4.00 GB are available, so it should fit, but does not: try --loss_ch"
     )
-    # 8 chunks: 77e6 for their part, 16 bytes a logit there, and 155e6 for the matrix's gradient
-    assert advice(2.85e9).endswith("2.85 GB are available, enough with --loss_chunks=8")
-    # 2,600e6 - 2,237e6 = 363e6 over 920e3 a token: 394
+    # 8 chunks: 103e6 for their part, 16 bytes a logit there, and twice 155e6 for the matrix's gradient
+    assert advice(3.0e9).endswith("3.00 GB are available, enough with --loss_chunks=8")
+    # 2,600e6 - 2,237e6 = 363e6 over 838e3 a token: 433
     assert advice(2.6e9).endswith("2.60 GB are available, enough for about --block_size=384")
     assert advice(1.5e9).endswith(
         "not enough for more than 94M parameters: use a smaller --n_layer or --n_embd"
     )
-    assert "need 2.77 GB" in advice(None, TrainConfig(batch_size=1))  # compiled: 4 bytes a logit
+    # compiled: 2 * 768 * (16 * 12 + 2) = 298e3 and 2 * 50,304 a token, and 155e6 once
+    assert "need 2.80 GB" in advice(None, TrainConfig(batch_size=1))
 
 
 # -----------------------------------------------------------------------------

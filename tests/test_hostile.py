@@ -509,6 +509,8 @@ ALTERED = [
     (("best_val_loss",), math.nan),
     (("best_val_loss",), torch.zeros(2)),
     (("tokens_seen",), None),
+    (("tokens_seen",), -1),
+    (("bad_in_row",), -1),
     (("seconds",), -5.0),
     (("bad_steps",), []),
     (("model",), []),

@@ -127,7 +127,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_no_update(run, byte_data, ti
     monkeypatch.setattr(GPT, "forward", forward_only)
     out = run("train.py", *tiny, "--init_from=resume", "--max_iters=5", "--weight_decay=10.0")
     assert out.stderr.count("its update is skipped") == 2
-    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "out", "iter"))
+    assert all(line["loss"] > 1 for kind in ("iter", "bad_step") for line in metrics(tmp_path / "out", kind))
     after = state_of(tmp_path / "out")
     assert after["bad_steps"] == 2 and all(torch.equal(after["model"][name], p) for name, p in before.items())
 

@@ -59,10 +59,12 @@ def test_all_three_formats_are_read(tmp_path):
         (tmp_path / "llmc" / f"edu_fineweb_{split}_000000.bin").write_bytes(header + IDS[:600].tobytes())
         write_shard(tmp_path / "llmc" / f"edu_fineweb_{split}_000001.bin", IDS[600:].astype(np.uint32))
         np.save(tmp_path / "npy" / f"edufineweb_{split}_000000.npy", IDS[:600])
-        np.save(tmp_path / "npy" / f"edufineweb_{split}_000001.npy", IDS[600:])
+        np.save(tmp_path / "npy" / f"edufineweb_{split}_000001.npy", IDS[600:].astype(np.uint32))
         IDS.tofile(tmp_path / "nano" / f"{split}.bin")
         for kind in ("llmc", "npy", "nano"):
             assert np.array_equal(tokens_in(tmp_path / kind, split), IDS), kind
+            counts = [shard.count for shard in find_shards(tmp_path / kind, split)]
+            assert sum(counts) == 1000 and {type(count) for count in counts} == {int}
 
 
 def test_headered_shards_come_before_npy_before_raw(tmp_path):
@@ -127,6 +129,16 @@ def test_a_missing_folder_or_split_says_what_to_run(tmp_path):
     write_shard(tmp_path / "a_train_000001.bin", IDS)
     with pytest.raises(FileNotFoundError, match="has no val tokens.*python prepare_fineweb.py"):
         find_shards(tmp_path, "val")
+
+
+def test_a_shard_is_hashed_again_only_if_it_is_newer_than_meta_json(tmp_path):
+    path, meta = tmp_path / "x_train_000001.bin", tmp_path / "meta.json"
+    write_shard(path, IDS)
+    meta.write_text("{}")
+    os.utime(tmp_path, ns=(0, 0))
+    for newer, expected in ((-1, "recorded"), (0, "recorded"), (1, sha256_of(path))):
+        os.utime(path, ns=(0, meta.stat().st_mtime_ns + newer))
+        assert shards.current_sha256(path, "recorded") == expected
 
 
 def test_a_digest_is_of_all_of_a_file(tmp_path):

@@ -521,6 +521,10 @@ def test_a_bad_step_is_skipped_and_resuming_across_it_is_exact(run, byte_data, t
         (5, 1, None),
         (6, 2, None),
     ]
+    assert (
+        "warning: loss nan and gradient norm nan in iteration 5: its update is skipped (1 in a row)"
+        in out.stderr
+    )
     assert f"{len(bad)} updates skipped" in out.stdout and out.stderr.count("its update is skipped") == len(
         bad
     )
@@ -780,6 +784,8 @@ def test_our_checkpoint_holds_what_nanogpt_reads(run, byte_data, tiny, tmp_path)
     run("train.py", *tiny, "--max_iters=2", "--compile=False")
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= state.keys()
+    # and what it does not know: scaler and random state, the GELU, what the data and their ids are
+    assert {"scaler", "rng", "gelu", "arch", "tokenizer", "data", "dtype"} <= state.keys()
     names = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
     assert state["model_args"].keys() == names  # nanoGPT passes them on as GPTConfig(**model_args)
     assert state["config"]["dataset"] == "toy"

@@ -1,0 +1,348 @@
+"""
+All that is to be measured on a GPU, in the order of its worth: one command for the day there is one.
+
+    python benchmarks/gpu_day.py [--minutes=9] [--dataset=fineweb] [--nanogpt=../nanoGPT]
+
+The stages are smoke (does training work there: bf16, fp16, stop and resume, a micro-batch that does not fit),
+tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours), learning (GPT-2 with AdamW and the
+recipe on equal data), sampling, and profile. Each runs in processes of its own; one that fails or takes too
+long is a row of the table, and the next one runs. The figures are written to a JSON file after each stage,
+and the same command goes on with the stages that are missing there. Without --dataset, the text is Python's
+own library as bytes. docs/measuring.md says how to read the results.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from bench import driver_version
+from configurator import Config, from_command_line, key, run_script
+from sologpt import hardware
+from sologpt.errors import UserError
+from sologpt.files import atomic_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ITER = re.compile(
+    r"^iter (\d+): loss ([\d.]+|nan|inf), time ([\d.]+)ms, mfu (?:([\d.]+)%|n/a),.* ([\d,]+) tok/s"
+)
+VAL = re.compile(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)")
+SMALLER = re.compile(r"from iteration \d+ on batch_size=(\d+)")
+SIZES = {
+    "124m": ("config/fineweb_125m.py", "config/fineweb_125m_fast.py", (8, 16, 32, 64), 512),
+    "tiny": ("config/quickstart.py", "config/quickstart.py", (2, 4), 4),  # to try this file without a GPU
+}
+TINY = "--n_layer=2 --n_head=1 --n_embd=128 --block_size=64 --compile=False".split()
+
+
+@dataclass
+class DayConfig(Config):
+    minutes: float = key(9.0, "time for all stages; one that would begin later is left out", above=0)
+    dataset: str = key("", "folder of token files: one under data/, or a path; empty: Python's own library")
+    nanogpt: str = key("", "checkout of nanoGPT to compare with; empty: leave it out")
+    stages: str = key("smoke,tests,speed,learning,sampling,profile", "which, with commas between them")
+    size: str = key("124m", "124m, or tiny to try this file without a GPU", choices=tuple(SIZES))
+    device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
+    out_dir: str = key("out-gpu-day", "folder for the runs")
+    json: str = key("", "file of the figures; empty: benchmarks/results/gpu_day_NAME_OF_THE_CARD.json")
+
+    def problems(self):
+        unknown = set(self.stages.split(",")) - STAGES.keys()
+        return [f"stages has {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}"] if unknown else []
+
+
+class Failed(Exception):
+    """A process that ended with an error, or was stopped as the time was up; the message is a row's text."""
+
+
+class Day:
+    """What the stages share: where the runs and the data are, and how much time is left."""
+
+    def __init__(self, cfg, device):
+        self.cfg = cfg
+        self.device = device
+        self.gpt2, self.modern, self.batch_sizes, self.too_large = SIZES[cfg.size]
+        self.sizes = TINY if cfg.size == "tiny" else []
+        self.end = time.monotonic() + 60 * cfg.minutes
+        self.dataset = os.path.abspath(os.path.join(cfg.out_dir, "data"))
+
+    def seconds_left(self):
+        return self.end - time.monotonic()
+
+    def run(self, script, *argv, on_line=None, **env):
+        """Runs a script of this project, or a module after -m; returns (stdout, stderr, exit status). Each
+        line of stdout is given to on_line with the process. Raises Failed if the time is up."""
+        if not script.startswith("-m"):
+            script = os.path.join(ROOT, script)
+        command = [sys.executable, *script.split(" "), *argv]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        lines, errors = [], []
+        with subprocess.Popen(command, cwd=ROOT, env=os.environ | env, **pipes) as process:
+            reader = threading.Thread(target=lambda: errors.extend(process.stderr))
+            reader.start()
+            timer = threading.Timer(max(self.seconds_left(), 1), kill_group, [process])
+            timer.start()
+            for line in process.stdout:
+                lines.append(line)
+                if on_line:
+                    on_line(process, line)
+            reader.join()
+        late = not timer.is_alive()
+        timer.cancel()
+        if late:
+            raise Failed(f"stopped as the time was up: {os.path.basename(script)} {shlex.join(argv)}")
+        return "".join(lines), "".join(errors), process.returncode
+
+    def checked(self, script, *argv, **options):
+        """As run, but returns (stdout, stderr). Raises Failed, with the last line of stderr, on an error."""
+        out, err, status = self.run(script, *argv, **options)
+        if status:
+            last = (err.strip() or "nothing on stderr").splitlines()[-1]
+            raise Failed(f"{os.path.basename(script)} {shlex.join(argv)} ended with {status}: {last}")
+        return out, err
+
+    def train(self, name, config, iters, *argv, stop_at=None):
+        """Runs train.py in out_dir/name, stopped by Ctrl-C at iteration stop_at; returns its figures."""
+
+        def on_line(process, line):
+            if stop_at is not None and line.startswith(f"iter {stop_at}:"):
+                process.send_signal(signal.SIGINT)
+
+        flags = [f"--max_iters={iters}", f"--lr_decay_iters={iters}", "--warmup_iters=5", "--log_interval=1"]
+        flags += [f"--eval_interval={iters}", "--eval_iters=2", f"--dataset={self.dataset}"]
+        flags += [f"--out_dir={os.path.join(self.cfg.out_dir, name)}", f"--device={self.device}"]
+        script = ("train.py", config, *self.sizes, *flags, *argv)
+        env = dict(TORCH_LOGS="recompiles,graph_breaks")
+        out, err, status = self.run(*script, on_line=on_line, **env)
+        if status and stop_at is None:
+            raise Failed(f"train.py in {name} ended with {status}: {(err.strip() or out).splitlines()[-1]}")
+        return figures_of_a_run(out, err)
+
+
+def kill_group(process):
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def figures_of_a_run(out, err):
+    """Returns what train.py's output says, a dict; times without those of the first iterations."""
+    iters = [match for match in map(ITER.match, out.splitlines()) if match]
+    evals = [match for match in map(VAL.match, out.splitlines()) if match]
+    settled = iters[3:] or iters
+    peak = re.search(r"peak memory ([\d.]+) GB", out)
+    attention = re.search(r"^attention: (.*)", out, re.M)
+    return dict(
+        losses={int(match[1]): float(match[2]) for match in iters},
+        val_losses={int(match[1]): float(match[2]) for match in evals},
+        ms_per_iter=median(match[3] for match in settled),
+        mfu=median(match[4] for match in settled if match[4]),
+        tokens_per_s=median(match[5].replace(",", "") for match in settled),
+        peak_gb=float(peak[1]) if peak else None,
+        attention=attention[1] if attention else None,
+        batch_sizes=[int(size) for size in SMALLER.findall(err)],
+        warnings=[line for line in err.splitlines() if "warning" in line.lower()],
+        recompiles=err.count("Recompiling function"),
+        graph_breaks=err.count("Graph break"),
+    )
+
+
+def median(texts):
+    """Returns the median of numbers that are still text; None if there are none."""
+    numbers = [float(text) for text in texts]
+    return statistics.median(numbers) if numbers else None
+
+
+# -----------------------------------------------------------------------------
+# stages: each returns (figures, sentences for the table)
+
+
+def smoke(day):
+    bf16 = day.train("bf16", day.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
+    losses = list(bf16["losses"].values())
+    sentences = [
+        f"bf16, 30 iterations: loss {losses[0]:.2f} to {losses[-1]:.2f}, "
+        f"{bf16['tokens_per_s']:,.0f} tokens/s, MFU {bf16['mfu']} %, peak {bf16['peak_gb']} GB, "
+        f"attention {bf16['attention']}, "
+        f"{bf16['recompiles']} recompiles, {bf16['graph_breaks']} graph breaks, "
+        f"{len(bf16['warnings'])} warnings"
+    ]
+    if not losses[-1] < losses[0]:
+        sentences.append("THE LOSS DOES NOT FALL")
+    figures = dict(bf16=bf16)
+    if day.device.startswith("cuda"):
+        fp16 = day.train("fp16", day.gpt2, 30, "--dtype=float16", "--gradient_accumulation_steps=4")
+        figures["fp16"] = fp16
+        sentences.append(f"fp16: loss to {list(fp16['losses'].values())[-1]:.2f}")
+
+    argv = (day.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
+    figures["stopped"] = day.train("parts", *argv, stop_at=10)
+    figures["resumed"] = day.train("parts", *argv, "--init_from=resume")
+    pairs = [(loss, bf16["losses"][it]) for it, loss in figures["resumed"]["losses"].items()]
+    figures["difference"] = max(abs(a - b) for a, b in pairs)
+    sentences.append(f"stopped and resumed: losses differ by up to {figures['difference']:.4f}")
+
+    large = ("--gradient_accumulation_steps=1", f"--batch_size={day.too_large}")
+    figures["too_large"] = day.train("large", day.gpt2, 2, *large)
+    sizes = figures["too_large"]["batch_sizes"]
+    sentences.append(f"batch_size={day.too_large}: {f'fits as {sizes[-1]}' if sizes else 'fits'}")
+    return figures, sentences
+
+
+def tests(day):
+    out, err, status = day.run("-m pytest", "-m", "gpu", "-n0", "-q", "-rs", "tests")
+    last = (out.strip() or err.strip()).splitlines()[-1]
+    return dict(status=status, output=out[-5000:]), [f"pytest -m gpu: {last}"]
+
+
+def speed(day):
+    figures, sentences = {}, []
+    swept = f"--sweep_batch_size={','.join(map(str, day.batch_sizes))}"
+    for name, config in (("gpt2", day.gpt2), ("modern", day.modern)):
+        path = os.path.join(day.cfg.out_dir, f"bench_{name}.json")
+        shape = f"--gradient_accumulation_steps={512 // day.batch_sizes[0]}"
+        argv = (config, *day.sizes, f"--batch_size={day.batch_sizes[0]}", shape, swept)
+        day.checked("bench.py", *argv, f"--device={day.device}", f"--json={path}")
+        with open(path) as f:
+            figures[name] = json.load(f)
+        rows = [row for row in figures[name]["rows"] if row["status"] == "measured"]
+        best = min(rows, key=lambda row: row["ms_per_iter"])
+        sentences.append(
+            f"{name}: best at batch_size={best['batch_size']}, {best['tokens_per_s']:,.0f} tokens/s, "
+            f"MFU {best['mfu']}, {best['update_ms']:.1f} of {best['ms_per_iter']:.1f} ms an update"
+        )
+    if day.cfg.nanogpt:
+        for batch_size in day.batch_sizes:
+            figures[f"nanogpt_{batch_size}"], sentence = beside_nanogpt(day, batch_size)
+            sentences.append(sentence)
+    return figures, sentences
+
+
+def beside_nanogpt(day, batch_size):
+    path = os.path.join(day.cfg.out_dir, f"nanogpt_{batch_size}.json")
+    argv = [day.gpt2, *day.sizes, f"--batch_size={batch_size}", f"--dataset={day.dataset}"]
+    argv += ["--arch=gpt2", "--optimizer=adamw", "--schedule=cosine", f"--device={day.device}"]
+    argv += ["--gradient_accumulation_steps=4", "--max_iters=30", "--log_interval=5", "--pairs=1"]
+    day.checked("benchmarks/compare_nanogpt.py", *argv, f"--nanogpt={day.cfg.nanogpt}", f"--json={path}")
+    with open(path) as f:
+        found = json.load(f)
+    ratio = statistics.median(found["ratios"]["soloGPT"])
+    medians = found["medians"]
+    peaks = " and ".join(f"{medians[name]['peak_memory'] / 1e9:.2f}" for name in ("soloGPT", "nanoGPT"))
+    return found, f"batch_size={batch_size}: {ratio:.2f} times nanoGPT's tokens/s, peaks {peaks} GB"
+
+
+def learning(day):
+    """Both recipes on the same tokens, as many as two fifths of the time that is left allow for each."""
+    figures = {}
+    tokens_per_iter = ("--batch_size=32", "--gradient_accumulation_steps=4")
+    iters = 20
+    for name, config in (("gpt2", day.gpt2), ("modern", day.modern)):
+        trial = day.train(f"trial_{name}", config, 20, *tokens_per_iter)
+        figures[f"trial_{name}"] = trial
+    slowest = max(figures[name]["ms_per_iter"] for name in figures) / 1e3
+    iters = max(20, min(1000, int(0.4 * day.seconds_left() / slowest)))
+    sentences = []
+    for name, config in (("gpt2", day.gpt2), ("modern", day.modern)):
+        figures[name] = day.train(f"learn_{name}", config, iters, *tokens_per_iter)
+        loss = list(figures[name]["val_losses"].values())[-1]
+        sentences.append(f"{name}: val loss {loss:.4f} after {iters} iterations of the same data")
+    return figures, sentences
+
+
+def sampling(day):
+    figures, sentences = {}, []
+    for batch_size in (8, 64):
+        for compile in (False, True):
+            path = os.path.join(day.cfg.out_dir, f"sampling_{batch_size}_{compile}.json")
+            argv = [f"--batch_size={batch_size}", f"--compile={compile}", f"--device={day.device}"]
+            argv += [f"--nanogpt={day.cfg.nanogpt}", f"--json={path}", "--max_new_tokens=128"]
+            out, _ = day.checked("benchmarks/sampling.py", *argv)
+            with open(path) as f:
+                figures[f"{batch_size}_{compile}"] = json.load(f)
+            sentences += [f"compile={compile}: {line}" for line in out.splitlines() if "soloGPT" in line]
+    return figures, sentences
+
+
+def profile(day):
+    argv = [day.gpt2, *day.sizes, "--profile=True", f"--device={day.device}", "--batch_size=16"]
+    out, _ = day.checked("bench.py", *argv, "--gradient_accumulation_steps=1")
+    lines = out.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.endswith("operation")), len(lines) - 1)
+    return dict(output=lines), [" ".join(line.split()) for line in lines[first + 1 : first + 6]]
+
+
+STAGES = dict(smoke=smoke, tests=tests, speed=speed, learning=learning, sampling=sampling, profile=profile)
+
+
+# -----------------------------------------------------------------------------
+# the day
+
+
+def prepare_data(day):
+    """Makes day.dataset what the user has named, or Python's own library as bytes."""
+    if day.cfg.dataset:
+        named = os.path.join(ROOT, "data", day.cfg.dataset)
+        day.dataset = os.path.abspath(named if os.path.isdir(named) else day.cfg.dataset)
+    elif not os.path.exists(os.path.join(day.dataset, "meta.json")):
+        day.checked("prepare_fineweb.py", "--input=stdlib", "--encoding=bytes", f"--out_dir={day.dataset}")
+
+
+def try_stage(day, name):
+    """Returns a stage's entry in the JSON file."""
+    start = time.monotonic()
+    try:
+        figures, sentences = STAGES[name](day)
+        entry = dict(status="done", figures=figures, sentences=sentences)
+    except (Failed, KeyError, ValueError, OSError) as e:  # also figures that are not as expected
+        entry = dict(status="failed", sentences=[f"{type(e).__name__}: {e}"])
+    return entry | dict(seconds=time.monotonic() - start)
+
+
+def main(argv):
+    cfg = from_command_line(DayConfig, __doc__, argv)
+    device, _ = hardware.pick_device(cfg.device)
+    card = hardware.device_name(device)
+    path = cfg.json or os.path.join(
+        ROOT, "benchmarks/results", f"gpu_day_{re.sub(r'[^a-z0-9]+', '_', card.lower())}.json"
+    )
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    cfg.out_dir = os.path.abspath(cfg.out_dir)
+    day = Day(cfg, str(device))
+    report = dict(device=card, driver=driver_version(device), torch=torch.__version__, stages={})
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            report = json.load(f)
+        if report["device"] != card:
+            raise UserError(f"{path} is of another card, {report['device']}; name a file with --json=")
+    prepare_data(day)
+    for name in cfg.stages.split(","):
+        if report["stages"].get(name, {}).get("status") == "done":
+            print(f"{name} is done already", file=sys.stderr)
+            continue
+        if day.seconds_left() < 5:
+            print(f"no time for {name}; the same command goes on there", file=sys.stderr)
+            break
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        report["stages"][name] = try_stage(day, name)
+        with atomic_file(path) as f:
+            f.write(json.dumps(report, indent=1).encode())
+    print(f"{card}, driver {report['driver']}, torch {report['torch']}\n")
+    print("| stage | seconds | result |\n|---|---|---|")
+    for name, entry in report["stages"].items():
+        for sentence in entry["sentences"]:
+            print(f"| {name}, {entry['status']} | {entry['seconds']:.0f} | {sentence} |")
+    print(f"\nall figures are in {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

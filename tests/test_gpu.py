@@ -1,0 +1,204 @@
+"""
+What only a GPU can show: the same numbers as on the CPU, memory as estimated, the card in the table.
+Skipped where there is none. benchmarks/gpu_day.py runs these too.
+Run: pytest -m gpu -n0
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+import train
+from configurator import configure
+from model import GPTConfig, make_gpt
+from sologpt import checkpoint, hardware, memory, optim, sampling
+from train import TrainConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+TINY = dict(block_size=64, vocab_size=320, n_layer=3, n_head=2, n_embd=128)
+ARCHS = pytest.mark.parametrize("arch", ["gpt2", "modern"])
+
+
+def pair(arch, **changes):
+    """Returns the same model, with random values everywhere, on the CPU and on the GPU."""
+    torch.manual_seed(0)
+    model = make_gpt(GPTConfig(**TINY | changes, arch=arch))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    twin = make_gpt(model.config)
+    twin.load_state_dict(model.state_dict())
+    return model, twin.cuda()
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randint(320, (4, 64)), torch.randint(320, (4, 64))
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+    """No TF32: fp32 is compared with fp32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+# -----------------------------------------------------------------------------
+# values
+
+
+@ARCHS
+@pytest.mark.parametrize("loss_chunks", [1, 4])
+@pytest.mark.parametrize("compile", [False, True])
+def test_loss_and_gradients_are_those_of_the_cpu(arch, loss_chunks, compile):
+    model, twin = pair(arch)
+    idx, targets = batch()
+    loss = model.train()(idx, targets)[1]
+    loss.backward()
+    twin.train().loss_chunks = loss_chunks
+    if compile:
+        torch._dynamo.reset()
+        twin.compile(dynamic=False)
+    found = twin(idx.cuda(), targets.cuda())[1]
+    found.backward()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (q.grad.cpu() - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7
+
+
+@ARCHS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(arch, dtype):
+    model, twin = pair(arch)
+    idx, targets = batch()
+    expected = model(idx, targets)[1].item()
+    with torch.autocast("cuda", dtype):
+        found = twin(idx.cuda(), targets.cuda())[1].item()
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+@ARCHS
+def test_an_update_of_the_recipe_is_that_of_the_cpu(arch):
+    weights = []
+    for model in pair(arch):
+        device = next(model.parameters()).device
+        cfg = TrainConfig(arch=arch, optimizer="muon", learning_rate=1e-2)
+        optimizers = optim.make_optimizers(model, cfg, device)
+        optim.allocate_moments(optimizers)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        before = [p.detach().cpu().clone() for p in model.parameters()]
+        idx, targets = (part.to(device) for part in batch())
+        model.train()(idx, targets)[1].backward()
+        norm = train.update(model, optimizers, scaler, 1.0)
+        moved = [p.detach().cpu() - b for p, b in zip(model.parameters(), before, strict=True)]
+        weights.append((norm, moved))
+    (norm, cpu), (found, gpu) = weights
+    assert found == pytest.approx(norm, rel=1e-4)
+    for a, b in zip(cpu, gpu, strict=True):
+        assert (a - b).norm() < 0.05 * a.norm()  # Muon multiplies in bf16
+
+
+@ARCHS
+def test_a_compiled_step_of_sampling_takes_the_same_ids(arch):
+    torch._dynamo.reset()
+    _, model = pair(arch)
+    model.eval()
+    prompt, noise = torch.randint(320, (3, 5), device="cuda"), torch.rand(3, 40)
+    settings = dict(temperature=0.9, top_k=50, top_p=0.95, noise=noise)
+    plain = sampling.generate(model, prompt, 40, **settings)
+    cache = model.empty_cache(3, 64)
+    for buffers in cache:
+        for buffer in buffers:
+            torch._dynamo.mark_static_address(buffer)
+    step = torch.compile(sampling.step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    with torch.no_grad():
+        *_, text = sampling.stream(model, prompt, 40, 0.9, 50, 0.95, noise=noise, cache=cache, step=step)
+    assert (text == plain).float().mean() > 0.95  # rounding may turn an id of a near tie
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["iter"]: line["loss"] for line in lines if line["kind"] == "iter"}
+
+
+def test_a_run_moves_between_gpu_and_cpu(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--dtype=float32"]
+    run("train.py", *argv, "--out_dir=cpu")
+    run("train.py", *argv, "--out_dir=mixed", "--device=cuda", "--max_iters=4")
+    run("train.py", *argv, "--out_dir=mixed", "--init_from=resume", "--max_iters=8")
+    run("train.py", *argv, "--out_dir=mixed", "--init_from=resume", "--device=cuda")
+    assert losses_of(tmp_path / "mixed") == pytest.approx(losses_of(tmp_path / "cpu"), rel=1e-2)
+    text = run(
+        "sample.py", "--out_dir=mixed", "--device=cuda", "--num_samples=2", "--max_new_tokens=20"
+    ).stdout
+    assert text.count("---------------") == 2
+
+
+def test_fp16_with_its_scaler_learns_and_resumes(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--device=cuda", "--dtype=float16", "--optimizer=muon"]
+    run("train.py", *argv, "--max_iters=40", "--lr_decay_iters=40")
+    found = losses_of(tmp_path / "out")
+    assert all(math.isfinite(loss) for loss in found.values()) and found[39] < found[0] - 0.5
+    run("train.py", *argv, "--init_from=resume", "--max_iters=41", "--lr_decay_iters=41")
+    assert checkpoint.load(tmp_path / "out/ckpt.pt")["scaler"]["scale"] > 1
+
+
+def test_memory_that_runs_out_makes_the_micro_batch_smaller(run, byte_data, tiny):
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5e9 / total))
+    try:
+        large = ["--batch_size=8192", "--gradient_accumulation_steps=1", "--max_iters=2", "--n_embd=128"]
+        out = run("train.py", *tiny, *large, "--device=cuda", "--dtype=float32")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory with batch_size=8192; from iteration 0 on batch_size=" in out.stderr
+    assert "done: iteration 2" in out.stdout
+
+
+# -----------------------------------------------------------------------------
+# memory and the card
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--loss_chunks=8", "--arch=modern --optimizer=muon", "--compile=False"]
+)
+def test_the_estimate_of_memory_is_the_peak(flags):
+    torch._dynamo.reset()
+    argv = "--n_layer=6 --batch_size=16 --bias=False --device=cuda --dtype=bfloat16 " + flags
+    cfg = configure(TrainConfig, argv.split())
+    machine = hardware.find_machine(cfg)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    sizes = dict(n_layer=6, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False)
+    model = make_gpt(GPTConfig(**sizes, arch=cfg.arch))
+    train.prepare_model(model, cfg, machine)
+    optimizers = optim.make_optimizers(model, cfg, machine.device)
+    optim.allocate_moments(optimizers)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    tokens = torch.randint(50257, (16, 1025))
+    for _ in range(2):
+        for _ in range(2):
+            train.micro_step(model.train(), tokens, scaler, machine, 2)
+            torch.cuda.reset_peak_memory_stats()
+        train.micro_step(model, tokens, scaler, machine, 2)
+        peak = torch.cuda.max_memory_allocated() - before
+        train.update(model, optimizers, scaler, 1.0)
+    estimate = sum(memory.memory_estimate(model, optimizers, cfg, "bfloat16").values())
+    assert 0.95 * peak < estimate < 1.10 * peak
+
+
+def test_this_card_has_a_peak():
+    properties = torch.cuda.get_device_properties(0)
+    peak, why = hardware.device_peak(torch.device("cuda"), "bfloat16")
+    assert peak, f"{properties.name} with {properties.multi_processor_count} SMs: {why}"
