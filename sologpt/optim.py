@@ -98,20 +98,27 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         """Updates all parameters; each must have a gradient."""
+        same_shape = collections.defaultdict(list)
         for group in self.param_groups:
-            same_shape = collections.defaultdict(list)
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"])  # Nesterov's momentum
-                n = group["fused"]
-                same_shape[len(p) // n, p.size(1)] += zip(p.chunk(n), update.chunk(n), strict=True)
-            for shape, pairs in same_shape.items():
-                weights, updates = zip(*pairs, strict=True)
-                updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype)
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(
-                    weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"]
-                )
+            settings = (group["lr"], group["weight_decay"])
+            for weight, update in zip(*self.moved(group), strict=True):
+                same_shape[weight.shape, settings].append((weight, update))
+        for (shape, (lr, weight_decay)), pairs in same_shape.items():
+            weights, updates = zip(*pairs, strict=True)
+            updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype)
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+            torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * lr)
+
+    def moved(self, group):
+        """Moves the momenta of a group. Returns its matrices and their updates, two lists."""
+        params = group["params"]
+        grads = [p.grad for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        means = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
+        n = group["fused"]
+        weights = [part for p in params for part in p.chunk(n)]
+        return weights, [part for update in updates for part in update.chunk(n)]
