@@ -46,6 +46,7 @@ from configurator import convert, from_command_line, key, parse, run_script
 from model import make_gpt
 from sologpt import hardware, shards
 from sologpt.errors import UserError, out_of_memory
+from sologpt.log import parameters
 from sologpt.memory import memory_estimate
 from sologpt.optim import allocate_moments, make_optimizers
 from sologpt.tokenizer import BPETokenizer, read_tokenizer
@@ -236,7 +237,7 @@ def about(trainer):
     flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
     lines = [
         *machine.lines,
-        f"model: {model.get_num_params() / 1e6:.2f}M parameters, {flops}",
+        f"model: {parameters(model)}, {flops}",
         f"vocabulary: {trainer.n_ids:,} ids in {vocab_size:,} rows ({trainer.vocabulary})",
     ]
     return dict(

@@ -33,6 +33,7 @@ from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, sampling
 from sologpt.errors import UserError
+from sologpt.log import parameters
 from sologpt.memory import check_size
 from sologpt.tokenizer import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
 
@@ -109,6 +110,9 @@ def load_checkpoint(path):
     state = checkpoint.load(path)
     tokenizer = checkpoint_tokenizer(state, path)
     config = GPTConfig(**checkpoint.model_fields(state, tokenizer))
+    from_nothing = state.get("config", {}).get("init_from") in ("scratch", "auto")
+    if from_nothing and state.get("iter_num") == 0:
+        raise UserError(f"{path} is of iteration 0, before anything was learned; train on from it first")
     check_size(config)
     model = make_gpt(config)
     checkpoint.restore_model(model, state, path)
@@ -341,7 +345,7 @@ def main(argv):
 
     # the weights themselves, not autocast: in 16 bits, half the bytes to read for each token
     model.eval().to(device, getattr(torch, dtype))
-    print(f"{model.get_num_params() / 1e6:.2f}M parameters; {device.type}, {dtype}", file=sys.stderr)
+    print(f"{parameters(model)}; {device.type}, {dtype}", file=sys.stderr)
     n_ids = model.config.n_ids
     if "top_k" in cfg.given and cfg.top_k > n_ids:
         print(f"top_k={cfg.top_k} takes all of the vocabulary, which has {n_ids} ids", file=sys.stderr)

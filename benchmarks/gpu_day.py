@@ -39,11 +39,25 @@ ITER = re.compile(
 )
 VAL = re.compile(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)")
 SMALLER = re.compile(r"from iteration \d+ on batch_size=(\d+)")
-SIZES = {
-    "124m": ("config/fineweb_125m.py", "config/fineweb_125m_fast.py", (8, 16, 32, 64), 512),
-    "tiny": ("config/quickstart.py", "config/quickstart.py", (2, 4), 4),  # to try this file without a GPU
-}
+
+
+@dataclass
+class Size:
+    gpt2: str  # configs
+    modern: str
+    flags: list  # for all runs
+    batch_sizes: tuple
+    too_large: int  # a micro-batch that should not fit
+    sampled: tuple  # sequences at once
+    new_tokens: int
+
+
 TINY = "--n_layer=2 --n_head=1 --n_embd=128 --block_size=64 --compile=False".split()
+FAST = "config/fineweb_125m_fast.py"
+SIZES = {
+    "124m": Size("config/fineweb_125m.py", FAST, [], (8, 16, 32, 64), 512, (8, 64), 128),
+    "tiny": Size("config/quickstart.py", "config/quickstart.py", TINY, (2, 4), 4, (2,), 4),
+}
 
 
 @dataclass
@@ -72,8 +86,7 @@ class Day:
     def __init__(self, cfg, device):
         self.cfg = cfg
         self.device = device
-        self.gpt2, self.modern, self.batch_sizes, self.too_large = SIZES[cfg.size]
-        self.sizes = TINY if cfg.size == "tiny" else []
+        self.size = SIZES[cfg.size]
         self.end = time.monotonic() + 60 * cfg.minutes
         self.dataset = os.path.abspath(os.path.join(cfg.out_dir, "data"))
 
@@ -122,7 +135,7 @@ class Day:
         flags = [f"--max_iters={iters}", f"--lr_decay_iters={iters}", "--warmup_iters=5", "--log_interval=1"]
         flags += [f"--eval_interval={iters}", "--eval_iters=2", f"--dataset={self.dataset}"]
         flags += [f"--out_dir={os.path.join(self.cfg.out_dir, name)}", f"--device={self.device}"]
-        script = ("train.py", config, *self.sizes, *flags, *argv)
+        script = ("train.py", config, *self.size.flags, *flags, *argv)
         env = dict(TORCH_LOGS="recompiles,graph_breaks")
         out, err, status = self.run(*script, on_line=on_line, **env)
         if status and stop_at is None:
@@ -167,7 +180,7 @@ def median(texts):
 
 
 def smoke(day):
-    bf16 = day.train("bf16", day.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
+    bf16 = day.train("bf16", day.size.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
     losses = list(bf16["losses"].values())
     sentences = [
         f"bf16, 30 iterations: loss {losses[0]:.2f} to {losses[-1]:.2f}, "
@@ -180,21 +193,21 @@ def smoke(day):
         sentences.append("THE LOSS DOES NOT FALL")
     figures = dict(bf16=bf16)
     if day.device.startswith("cuda"):
-        fp16 = day.train("fp16", day.gpt2, 30, "--dtype=float16", "--gradient_accumulation_steps=4")
+        fp16 = day.train("fp16", day.size.gpt2, 30, "--dtype=float16", "--gradient_accumulation_steps=4")
         figures["fp16"] = fp16
         sentences.append(f"fp16: loss to {list(fp16['losses'].values())[-1]:.2f}")
 
-    argv = (day.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
+    argv = (day.size.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
     figures["stopped"] = day.train("parts", *argv, stop_at=10)
     figures["resumed"] = day.train("parts", *argv, "--init_from=resume")
     pairs = [(loss, bf16["losses"][it]) for it, loss in figures["resumed"]["losses"].items()]
     figures["difference"] = max(abs(a - b) for a, b in pairs)
     sentences.append(f"stopped and resumed: losses differ by up to {figures['difference']:.4f}")
 
-    large = ("--gradient_accumulation_steps=1", f"--batch_size={day.too_large}")
-    figures["too_large"] = day.train("large", day.gpt2, 2, *large)
+    large = ("--gradient_accumulation_steps=1", f"--batch_size={day.size.too_large}")
+    figures["too_large"] = day.train("large", day.size.gpt2, 2, *large)
     sizes = figures["too_large"]["batch_sizes"]
-    sentences.append(f"batch_size={day.too_large}: {f'fits as {sizes[-1]}' if sizes else 'fits'}")
+    sentences.append(f"batch_size={day.size.too_large}: {f'fits as {sizes[-1]}' if sizes else 'fits'}")
     return figures, sentences
 
 
@@ -206,11 +219,11 @@ def tests(day):
 
 def speed(day):
     figures, sentences = {}, []
-    swept = f"--sweep_batch_size={','.join(map(str, day.batch_sizes))}"
-    for name, config in (("gpt2", day.gpt2), ("modern", day.modern)):
+    swept = f"--sweep_batch_size={','.join(map(str, day.size.batch_sizes))}"
+    for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
         path = os.path.join(day.cfg.out_dir, f"bench_{name}.json")
-        shape = f"--gradient_accumulation_steps={512 // day.batch_sizes[0]}"
-        argv = (config, *day.sizes, f"--batch_size={day.batch_sizes[0]}", shape, swept)
+        shape = f"--gradient_accumulation_steps={512 // day.size.batch_sizes[0]}"
+        argv = (config, *day.size.flags, f"--batch_size={day.size.batch_sizes[0]}", shape, swept)
         day.checked("bench.py", *argv, f"--device={day.device}", f"--json={path}")
         with open(path) as f:
             figures[name] = json.load(f)
@@ -221,7 +234,7 @@ def speed(day):
             f"MFU {best['mfu']}, {best['update_ms']:.1f} of {best['ms_per_iter']:.1f} ms an update"
         )
     if day.cfg.nanogpt:
-        for batch_size in day.batch_sizes:
+        for batch_size in day.size.batch_sizes:
             figures[f"nanogpt_{batch_size}"], sentence = beside_nanogpt(day, batch_size)
             sentences.append(sentence)
     return figures, sentences
@@ -229,7 +242,7 @@ def speed(day):
 
 def beside_nanogpt(day, batch_size):
     path = os.path.join(day.cfg.out_dir, f"nanogpt_{batch_size}.json")
-    argv = [day.gpt2, *day.sizes, f"--batch_size={batch_size}", f"--dataset={day.dataset}"]
+    argv = [day.size.gpt2, *day.size.flags, f"--batch_size={batch_size}", f"--dataset={day.dataset}"]
     argv += ["--arch=gpt2", "--optimizer=adamw", "--schedule=cosine", f"--device={day.device}"]
     argv += ["--gradient_accumulation_steps=4", "--max_iters=30", "--log_interval=5", "--pairs=1"]
     day.checked("benchmarks/compare_nanogpt.py", *argv, f"--nanogpt={day.cfg.nanogpt}", f"--json={path}")
@@ -245,14 +258,13 @@ def learning(day):
     """Both recipes on the same tokens, as many as two fifths of the time that is left allow for each."""
     figures = {}
     tokens_per_iter = ("--batch_size=32", "--gradient_accumulation_steps=4")
-    iters = 20
-    for name, config in (("gpt2", day.gpt2), ("modern", day.modern)):
+    for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
         trial = day.train(f"trial_{name}", config, 20, *tokens_per_iter)
         figures[f"trial_{name}"] = trial
     slowest = max(figures[name]["ms_per_iter"] for name in figures) / 1e3
     iters = max(20, min(1000, int(0.4 * day.seconds_left() / slowest)))
     sentences = []
-    for name, config in (("gpt2", day.gpt2), ("modern", day.modern)):
+    for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
         figures[name] = day.train(f"learn_{name}", config, iters, *tokens_per_iter)
         loss = list(figures[name]["val_losses"].values())[-1]
         sentences.append(f"{name}: val loss {loss:.4f} after {iters} iterations of the same data")
@@ -261,11 +273,15 @@ def learning(day):
 
 def sampling(day):
     figures, sentences = {}, []
-    for batch_size in (8, 64):
+    for batch_size in day.size.sampled:
         for compile in (False, True):
             path = os.path.join(day.cfg.out_dir, f"sampling_{batch_size}_{compile}.json")
             argv = [f"--batch_size={batch_size}", f"--compile={compile}", f"--device={day.device}"]
-            argv += [f"--nanogpt={day.cfg.nanogpt}", f"--json={path}", "--max_new_tokens=128"]
+            argv += [
+                f"--nanogpt={day.cfg.nanogpt}",
+                f"--json={path}",
+                f"--max_new_tokens={day.size.new_tokens}",
+            ]
             out, _ = day.checked("benchmarks/sampling.py", *argv)
             with open(path) as f:
                 figures[f"{batch_size}_{compile}"] = json.load(f)
@@ -274,7 +290,7 @@ def sampling(day):
 
 
 def profile(day):
-    argv = [day.gpt2, *day.sizes, "--profile=True", f"--device={day.device}", "--batch_size=16"]
+    argv = [day.size.gpt2, *day.size.flags, "--profile=True", f"--device={day.device}", "--batch_size=16"]
     out, _ = day.checked("bench.py", *argv, "--gradient_accumulation_steps=1")
     lines = out.splitlines()
     first = next((i for i, line in enumerate(lines) if line.endswith("operation")), len(lines) - 1)

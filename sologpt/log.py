@@ -192,6 +192,13 @@ def schedule_notes(cfg):
     return []
 
 
+def parameters(model):
+    """Returns the numbers of parameters as text: of those in matmuls, which MFU counts, and of the others."""
+    in_matmuls = model.get_num_params()
+    looked_up = model.get_num_params(non_embedding=False) - in_matmuls
+    return f"{in_matmuls / 1e6:.2f}M parameters in matmuls + {looked_up / 1e6:.2f}M looked up"
+
+
 def describe(run):
     """Prints what a Run of train.py will do; numbers with the product that makes them."""
     cfg, model, device = run.cfg, run.model, run.machine.device
@@ -199,7 +206,7 @@ def describe(run):
     tokens = f"{train_data.tokens:,} train + {val_data.tokens:,} val tokens"
     print(f"data: {run.folder}, {tokens}, {run.tokenizer.encoding}")
     flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
-    print(f"model: {model.get_num_params() / 1e6:.2f}M parameters, {flops}")
+    print(f"model: {parameters(model)}, {flops}")
     print(f"vocabulary: {run.tokenizer.vocab_size:,} ids in {model.config.vocab_size:,} rows")
     if backend := attention_backend(run.machine, model.config):
         print(f"attention: {backend}")
@@ -215,7 +222,8 @@ def describe(run):
         f"run: {cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {cfg.max_iters * cfg.tokens_per_iter:,} tokens, "
         f"{epochs:.2f} epochs of {len(train_data):,} windows"
     )
-    if cfg.decay_lr and cfg.schedule == "wsd":
+    # with a longer warmup there is nothing constant, as notes() says
+    if cfg.decay_lr and cfg.schedule == "wsd" and cfg.warmup_iters <= cfg.cooldown_start:
         constant = cfg.cooldown_start - cfg.warmup_iters
         cooldown = cfg.max_iters - cfg.cooldown_start
         print(

@@ -298,6 +298,23 @@ def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_pa
     assert all(torch.equal(p, longer["model"][name]) for name, p in long["model"].items())
 
 
+def test_both_kinds_of_parameters_are_counted(run, byte_data, tiny, tmp_path):
+    # blocks of 12 * 32^2, the head's 320 rows of 32; and as many rows that are looked up
+    out = run("train.py", *tiny, "--arch=modern", "--n_head=1", "--max_iters=1").stdout
+    head = 320 * 32
+    assert f"model: {(2 * 12 * 32**2 + head) / 1e6:.2f}M parameters in matmuls + {head / 1e6:.2f}M" in out
+    weights = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"].values()
+    assert sum(p.numel() for p in weights) == pytest.approx(2 * 12 * 32**2 + 2 * head, rel=0.01)
+
+
+def test_a_model_that_has_not_learned_anything_is_not_sampled(run, byte_data, tiny):
+    run("train.py", *tiny, "--max_iters=0")
+    out = run("sample.py", "--device=cpu", status=1)
+    assert out.stderr == (
+        "error: out/ckpt.pt is of iteration 0, before anything was learned; train on from it first\n"
+    )
+
+
 def test_the_recipe_is_sampled_from_its_checkpoint(run, byte_data, tiny):
     run("train.py", *tiny, *RECIPE, "--max_iters=60", "--eval_interval=60")
     out = run(

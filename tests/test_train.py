@@ -884,6 +884,9 @@ def test_several_gpus_are_not_taken_silently(run, byte_data, tiny):
 def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tiny):
     out = run("train.py", *tiny, "--warmup_iters=50", "--max_iters=1")
     assert "note: the learning rate still rises when this run ends: warmup_iters=50" in out.stdout
+    out = run("train.py", *tiny, "--schedule=wsd", "--warmup_iters=11", "--cooldown_frac=0.5")
+    assert "note: the cooldown begins at 6, before the warmup ends at 11" in out.stdout
+    assert "learning rate: " not in out.stdout  # of so many constant iterations
     out = run("train.py", *tiny, "--warmup_iters=5", "--lr_decay_iters=4", "--max_iters=6")
     assert "note: after warmup_iters=5 lr drops to min_lr: lr_decay_iters=4" in out.stdout
 
