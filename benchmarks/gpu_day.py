@@ -179,12 +179,16 @@ def median(texts):
 # stages: each returns (figures, sentences for the table)
 
 
+def percent(mfu):
+    return f"MFU {mfu:.1f} %" if mfu else "MFU n/a"
+
+
 def smoke(day):
     bf16 = day.train("bf16", day.size.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
     losses = list(bf16["losses"].values())
     sentences = [
         f"bf16, 30 iterations: loss {losses[0]:.2f} to {losses[-1]:.2f}, "
-        f"{bf16['tokens_per_s']:,.0f} tokens/s, MFU {bf16['mfu']} %, peak {bf16['peak_gb']} GB, "
+        f"{bf16['tokens_per_s']:,.0f} tokens/s, {percent(bf16['mfu'])}, peak {bf16['peak_gb']} GB, "
         f"attention {bf16['attention']}, "
         f"{bf16['recompiles']} recompiles, {bf16['graph_breaks']} graph breaks, "
         f"{len(bf16['warnings'])} warnings"
@@ -231,7 +235,7 @@ def speed(day):
         best = min(rows, key=lambda row: row["ms_per_iter"])
         sentences.append(
             f"{name}: best at batch_size={best['batch_size']}, {best['tokens_per_s']:,.0f} tokens/s, "
-            f"MFU {best['mfu']}, {best['update_ms']:.1f} of {best['ms_per_iter']:.1f} ms an update"
+            f"{percent(100 * (best['mfu'] or 0))}, the update {best['update_ms'] / best['ms_per_iter']:.1%} of it"
         )
     if day.cfg.nanogpt:
         for batch_size in day.size.batch_sizes:
@@ -285,7 +289,8 @@ def sampling(day):
             out, _ = day.checked("benchmarks/sampling.py", *argv)
             with open(path) as f:
                 figures[f"{batch_size}_{compile}"] = json.load(f)
-            sentences += [f"compile={compile}: {line}" for line in out.splitlines() if "soloGPT" in line]
+            rows = [line.strip("| ") for line in out.splitlines() if "soloGPT" in line]
+            sentences += [f"batch {batch_size}, compile={compile}: {row.replace(' |', ',')}" for row in rows]
     return figures, sentences
 
 
