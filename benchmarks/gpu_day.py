@@ -233,9 +233,10 @@ def speed(day):
             figures[name] = json.load(f)
         rows = [row for row in figures[name]["rows"] if row["status"] == "measured"]
         best = min(rows, key=lambda row: row["ms_per_iter"])
+        share = best["update_ms"] / best["ms_per_iter"]
         sentences.append(
             f"{name}: best at batch_size={best['batch_size']}, {best['tokens_per_s']:,.0f} tokens/s, "
-            f"{percent(100 * (best['mfu'] or 0))}, the update {best['update_ms'] / best['ms_per_iter']:.1%} of it"
+            f"{percent(100 * (best['mfu'] or 0))}, {share:.1%} of the time for updates"
         )
     if day.cfg.nanogpt:
         for batch_size in day.size.batch_sizes:
