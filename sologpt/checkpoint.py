@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import errno
 import itertools
+import math
 import os
 import shutil
 import time
@@ -86,7 +87,7 @@ def all_finite(floats):
     for tensor in floats:
         low, high = tensor.aminmax()  # a NaN spreads to both
         bounds[tensor.device] += [low.float(), high.float()]
-    return all(torch.stack(of_device).isfinite().all().item() for of_device in bounds.values())
+    return all(math.isfinite(bound) for found in bounds.values() for bound in torch.stack(found).tolist())
 
 
 def tensors(value):
