@@ -217,17 +217,7 @@ def smoke(day):
 
 def tests(day):
     # in one process, with or without pytest-xdist; torch 2.11 gives warnings that later ones do not
-    argv = [
-        "-o",
-        "addopts=",
-        "-W",
-        "ignore::DeprecationWarning",
-        "-m",
-        "gpu",
-        "-q",
-        "-rs",
-        "tests/test_gpu.py",
-    ]
+    argv = "-o addopts= -W ignore::DeprecationWarning -m gpu -q -rs tests/test_gpu.py".split()
     out, err, status = day.run("-m pytest", *argv)
     last = (out.strip() or err.strip()).splitlines()[-1]
     return dict(status=status, output=out[-5000:]), [f"pytest -m gpu: {last}"]
@@ -310,9 +300,9 @@ def sampling(day):
 def profile(day):
     argv = [day.size.gpt2, *day.size.flags, "--profile=True", f"--device={day.device}", "--batch_size=16"]
     out, _ = day.checked("bench.py", *argv, "--gradient_accumulation_steps=1")
-    lines = out.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.endswith("operation")), len(lines) - 1)
-    return dict(output=lines), [" ".join(line.split()) for line in lines[first + 1 : first + 6]]
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    after = next(i for i, line in enumerate(lines) if "micro-steps in" in line) + 1
+    return dict(output=lines), lines[after : after + 6]
 
 
 STAGES = dict(smoke=smoke, tests=tests, speed=speed, learning=learning, sampling=sampling, profile=profile)

@@ -68,7 +68,8 @@ def test_loss_and_gradients_are_those_of_the_cpu(arch, loss_chunks, compile):
         twin.compile(dynamic=False)
     found = twin(idx.cuda(), targets.cuda())[1]
     found.backward()
-    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    value, expected = found.item(), loss.item()
+    assert value == pytest.approx(expected, rel=1e-5)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert (q.grad.cpu() - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7
 
