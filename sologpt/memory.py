@@ -86,7 +86,9 @@ def loss_bytes(config, tokens, dtype, compile, loss_chunks):
 
 def chunk_bytes(config, dtype, compile):
     """Returns the bytes of a token's logits and their gradient; not compiled, a few more steps are there."""
-    return (2 * bytes_of(dtype) if compile else 16) * config.vocab_size
+    if compile:
+        return 2 * bytes_of(dtype) * config.vocab_size
+    return 16 * config.vocab_size
 
 
 def bytes_of(dtype):
