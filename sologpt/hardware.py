@@ -355,7 +355,7 @@ def keep_activations(share):
 @contextlib.contextmanager
 def compiling():
     """Returns a context for the first pass through a compiled model: what torch raises there, often with a
-    page of traceback, becomes a UserError of one line."""
+    page of traceback, becomes a UserError of one line, unless memory has run out."""
     try:
         yield
     except Exception as e:

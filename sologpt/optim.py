@@ -42,7 +42,7 @@ def make_optimizers(model, cfg, device):
 def allocate_moments(optimizers):
     """Gives AdamW and Muon their moments now instead of in their first step.
 
-    So memory can run out only in a forward or backward pass, which can be repeated, never in an update.
+    So memory runs out in a forward or backward pass, which can be repeated, rather than in an update.
     """
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:

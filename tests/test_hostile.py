@@ -64,15 +64,15 @@ def test_an_out_dir_belongs_to_one_run_until_that_ends_or_dies(run, byte_data, t
     assert not (tmp_path / "out/.lock").exists() and not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_a_folder_that_is_being_prepared_is_not_prepared_by_another(run, tmp_path):
+def a_thousand_lines(tmp_path):
+    """Writes a.txt. Returns what to run to prepare it into out."""
     (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(1000)))
-    argv = [
-        "prepare_fineweb.py",
-        "--encoding=bytes",
-        "--input=a.txt",
-        "--txt_documents=line",
-        "--out_dir=out",
-    ]
+    flags = "--encoding=bytes --input=a.txt --txt_documents=line --out_dir=out"
+    return ["prepare_fineweb.py", *flags.split()]
+
+
+def test_a_folder_that_is_being_prepared_is_not_prepared_by_another(run, tmp_path):
+    argv = a_thousand_lines(tmp_path)
     with sole_use(tmp_path / "out"):
         assert f"out is in use by process {os.getpid()}" in one_line(run(*argv, status=1))
     assert "next: " in run(*argv).stdout
@@ -331,14 +331,7 @@ def test_a_compressed_file_without_a_byte_is_a_bad_file(run, tmp_path, name):
 
 @pytest.mark.parametrize("files", [[], {}, "x", None, {"a.bin": 7}, {"a.bin": {"tokens": "many"}}])
 def test_a_meta_json_whose_list_of_files_is_damaged_is_not_taken_for_complete(run, tmp_path, files):
-    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(1000)))
-    argv = [
-        "prepare_fineweb.py",
-        "--encoding=bytes",
-        "--input=a.txt",
-        "--txt_documents=line",
-        "--out_dir=out",
-    ]
+    argv = a_thousand_lines(tmp_path)
     run(*argv)
     path = tmp_path / "out/meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(files=files)))

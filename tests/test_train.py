@@ -132,6 +132,15 @@ def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, monkeypatch)
     assert times[0] < 1000  # ms: compiling takes many seconds, and is not in it
 
 
+def test_the_model_is_compiled_as_the_keys_say(monkeypatch):
+    asked = []
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16))
+    monkeypatch.setattr(model, "compile", lambda **settings: asked.append(settings))
+    cfg = TrainConfig(compile_mode="max-autotune-no-cudagraphs", loss_chunks=3)
+    train.prepare_model(model, cfg, hardware.Machine(torch.device("cpu"), "float32", None, ()))
+    assert asked == [dict(dynamic=False, mode="max-autotune-no-cudagraphs")] and model.loss_chunks == 3
+
+
 # torch.compile itself does that
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_run_that_saves_memory_gives_the_same_losses(run, byte_data, tiny, tmp_path):
@@ -312,6 +321,7 @@ def interrupt(argv, cwd, at, number):
                 process.send_signal(number)
         errors = process.stderr.read()
     assert "Traceback" not in errors
+    assert "stopping after this iteration; Ctrl-C again leaves without saving\n" in errors
     return seen, process.returncode
 
 
@@ -666,6 +676,13 @@ def test_other_data_are_refused_unless_allowed(run, byte_data, tiny, tmp_path):
     assert ", was missing; to continue with it anyway: --allow_data_change=True" in out.stderr
     assert "warning: data/toy is not what" in run("train.py", *resume, "--allow_data_change=True").stderr
     assert "warning" not in run("train.py", *resume).stderr  # these are its data now
+
+
+def test_data_with_more_ids_than_the_model_has_rows_are_refused(run, byte_data, tiny):
+    run("train.py", *tiny, "--max_iters=1")
+    (byte_data / "meta.json").write_text('{"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}')
+    out = run("train.py", *tiny, "--init_from=resume", "--allow_data_change=True", status=1)
+    assert out.stderr == "error: data/toy has 50257 token ids, the model in out/ckpt.pt only 320\n"
 
 
 def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, tiny):
