@@ -102,24 +102,22 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def qkv(self, x):
-        """Returns queries, keys and values, (B, H, T, D) views; the attention kernels read their strides."""
-        # chunk's backward pass concatenates the three gradients in one copy
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)
-        return self.heads(q), self.heads(k), self.heads(v)
-
-    def heads(self, x):
+        """Returns queries, keys and values, (B, T, H, D) views of one tensor."""
         B, T, C = x.shape
-        return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        # unbind's backward pass concatenates the three gradients in one copy
+        return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
 
     def attend(self, q, k, v, past):
         """Returns (B, T, C); each position attends to itself and to those before it."""
+        # views: attention's kernels read any strides, and write y as (B, T, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = None
         if past is not None:
             k, v = past.extend(k, v)
             mask = past.mask
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-        y = y.transpose(1, 2).flatten(2)  # free: the kernels write y in this order
+        y = y.transpose(1, 2).flatten(2)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def forward(self, x, past=None):
@@ -164,7 +162,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_chunks = 1  # see sologpt/loss.py; not in config: it changes how, not what, is computed
+        self.loss_chunks = 0  # as in train.py; not in config: it changes how, not what, is computed
         self.make_layers(config)
         self.init_weights()
 
@@ -198,8 +196,7 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
         one does not count: the mean cross-entropy in nats, and logits (B, T, V) in eval mode, None in
-        training and with loss_chunks above 1. The loss is computed here so that a compiled model fuses the
-        fp32 copy of the logits into it, 3.3 GB at (16, 1024, 50304). Raises ValueError if T > block_size.
+        training and with loss_chunks. Raises ValueError if T > block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -208,10 +205,12 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x[:, -1:]), None
         targets = targets.reshape(B * T)
-        if self.loss_chunks > 1:
+        chunks = self.loss_chunks
+        if not chunks and self.training and torch.compiler.is_compiling():  # else slower than torch's own
+            chunks = loss.suitable_chunks(B * T, self.config.vocab_size)
+        if chunks:
             x = x.view(B * T, -1).to(self.matmul_dtype())
-            head = self.lm_head.weight
-            return None, loss.chunked_cross_entropy(x, head, targets, self.loss_chunks, self.softcap)
+            return None, loss.chunked_cross_entropy(x, self.lm_head.weight, targets, chunks, self.softcap)
         logits = self.logits(x)
         nats = F.cross_entropy(logits.view(B * T, -1), targets, ignore_index=-1)
         return (None if self.training else logits), nats
@@ -339,10 +338,10 @@ def rms_norm(x):
 
 
 def rotate(x, cos, sin):
-    """Returns x (B, H, T, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
+    """Returns x (B, T, H, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
     the position, so that products of queries and keys depend on their distance."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses it; cat it does not
+    return (x * cos + halves_swapped * sin).to(x.dtype)
 
 
 class ModernAttention(CausalSelfAttention):
@@ -352,7 +351,7 @@ class ModernAttention(CausalSelfAttention):
         self.v_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
 
     def forward(self, x, first_v, cos, sin, past=None):
-        """Returns (B, T, C) and this block's own values, (B, H, T, D); first_v is None in the first block."""
+        """Returns (B, T, C) and this block's own values, (B, T, H, D); first_v is None in the first block."""
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
@@ -410,7 +409,9 @@ class ModernGPT(GPT):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
         angles = torch.arange(config.block_size)[:, None] * self.rotary_base ** (-torch.arange(0, D, 2) / D)
-        self.register_buffer("rotary", torch.stack((angles.cos(), angles.sin())), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        rotary = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+        self.register_buffer("rotary", rotary, persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -426,7 +427,7 @@ class ModernGPT(GPT):
     def blocks(self, x, position, pasts):
         x0 = x
         first_v = None
-        cos, sin = self.rotary[:, position].unsqueeze(2)  # each (B or 1, 1, T, D / 2)
+        cos, sin = self.rotary[:, position].unsqueeze(3)  # each (B or 1, T, 1, D)
         for block, past in zip(self.transformer.h, pasts, strict=True):
             x, v = block(x, x0, first_v, cos, sin, past)
             if first_v is None:

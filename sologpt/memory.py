@@ -9,6 +9,7 @@ import torch
 
 from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, total_memory
+from sologpt.loss import suitable_chunks
 
 
 def memory_estimate(model, optimizers, cfg, dtype):
@@ -21,7 +22,7 @@ def memory_estimate(model, optimizers, cfg, dtype):
 
 
 def memory_needed(
-    params, optimizer, config, batch_size, dtype, compile, activation_memory=1.0, loss_chunks=1
+    params, optimizer, config, batch_size, dtype, compile, activation_memory=1.0, loss_chunks=0
 ):
     """Returns an estimate of training's peak: bytes of weights, gradients, optimizer, activations and loss.
 
@@ -72,22 +73,23 @@ def activation_bytes(config, tokens, dtype, compile, activation_memory):
 
 
 def loss_bytes(config, tokens, dtype, compile, loss_chunks):
-    """Returns the bytes that the logits and their gradients take at their peak, and, compiled or in chunks,
-    the head's gradient, which comes before all others."""
+    """Returns the bytes that the logits of a chunk and their gradient take, and the head's gradient, which
+    compiled or in chunks comes before all others."""
     V, C = config.vocab_size, config.n_embd
-    if loss_chunks > 1:  # the head's gradient exists from the forward pass on, and a chunk's share of it
-        return chunk_bytes(config, dtype, compile) * tokens // loss_chunks + 8 * V * C
-    if compile:  # the gradient takes the place of the logits
-        return bytes_of(dtype) * V * tokens + 4 * V * C
+    if compile:
+        loss_chunks = loss_chunks or suitable_chunks(tokens, V)
+    if loss_chunks:  # the head's gradient exists from the forward pass on
+        return chunk_bytes(config, dtype, compile) * tokens // loss_chunks + 4 * V * C
     if config.arch == "modern":  # the cap's gradient too
         return 16 * V * tokens
     return (8 + bytes_of(dtype)) * V * tokens  # fp32 log-probabilities and their gradient, and the logits'
 
 
 def chunk_bytes(config, dtype, compile):
-    """Returns the bytes of a token's logits and their gradient; not compiled, a few more steps are there."""
+    """Returns the bytes of a token's logits, whose place their gradient takes; not compiled, steps between
+    are there too."""
     if compile:
-        return 2 * bytes_of(dtype) * config.vocab_size
+        return bytes_of(dtype) * config.vocab_size
     return 16 * config.vocab_size
 
 

@@ -55,7 +55,7 @@ def exact_matmuls():
 
 
 @ARCHS
-@pytest.mark.parametrize("loss_chunks", [1, 4])
+@pytest.mark.parametrize("loss_chunks", [0, 1, 4])  # 0: torch's own loss if not compiled
 @pytest.mark.parametrize("compile", [False, True])
 def test_loss_and_gradients_are_those_of_the_cpu(arch, loss_chunks, compile):
     model, twin = pair(arch)

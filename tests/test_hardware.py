@@ -261,14 +261,14 @@ def kept_by_the_compiler(model, dtype):
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
-@pytest.mark.parametrize("loss_chunks", [1, 4])
+@pytest.mark.parametrize("loss_chunks", [0, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_chunks):
     model = make_gpt(GPTConfig(**SIZES, arch=arch)).train()
     model.loss_chunks = loss_chunks
     needed = memory.memory_needed(0, 0, model.config, BATCH, dtype, False, loss_chunks=loss_chunks)
     # of the loss, fp32 log-probabilities, and the tangents that cap the logits, or the gradient by the matrix
-    of_loss = (4 if arch == "gpt2" else 8) * 2048 * BATCH * 256 if loss_chunks == 1 else 4 * 2048 * 128
+    of_loss = (4 if arch == "gpt2" else 8) * 2048 * BATCH * 256 if loss_chunks == 0 else 4 * 2048 * 128
     # a GPU's autocast computes LayerNorm in fp32, and keeps two numbers more than a CPU
     assert needed["activations"] + of_loss == pytest.approx(kept_by_autograd(model, dtype), rel=0.12)
 
@@ -283,13 +283,13 @@ def test_the_estimate_of_activations_is_what_the_compiler_keeps(arch, dtype, act
     torch._dynamo.reset()
     model = make_gpt(GPTConfig(**SIZES, arch=arch)).train()
     needed = memory.memory_needed(0, 0, model.config, BATCH, dtype, True, activation_memory)
-    logits = needed["loss"] - 4 * 2048 * 128  # kept, too; the rest is the head's gradient
+    head = 4 * 2048 * 128  # its gradient, from the forward pass on
     with torch._functorch.config.patch(activation_memory_budget=activation_memory):
         kept = kept_by_the_compiler(model, dtype)
     if activation_memory == 0.5:  # where much is recomputed, that takes room, too
-        assert kept < needed["activations"] + logits < 1.25 * kept
+        assert kept < needed["activations"] + head < 1.25 * kept
     else:
-        assert needed["activations"] + logits == pytest.approx(kept, rel=0.12)
+        assert needed["activations"] + head == pytest.approx(kept, rel=0.12)
 
 
 def test_the_estimate_grows_with_what_it_is_made_of():
