@@ -8,7 +8,7 @@ Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newe
 from), ckpt_prev.pt (the one before it), best.pt (the weights with the lowest validation loss) and
 metrics.jsonl (every figure of the log).
 
-Ctrl-C or SIGTERM finishes the iteration, saves, and prints the command that continues.
+Ctrl-C or SIGTERM gives up the unfinished iteration, saves, and prints the command that continues.
 """
 
 import signal
@@ -38,10 +38,22 @@ from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, resume, shards
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
-from sologpt.log import Clock, Metrics, describe, duration, notes, open_metrics, say, sum_up, warn
+from sologpt.fp8 import use_fp8
+from sologpt.log import (
+    Clock,
+    Metrics,
+    describe,
+    duration,
+    notes,
+    open_metrics,
+    progress_bar,
+    say,
+    sum_up,
+    warn,
+)
 from sologpt.memory import check_size, memory_estimate, no_room, nothing_half_done, smaller_batch
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
-from sologpt.stop import StopRequest
+from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
 
 
@@ -94,6 +106,7 @@ class TrainConfig(Config):
     seed: int = key(1337, "seed of weights, dropout and the order of data", low=0, below=2**32)
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     dtype: str = key("", "dtype of matmuls; empty: what suits the device", choices=("", *hardware.DTYPES))
+    matmul: str = key("", "fp8: the blocks' matmuls in FP8 (RTX 40, H100 or newer)", choices=("", "fp8"))
     compile: bool = key(True, "torch.compile the model: slower to start, faster from then on")
     compile_mode: str = key(
         "default",
@@ -103,7 +116,7 @@ class TrainConfig(Config):
     activation_memory: float = key(
         1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
     )
-    loss_chunks: int = key(1, "compute head and loss in this many chunks of tokens, to save memory", low=1)
+    loss_chunks: int = key(0, "head and loss in this many chunks of tokens; 0: what suits the size", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
     backend: str = key("nccl", "no effect: nanoGPT's key for several GPUs; this trainer uses one")
@@ -260,7 +273,7 @@ def estimate_loss(model, windows, count, batch_size, machine):
     chosen = windows.spread(count)
     total = torch.zeros((), device=machine.device)
     model.eval()
-    for first in range(0, len(chosen), batch_size):
+    for first in tqdm(range(0, len(chosen), batch_size), "evaluating", leave=False, disable=None):
         chunk = chosen[first : first + batch_size]
         tokens = host_tensor(windows.read(np.resize(chunk, batch_size)), machine.device)
         x, y = inputs_and_targets(tokens, machine.device)
@@ -316,10 +329,10 @@ class Run:
 
 
 def train(run):
-    """Evaluates, saves, updates and logs until the run is done or asked to stop.
+    """Evaluates, saves, updates and logs until the run is done.
 
-    Running out of memory leaves this function as an exception, which frees its frame with all activations;
-    run.at says where to continue. See train_until_it_fits.
+    A request to stop, or running out of memory, leaves this function as an exception, which frees its frame
+    with all activations; run.at and run.rng say where to continue. See train_until_it_fits.
     """
     cfg, at, clock, machine = run.cfg, run.at, run.clock, run.machine
     run.rng = checkpoint.get_rng(machine.device)
@@ -332,10 +345,11 @@ def train(run):
 
     while True:
         run.rng = checkpoint.get_rng(machine.device)
+        run.stop.check()
         done = at.iter_num == cfg.max_iters
 
-        # evaluate, but not after a request to stop: the resumed run begins with this evaluation
-        eval_due = done or cfg.eval_only or (at.iter_num % cfg.eval_interval == 0 and not run.stop.number)
+        # evaluate
+        eval_due = done or cfg.eval_only or at.iter_num % cfg.eval_interval == 0
         improved = False
         if eval_due and run.evaluated_iter != at.iter_num:
             with clock.paused():
@@ -344,18 +358,17 @@ def train(run):
             return
 
         # save
-        stopping = bool(run.stop.number)  # read once: a later signal waits for the next iteration
         save_due = eval_due and (improved or cfg.always_save_checkpoint)
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
-        if done or stopping or (save_due and at.iter_num > 0):
+        if done or (save_due and at.iter_num > 0):
             if improved or run.files.saved_iter != at.iter_num:
                 with clock.paused():
                     save_checkpoint(run)
         if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start:
             with clock.paused():
                 save_before_cooldown(run)
-        if done or stopping:
+        if done:
             return
         if gc.isenabled():
             with clock.paused():
@@ -364,8 +377,9 @@ def train(run):
         # update: forward and backward of every micro-batch, then the optimizers
         lr = set_learning_rate(run.optimizers, at.iter_num, cfg)
         step_loss.zero_()
-        for _ in range(accumulation):
-            step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
+        with run.stop.interrupts():  # a large model on a CPU takes minutes for this
+            for _ in range(accumulation):
+                step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
         norm = update(run.model, run.optimizers, run.scaler, cfg.grad_clip)
         count_bad_steps(run, step_loss, norm)
         at.tokens_seen += cfg.tokens_per_iter
@@ -387,9 +401,13 @@ def compile_model(run):
     start = time.perf_counter()
     tokens = torch.zeros(cfg.batch_size, cfg.block_size + 1, dtype=torch.int64)
     cuda = [machine.device] if machine.device.type == "cuda" else []
-    with hardware.compiling(), torch.random.fork_rng(cuda):
-        estimate_loss(run.model, run.val_data, 1, cfg.batch_size, machine)
-        micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
+    try:
+        with run.stop.interrupts(), hardware.compiling(), torch.random.fork_rng(cuda):
+            estimate_loss(run.model, run.val_data, 1, cfg.batch_size, machine)
+            micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
+    except UserError:
+        run.stop.check()  # Ctrl-C ends the compiler, a process of its own, too
+        raise
     run.model.zero_grad(set_to_none=True)
     machine.synchronize()
     say(f"compiled in {time.perf_counter() - start:.1f}s")
@@ -406,8 +424,9 @@ def evaluate(run):
     """Logs the losses of both splits. Returns whether val loss is the lowest so far; if so, saves best.pt."""
     cfg, at = run.cfg, run.at
     start = time.perf_counter()
-    train_loss = estimate_loss(run.model, run.train_data, cfg.eval_windows, cfg.batch_size, run.machine)
-    val_loss = estimate_loss(run.model, run.val_data, cfg.eval_windows, cfg.batch_size, run.machine)
+    with run.stop.interrupts():
+        train_loss = estimate_loss(run.model, run.train_data, cfg.eval_windows, cfg.batch_size, run.machine)
+        val_loss = estimate_loss(run.model, run.val_data, cfg.eval_windows, cfg.batch_size, run.machine)
     text = f"step {at.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     val_bpb = None
     if tokens_per_byte := shards.tokens_per_byte(run.folder, "val"):
@@ -479,10 +498,12 @@ def log_iteration(run, step_loss, norm, lr):
     if run.machine.peak:
         mfu = 100 * run.model.estimate_mfu(cfg.sequences_per_iter, dt, run.machine.peak)
         mfu_text = f"{mfu:.2f}%"
+    speed = f"{cfg.tokens_per_iter / dt:,.0f} tok/s"
     say(
         f"iter {at.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.2f} TFLOP/s, "
-        f"{cfg.tokens_per_iter / dt:,.0f} tok/s, norm {norm:.3f}, lr {lr:.2e}, eta {duration(eta)}"
+        f"{speed}, norm {norm:.3f}, lr {lr:.2e}, eta {duration(eta)}"
     )
+    run.bar.set_postfix_str(f"loss {loss:.3f}, {speed}, mfu {mfu_text}, eta {duration(eta)}")
     figures = dict(loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm, lr=lr, tokens=at.tokens_seen)
     peak_memory = hardware.peak_memory(run.machine.device)
     run.metrics.record("iter", at.iter_num, **figures, peak_memory=peak_memory)
@@ -493,13 +514,17 @@ def log_iteration(run, step_loss, norm, lr):
 
 
 def train_until_it_fits(run):
-    """Calls train, with ever smaller micro-batches while memory runs out."""
+    """Calls train, with ever smaller micro-batches while memory runs out. Saves if it is stopped."""
     while True:
         try:
             return train(run)
         except shards.DataError as e:
             save_progress(run)  # nothing of the iteration has been applied yet
             raise UserError(f"{e} ({run.files.kept})") from None
+        except Stopped:
+            if not run.cfg.eval_only and run.files.saved_iter != run.at.iter_num:
+                save_checkpoint(run)
+            return
         except UserError:
             raise
         except Exception as e:
@@ -546,8 +571,10 @@ def model_config(cfg, tokenizer, vocab_size, gelu="none"):
 
 
 def prepare_model(model, cfg, machine):
-    """Moves the model to the device, and sets loss_chunks and torch.compile as the keys say."""
+    """Moves the model to the device, and sets FP8, loss_chunks and torch.compile as the keys say."""
     model.loss_chunks = cfg.loss_chunks
+    if cfg.matmul == "fp8":
+        use_fp8(model, machine)
     if cfg.compile:
         hardware.keep_activations(cfg.activation_memory)
         model.compile(dynamic=False, mode=cfg.compile_mode)
@@ -601,7 +628,7 @@ def finish(run, argv):
     cfg, at = run.cfg, run.at
     if run.files.saved_iter != at.iter_num:
         raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.kept}")
-    if at.iter_num < cfg.max_iters:
+    if run.evaluated_iter != cfg.max_iters:
         kept = [arg for arg in argv if not arg.startswith("--init_from=")]
         command = shlex.join(["python", sys.argv[0], *kept, "--init_from=resume"])
         say(f"stopped at iteration {at.iter_num}; continue with: {command}")
@@ -622,8 +649,8 @@ def main(argv):
         run = set_up(cfg, machine)
         describe(run)
         run.clock = Clock(machine)
-        bar = tqdm(total=cfg.max_iters, initial=run.at.iter_num, disable=None, dynamic_ncols=True, unit="it")
-        request = StopRequest("stopping after this iteration; Ctrl-C again leaves without saving")
+        bar = progress_bar(cfg.max_iters, run.at.iter_num)
+        request = StopRequest("stopping; Ctrl-C again leaves without saving")
         with contextlib.closing(open_metrics(run)) as run.metrics, request as run.stop, bar as run.bar:
             try:
                 train_until_it_fits(run)
@@ -632,6 +659,8 @@ def main(argv):
                 gc.enable()
         if not cfg.eval_only:
             finish(run, argv)
+        elif run.evaluated_iter < 0:
+            sys.exit(128 + run.stop.number)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,12 @@ def warn(text):
     say(f"warning: {text}", sys.stderr)
 
 
+def progress_bar(total, initial):
+    """Returns the bar of a run, shown if stderr is a terminal; its time left is that of the last log line."""
+    layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+    return tqdm(total=total, initial=initial, disable=None, dynamic_ncols=True, bar_format=layout)
+
+
 def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

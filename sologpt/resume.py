@@ -124,7 +124,7 @@ def restore_scaler_and_rng(run, state, path):
         raise UserError(f"{path} is damaged: its gradient scaler or random state: {e}") from None
 
 
-SETTINGS = ("dropout", "weight_decay", "grad_clip", "beta1", "beta2", "eval_iters")
+SETTINGS = ("dropout", "weight_decay", "grad_clip", "beta1", "beta2", "eval_iters", "matmul")
 
 
 def warn_of_changes(cfg, machine, state, get_lr):

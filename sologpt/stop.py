@@ -12,6 +12,10 @@ if hasattr(signal, "SIGHUP"):  # not on Windows
     SIGNALS.append(signal.SIGHUP)  # the terminal was closed, perhaps with its ssh session
 
 
+class Stopped(KeyboardInterrupt):
+    """Raised where a StopRequest is answered. Nothing that catches errors takes it for one."""
+
+
 class StopRequest:
     """Inside `with StopRequest(text) as stop`, the first signal writes text to stderr and sets stop.number; a
     second one ends the process at once. After the `with`, signals do what they did before."""
@@ -19,6 +23,7 @@ class StopRequest:
     def __init__(self, text):
         self.text = text
         self.number = 0  # of the signal; 0: nobody has asked
+        self.interrupting = False
 
     def __enter__(self):
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -38,3 +43,20 @@ class StopRequest:
         # a log may be on a full disk; not print(), which the signal may have interrupted
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"\n{self.text}\n".encode())
+        if self.interrupting:
+            raise Stopped
+
+    def check(self):
+        """Raises Stopped if somebody has asked to stop."""
+        if self.number:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def interrupts(self):
+        """Returns a context for work that may be lost: a signal raises Stopped in the middle of it."""
+        self.interrupting = True
+        try:
+            self.check()
+            yield
+        finally:
+            self.interrupting = False
