@@ -236,7 +236,7 @@ def about(trainer):
     vocab_size = model.config.vocab_size
     flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
     lines = [
-        *machine.lines,
+        machine.line,
         f"model: {parameters(model)}, {flops}",
         f"vocabulary: {trainer.n_ids:,} ids in {vocab_size:,} rows ({trainer.vocabulary})",
     ]

@@ -40,6 +40,7 @@ class Config:
     """Base class of a script's keys; `given` holds the names set in a config file or on the command line."""
 
     given = frozenset()
+    synonyms = {}  # other programs' names of keys, to suggest ours
 
     def problems(self):
         """Returns messages about conflicting values; overridden by each script's class."""
@@ -116,8 +117,8 @@ def a(kind):
     return f"an {kind.__name__}" if kind.__name__[0] in "aeiou" else f"a {kind.__name__}"
 
 
-def unknown(name, fields):
-    near = difflib.get_close_matches(name, fields, n=1)
+def unknown(name, fields, synonyms):
+    near = [synonyms[name]] if name in synonyms else difflib.get_close_matches(name, fields, n=1)
     return f"unknown key {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
@@ -125,7 +126,7 @@ def unknown(name, fields):
 # one file, one command line
 
 
-def read_file(path, fields, values):
+def read_file(path, fields, values, synonyms):
     """Returns (new values, problems) of the config file at path, whose namespace starts with `values`."""
     try:
         namespace, lines = run_file(path, values)
@@ -139,7 +140,9 @@ def read_file(path, fields, values):
         where = f"{path}:{lines[name]}" if name in lines else path
         try:
             if name not in fields:
-                raise UserError(f"{unknown(name, fields)}; a name of your own may begin with an underscore")
+                raise UserError(
+                    f"{unknown(name, fields, synonyms)}; a name of your own may begin with an underscore"
+                )
             if name in lines or value is not values[name]:
                 new[name] = convert(value, fields[name])
         except UserError as e:
@@ -184,18 +187,29 @@ def read_source(path):
     except ValueError as e:  # not UTF-8, or no path at all
         raise ConfigError(f"cannot read the config file {path!r}: {e}") from None
     except OSError as e:
-        folder, name = os.path.split(path)
-        names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-        near = difflib.get_close_matches(name, [n for n in names if n.endswith(".py")], n=1)
-        hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+        near = similar_file(path)
+        hint = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"cannot read the config file {path}: {e.strerror}{hint}") from None
+
+
+def similar_file(path):
+    """Returns the path of a config file whose name is much like that of path, beside it or in config/; None
+    if there is none."""
+    folder, name = os.path.split(path)
+    for place in (folder, os.path.join(folder, "config")):
+        names = os.listdir(place or ".") if os.path.isdir(place or ".") else []
+        names = [n for n in names if n.endswith(".py")]
+        near = difflib.get_close_matches(name.removesuffix(".py") + ".py", names, n=1, cutoff=0.7)
+        if near and name:
+            return os.path.join(place, near[0])
+    return None
 
 
 def is_store(node):
     return isinstance(node.ctx, ast.Store)
 
 
-def malformed(argument, following, fields):
+def malformed(argument, following, fields, synonyms):
     """Returns (problem, whether the following argument is part of it) for an argument unlike --key=value."""
     name = argument.lstrip("-")
     if "=" in name:
@@ -208,7 +222,7 @@ def malformed(argument, following, fields):
         return f"{argument}: write --{bare.removeprefix('no_')}={not off}", False
     if bare not in fields:
         has_value = following is not None and not following.startswith("-") and not following.endswith(".py")
-        return f"{argument}: {unknown(bare, fields)}; keys are written --key=value", has_value
+        return f"{argument}: {unknown(bare, fields, synonyms)}; keys are written --key=value", has_value
     if following is None or following.startswith("--"):
         return f"{argument}: write --{bare}=VALUE", False
     return f"{argument} {following}: write --{bare}={following}", True
@@ -230,18 +244,19 @@ def configure(cls, argv):
             name, text = argument[2:].split("=", 1)
             try:
                 if name not in fields:
-                    raise UserError(unknown(name, fields))
+                    raise UserError(unknown(name, fields, cls.synonyms))
                 new = {name: convert(parse(text, fields[name]), fields[name])}
             except UserError as e:
                 new = {}
                 problems.append(f"--{name}: {e}")
         elif argument.startswith("-") or ("=" in argument and not os.path.exists(argument)):
             new = {}
-            problem, takes_next = malformed(argument, arguments[0] if arguments else None, fields)
+            following = arguments[0] if arguments else None
+            problem, takes_next = malformed(argument, following, fields, cls.synonyms)
             problems.append(problem)
             del arguments[: int(takes_next)]
         else:
-            new, found = read_file(argument, fields, values)
+            new, found = read_file(argument, fields, values, cls.synonyms)
             problems += found
         values.update(new)
         given.update(new)

@@ -1,9 +1,11 @@
 """
 Write text with a trained model.
 
-    python sample.py --out_dir=out --start="Once upon a time" --num_samples=3
+    python sample.py --start="Once upon a time" --num_samples=3
     python sample.py --init_from=gpt2 --interactive=True
     python sample.py --out_dir=out --init_from=best --export=out-hf
+
+Without --out_dir it takes the newest checkpoint, and says which.
 
 The text goes to stdout, each sample followed by a line of dashes; everything else goes to stderr. A single
 sample appears token by token; several are drawn in one batch.
@@ -18,6 +20,7 @@ if __name__ == "__main__":
 
 import codecs
 import dataclasses
+import glob
 import itertools
 import json
 import os
@@ -28,13 +31,14 @@ from typing import TextIO
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, sampling
 from sologpt.errors import UserError
+from sologpt.fit import check_size
 from sologpt.log import parameters
-from sologpt.memory import check_size
 from sologpt.tokenizer import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
 
 
@@ -43,7 +47,7 @@ class SampleConfig(Config):
     init_from: str = key(
         "resume", "resume: out_dir/ckpt.pt; best: out_dir/best.pt; gpt2, ..., gpt2-xl; a GPT-2 folder"
     )
-    out_dir: str = key("out", "folder that train.py wrote")
+    out_dir: str = key("", "folder that train.py wrote; empty: the newest of out*/ and out*/*/")
     start: str = key(
         "\n", "prompt; FILE:prompt.txt reads it from a file, - from stdin; may hold <|endoftext|>"
     )
@@ -98,11 +102,23 @@ class SampleConfig(Config):
 
 def load(cfg):
     """Returns (model, tokenizer, state) of what init_from names; state is None unless it is a checkpoint."""
-    if cfg.init_from == "resume":
-        return load_checkpoint(os.path.join(cfg.out_dir, "ckpt.pt"))
-    if cfg.init_from == "best":
-        return load_checkpoint(os.path.join(cfg.out_dir, "best.pt"))
-    return *load_pretrained(cfg.init_from, cfg.encoding), None
+    names = dict(resume="ckpt.pt", best="best.pt")
+    if cfg.init_from not in names:
+        return *load_pretrained(cfg.init_from, cfg.encoding), None
+    name = names[cfg.init_from]
+    if cfg.out_dir:
+        return load_checkpoint(os.path.join(cfg.out_dir, name))
+    return load_checkpoint(newest(name))
+
+
+def newest(name):
+    """Returns the path of the youngest checkpoint of that name where configs put theirs: out/, out-mine/ or
+    out/mine/. Raises FileNotFoundError if there is none."""
+    found = [*glob.glob(f"out*/{name}"), *glob.glob(f"out*/*/{name}")]
+    found = [path for path in found if "earlier-" not in path]
+    if not found:
+        raise FileNotFoundError(f"no {name} in out*/ or out*/*/: train a model, or name its --out_dir=")
+    return max(found, key=os.path.getmtime)
 
 
 def load_checkpoint(path):
@@ -283,7 +299,9 @@ def write_samples(session, prompt):
 
 def draw_batch(session, prompt):
     """Returns the ids of num_samples continuations of one batch; stop_at_eot cuts them after end-of-text."""
-    *_, text = draw(session, prompt, 0, session.cfg.num_samples)
+    texts = draw(session, prompt, 0, session.cfg.num_samples)
+    total = session.cfg.max_new_tokens
+    *_, text = tqdm(texts, "sampling", total, leave=False, disable=None, unit="tok")
     samples = [row[len(prompt) :] for row in text.tolist()]
     eot = session.tokenizer.eot_token
     if session.cfg.stop_at_eot:
@@ -295,7 +313,8 @@ def converse(session, history):
     """Continues each line that is read from stdin, with the conversation so far as its context."""
     block_size, max_new_tokens = session.model.config.block_size, session.cfg.max_new_tokens
     room = max(block_size - max_new_tokens, block_size // 2)  # older tokens are forgotten, for speed
-    print("your line is continued, Enter alone writes more; Ctrl-C interrupts, Ctrl-D ends", file=sys.stderr)
+    print("this is a base model: it continues your text, and does not answer", file=sys.stderr)
+    print("Enter alone writes more; Ctrl-C interrupts, Ctrl-D ends", file=sys.stderr)
     for turn in itertools.count():
         try:
             line = input("> " if sys.stdin.isatty() else "")

@@ -38,6 +38,7 @@ from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, resume, shards
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
+from sologpt.fit import check_size, no_room, nothing_half_done, smaller_batch, start_with_what_fits
 from sologpt.fp8 import use_fp8
 from sologpt.log import (
     Clock,
@@ -46,12 +47,12 @@ from sologpt.log import (
     duration,
     notes,
     open_metrics,
+    print_aligned,
     progress_bar,
     say,
     sum_up,
     warn,
 )
-from sologpt.memory import check_size, memory_estimate, no_room, nothing_half_done, smaller_batch
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
 from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
@@ -59,6 +60,10 @@ from sologpt.tokenizer import Tokenizer, read_tokenizer
 
 @dataclass
 class TrainConfig(Config):
+    synonyms = dict(
+        lr="learning_rate", lr_min="min_lr", wd="weight_decay", clip="grad_clip", steps="max_iters"
+    )
+
     # files
     out_dir: str = key("out", "folder for ckpt.pt, ckpt_prev.pt, best.pt and metrics.jsonl")
     init_from: str = key("scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl; a folder")
@@ -161,7 +166,11 @@ class TrainConfig(Config):
                 text = f"{name}={value!r} acts through torch.compile only"
                 found.append(f"{text}; set compile=True, or {name}={off!r}")
         names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
-        if self.init_from not in names and not os.path.isdir(self.init_from):
+        if self.init_from == "best":
+            found.append(
+                "init_from='best' is for sample.py, as best.pt holds weights only; use init_from='resume'"
+            )
+        elif self.init_from not in names and not os.path.isdir(self.init_from):
             found.append(
                 f"init_from must be {', '.join(map(repr, names))} or a folder, not {self.init_from!r}"
             )
@@ -410,7 +419,7 @@ def compile_model(run):
         raise
     run.model.zero_grad(set_to_none=True)
     machine.synchronize()
-    say(f"compiled in {time.perf_counter() - start:.1f}s")
+    run.metrics.record("compiled", run.at.iter_num, seconds=time.perf_counter() - start)
 
 
 def leave_garbage_to_evaluations():
@@ -591,7 +600,10 @@ def set_up(cfg, machine):
     if state:
         fields = state["model_args"] | dict(arch=state["arch"], gelu=state["gelu"])
     elif cfg.init_from not in ("scratch", "auto"):
-        pretrained = GPT.from_pretrained(source, dict(dropout=cfg.dropout, block_size=cfg.block_size))
+        wanted = dict(dropout=cfg.dropout)
+        if "block_size" in cfg.given:
+            wanted["block_size"] = cfg.block_size
+        pretrained = GPT.from_pretrained(source, wanted)
         fields = dataclasses.asdict(pretrained.config)
     if fields:
         cfg = resume.with_architecture(cfg, fields, source)
@@ -619,7 +631,7 @@ def set_up(cfg, machine):
         resume.warn_of_changes(cfg, machine, state, get_lr)
     else:
         allocate_moments(optimizers)
-    run.memory = memory_estimate(model, optimizers, cfg, machine.dtype)
+    run.memory = start_with_what_fits(model, optimizers, cfg, machine)
     return run
 
 
@@ -641,7 +653,9 @@ def main(argv):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("this trainer uses one GPU; start it with python train.py, not with torchrun")
     machine = hardware.find_machine(cfg)
-    print("\n".join([*notes(cfg), *machine.lines]))
+    for note in notes(cfg):
+        print(note)
+    print_aligned([machine.line])
     out_dir = contextlib.nullcontext()  # eval_only leaves it alone
     if not cfg.eval_only:
         out_dir = sole_use(cfg.out_dir)

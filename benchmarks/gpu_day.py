@@ -153,7 +153,7 @@ def figures_of_a_run(out, err):
     evals = [match for match in map(VAL.match, out.splitlines()) if match]
     settled = iters[3:] or iters
     peak = re.search(r"peak memory ([\d.]+) GB", out)
-    attention = re.search(r"^attention: (.*)", out, re.M)
+    attention = re.search(r"^model: .*, ([A-Z_]+)$", out, re.M)
     return dict(
         losses={int(match[1]): float(match[2]) for match in iters},
         val_losses={int(match[1]): float(match[2]) for match in evals},

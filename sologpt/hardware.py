@@ -165,7 +165,7 @@ class Machine:
     device: torch.device
     dtype: str  # of matmuls: "bfloat16", "float16" or "float32"
     peak: float | None  # FLOP/s that MFU is measured against; None: unknown
-    lines: tuple  # what to tell the user: device and dtype, the peak, and why they were chosen
+    line: str  # what to tell the user: device and dtype, the peak, and why they were chosen
 
     def autocast(self):
         """Returns a context in which matmuls run in this machine's dtype."""
@@ -194,11 +194,9 @@ def find_machine(cfg):
         check_compiler(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as in nanoGPT
-    lines = (
-        f"device: {device_name(device)} ({device_reason}), {dtype} ({dtype_reason})",
-        f"mfu: {'of ' if peak else 'n/a, '}{peak_reason}",
-    )
-    return Machine(device, dtype, peak, lines)
+    mfu = f"mfu {'of' if peak else 'n/a,'} {peak_reason}"
+    line = f"device: {device_name(device)} ({device_reason}), {dtype} ({dtype_reason}); {mfu}"
+    return Machine(device, dtype, peak, line)
 
 
 def use_expandable_segments():

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -205,44 +206,68 @@ def parameters(model):
     return f"{in_matmuls / 1e6:.2f}M parameters in matmuls + {looked_up / 1e6:.2f}M looked up"
 
 
+def print_aligned(lines):
+    """Prints lines of the form `name: text` with their texts one below another."""
+    for line in lines:
+        name, _, text = line.partition(": ")
+        print(f"{name + ':':<11} {text}")
+
+
 def describe(run):
     """Prints what a Run of train.py will do; numbers with the product that makes them."""
-    cfg, model, device = run.cfg, run.model, run.machine.device
-    train_data, val_data = run.train_data, run.val_data
-    tokens = f"{train_data.tokens:,} train + {val_data.tokens:,} val tokens"
-    print(f"data: {run.folder}, {tokens}, {run.tokenizer.encoding}")
-    flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
-    print(f"model: {parameters(model)}, {flops}")
-    print(f"vocabulary: {run.tokenizer.vocab_size:,} ids in {model.config.vocab_size:,} rows")
+    cfg, model = run.cfg, run.model
+    lines = [
+        f"data: {run.folder}, {run.train_data.tokens:,} train + {run.val_data.tokens:,} val tokens, "
+        f"{run.tokenizer.encoding}, {run.tokenizer.vocab_size:,} ids in {model.config.vocab_size:,} rows",
+        f"model: {parameters(model)}, {model.flops_per_token() / 1e6:,.1f} MFLOP per token",
+    ]
     if backend := attention_backend(run.machine, model.config):
-        print(f"attention: {backend}")
+        lines[-1] += f", {backend}"
     if not cfg.eval_only:
-        print(f"memory: {memory_line(run.memory, device)}")
-    print(
+        lines.append(f"memory: {memory_line(run.memory, run.machine.device)}")
+    lines.append(
         f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = "
-        f"{cfg.tokens_per_iter:,} tokens per iteration "
-        f"(batch_size * gradient_accumulation_steps * block_size)"
+        f"{cfg.tokens_per_iter:,} tokens (batch_size * gradient_accumulation_steps * block_size)"
     )
-    epochs = cfg.max_iters * cfg.sequences_per_iter / len(train_data)
-    print(
-        f"run: {cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {cfg.max_iters * cfg.tokens_per_iter:,} tokens, "
-        f"{epochs:.2f} epochs of {len(train_data):,} windows"
+    lines.append(f"run: {whole_run(cfg, len(run.train_data))}")
+    lines.append(
+        f"evaluation: every {cfg.eval_interval:,} iterations, 12 * {cfg.eval_iters} = {cfg.eval_windows:,} "
+        f"windows of {len(run.train_data):,} train and {len(run.val_data):,} val"
     )
+    print_aligned(lines)
+    for note in data_notes(run):
+        print(f"note: {note}")
+
+
+def whole_run(cfg, windows):
+    """Returns the length of a run in tokens and epochs of that many windows, and its schedule, as text."""
+    tokens = cfg.max_iters * cfg.tokens_per_iter
+    epochs = cfg.max_iters * cfg.sequences_per_iter / windows
+    text = f"{cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {tokens:,} tokens, {epochs:.3g} epochs"
     # with a longer warmup there is nothing constant, as notes() says
     if cfg.decay_lr and cfg.schedule == "wsd" and cfg.warmup_iters <= cfg.cooldown_start:
         constant = cfg.cooldown_start - cfg.warmup_iters
         cooldown = cfg.max_iters - cfg.cooldown_start
-        print(
-            f"learning rate: {cfg.warmup_iters:,} iterations of warmup, {constant:,} constant, "
-            f"{cooldown:,} of cooldown"
+        text += (
+            f"; {cfg.warmup_iters:,} iterations of warmup, {constant:,} constant, {cooldown:,} of cooldown"
         )
-    print(
-        f"evaluation: 12 * {cfg.eval_iters} = {cfg.eval_windows:,} windows of train and val, which have "
-        f"{len(train_data):,} and {len(val_data):,}, every {cfg.eval_interval:,} iterations"
-    )
-    for split, windows in (("train", train_data), ("val", val_data)):
+    return text
+
+
+def data_notes(run):
+    """Returns notes about data that are few for what they are used for."""
+    cfg = run.cfg
+    found = []
+    for split, windows in (("train", run.train_data), ("val", run.val_data)):
         if len(windows) < cfg.eval_windows:
-            print(f"note: {split} has only {len(windows):,} windows; all of them are evaluated")
+            found.append(f"{split} has only {len(windows):,} windows; all of them are evaluated")
+    epochs = cfg.max_iters * cfg.sequences_per_iter / len(run.train_data)
+    if epochs > 20 and cfg.dropout == 0:
+        found.append(
+            f"{epochs:,.0f} epochs without dropout learn the text by heart; see the val loss, and try "
+            f"--dropout=0.2, fewer --max_iters or a smaller model (config/text_1m.py)"
+        )
+    return found
 
 
 def sum_up(run):
@@ -256,3 +281,4 @@ def sum_up(run):
         f"done: iteration {at.iter_num:,} after {duration(seconds)}, {at.tokens_seen:,} tokens{skipped}, "
         f"best val loss {at.best_val_loss:.4f}{memory}"
     )
+    say(f"next: python sample.py {shlex.join([f'--out_dir={run.cfg.out_dir}'])}")

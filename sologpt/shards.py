@@ -165,10 +165,18 @@ def find_data(dataset):
     for folder in (os.path.join("data", dataset), dataset):
         if dataset and os.path.isdir(folder):
             return folder
+    names = [name for name in sorted(os.listdir("data")) if is_data(name)] if os.path.isdir("data") else []
+    holds = f"data/ holds {', '.join(names[:5])}; " if names else ""
     raise FileNotFoundError(
-        f"there is no folder {os.path.join('data', dataset)} for dataset={dataset!r}; "
-        f"write it with python prepare_fineweb.py, or name another with --dataset="
+        f"there is no folder {os.path.join('data', dataset)} for dataset={dataset!r}; {holds}write one of your "
+        f"own text with python prepare_fineweb.py --input=FOLDER, or of FineWeb-Edu without --input"
     )
+
+
+def is_data(name):
+    """Whether data/<name> is a folder with token files."""
+    folder = os.path.join("data", name)
+    return os.path.isdir(folder) and any(file.endswith((".bin", ".npy")) for file in os.listdir(folder))
 
 
 def find_shards(folder, split):

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 
 from model import GPT, GPTConfig
-from sologpt import checkpoint, log, memory, optim, resume, shards
+from sologpt import checkpoint, fit, log, optim, resume, shards
 from sologpt.tokenizer import BPETokenizer, ByteTokenizer
 from train import TrainConfig
 
@@ -261,7 +261,7 @@ def test_the_fingerprint_of_data_tells_other_data_apart(tmp_path):
     [(12, 480, (6, 80)), (2, 2, (1, 2)), (5, 10, (2, 5)), (5, 15, (1, 15)), (9, 18, (3, 6)), (7, 7, (1, 7))],
 )
 def test_a_smaller_batch_divides_the_same_sequences(batch_size, sequences, expected):
-    assert memory.smaller_batch(batch_size, sequences) == expected
+    assert fit.smaller_batch(batch_size, sequences) == expected
 
 
 def test_what_to_do_without_memory_for_one_sequence_by_hand():
@@ -269,7 +269,7 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
     cfg = TrainConfig(batch_size=1, compile=False)
 
     def advice(available, cfg=cfg, dtype="bfloat16"):
-        return memory.no_room(124_400_000, 8 * 124_400_000, config, cfg, dtype, available)
+        return fit.no_room(124_400_000, 8 * 124_400_000, config, cfg, dtype, available)
 
     # 16 * 124.4e6 = 1,990e6; copies of 12 * 12 * 768^2 + 50,304 * 768 weights in bf16: 247e6; and 1,024 times
     # 2 * 768 * (18 * 12 + 2) = 335e3 and 10 * 50,304 = 503e3

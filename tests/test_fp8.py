@@ -17,7 +17,7 @@ from sologpt.fp8 import check_fp8, use_fp8
 from sologpt.hardware import Machine
 
 SIZES = dict(block_size=32, vocab_size=97, n_layer=2, n_head=2, n_embd=32)
-CPU = Machine(torch.device("cpu"), "bfloat16", None, ())
+CPU = Machine(torch.device("cpu"), "bfloat16", None, "")
 
 
 def rounded(x):
@@ -69,14 +69,14 @@ def test_a_run_learns_as_in_bf16_and_its_checkpoint_is_like_any_other(run, byte_
     "machine, sizes, text",
     [
         (
-            Machine(torch.device("cpu"), "float32", None, ()),
+            Machine(torch.device("cpu"), "float32", None, ""),
             {},
             "needs dtype='bfloat16' for all else, not 'f",
         ),
         (CPU, dict(n_embd=40), "n_embd=40 must be a multiple of 16"),
         (CPU, dict(block_size=24), "block_size=24 must be a multiple of 16"),
         (
-            Machine(torch.device("mps"), "bfloat16", None, ()),
+            Machine(torch.device("mps"), "bfloat16", None, ""),
             {},
             "needs an NVIDIA GPU that multiplies in FP8",
         ),
@@ -90,7 +90,7 @@ def test_what_cannot_multiply_in_fp8_is_refused(machine, sizes, text):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
 def test_nvidia_gpus_have_fp8_from_8_9_on(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    machine = Machine(torch.device("cuda"), "bfloat16", None, ())
+    machine = Machine(torch.device("cuda"), "bfloat16", None, "")
     if capability >= (8, 9):
         check_fp8(GPTConfig(**SIZES), machine)
     else:

@@ -317,7 +317,7 @@ def test_the_memory_line_adds_up():
 
 
 def machine(dtype, device="cpu"):
-    return hardware.Machine(torch.device(device), dtype, None, ())
+    return hardware.Machine(torch.device(device), dtype, None, "")
 
 
 def test_the_attention_kernel_is_named_or_not():

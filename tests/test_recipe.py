@@ -285,7 +285,7 @@ def test_a_resumed_run_of_the_recipe_is_bit_for_bit_the_uninterrupted_one(run, b
 def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_path):
     argv = [*tiny, *RECIPE, "--keep_before_cooldown=True"]
     out = run("train.py", *argv, "--out_dir=short", "--max_iters=8")
-    assert "learning rate: 2 iterations of warmup, 2 constant, 4 of cooldown" in out.stdout
+    assert "; 2 iterations of warmup, 2 constant, 4 of cooldown\n" in out.stdout
     kept = state_of(tmp_path / "short", "before_cooldown.pt")
     assert kept["iter_num"] == 4
     run("train.py", *argv, "--out_dir=long", "--max_iters=12")
@@ -302,7 +302,9 @@ def test_both_kinds_of_parameters_are_counted(run, byte_data, tiny, tmp_path):
     # blocks of 12 * 32^2, the head's 320 rows of 32; and as many rows that are looked up
     out = run("train.py", *tiny, "--arch=modern", "--n_head=1", "--max_iters=1").stdout
     head = 320 * 32
-    assert f"model: {(2 * 12 * 32**2 + head) / 1e6:.2f}M parameters in matmuls + {head / 1e6:.2f}M" in out
+    assert (
+        f"model:      {(2 * 12 * 32**2 + head) / 1e6:.2f}M parameters in matmuls + {head / 1e6:.2f}M" in out
+    )
     weights = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"].values()
     assert sum(p.numel() for p in weights) == pytest.approx(2 * 12 * 32**2 + 2 * head, rel=0.01)
 

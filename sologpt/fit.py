@@ -1,0 +1,120 @@
+"""
+What to do where memory is not enough: before a run, when it runs out, and what to tell the user.
+"""
+
+import contextlib
+import dataclasses
+
+import torch
+
+from sologpt.errors import UserError, out_of_memory
+from sologpt.hardware import available_memory, total_memory
+from sologpt.log import warn
+from sologpt.memory import memory_estimate, memory_needed
+
+
+def start_with_what_fits(model, optimizers, cfg, machine):
+    """Returns memory_estimate, after halving cfg.batch_size while that is far above what the device has: a
+    GPU would find out at the first step, each time after compiling, and the system kills a process that takes
+    a computer's whole memory.
+
+    Raises UserError if what is left to try cannot fit into a computer's memory.
+    """
+    on_cpu = machine.device.type == "cpu"
+    limit = total_memory(machine.device) if on_cpu else available_memory(machine.device)
+    needed = memory_estimate(model, optimizers, cfg, machine.dtype)
+    if limit is None:
+        return needed
+    asked, first_estimate = cfg.batch_size, sum(needed.values())
+    while sum(needed.values()) > 1.1 * limit and cfg.batch_size > 1 and cfg.auto_fit:
+        cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(
+            cfg.batch_size, cfg.sequences_per_iter
+        )
+        needed = memory_estimate(model, optimizers, cfg, machine.dtype)
+    if on_cpu and sum(needed.values()) > 1.1 * limit:
+        params = model.get_num_params(non_embedding=False)
+        raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine.dtype, limit))
+    if cfg.batch_size < asked:
+        warn(
+            f"batch_size={asked} would take about {first_estimate / 1e9:,.1f} GB, and there are "
+            f"{limit / 1e9:,.1f}; the same run starts with batch_size={cfg.batch_size}, "
+            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
+        )
+    return needed
+
+
+def smaller_batch(batch_size, sequences):
+    """Returns (batch_size, gradient_accumulation_steps) for as many sequences per iteration as before: half
+    of batch_size, which must be at least 2, or the next smaller number that divides the sequences."""
+    smaller = next(b for b in range(batch_size // 2, 0, -1) if sequences % b == 0)
+    return smaller, sequences // smaller
+
+
+def no_room(params, optimizer, config, cfg, dtype, available):
+    """Returns what to tell train.py's user if memory runs out and batch_size may not or cannot be lowered.
+
+    params, optimizer, config: as in memory_needed. cfg: train.py's keys. available: bytes; None: unknown.
+    """
+    text = f"out of memory with batch_size={cfg.batch_size}"
+    if cfg.batch_size > 1:
+        batch_size, accumulation = smaller_batch(
+            cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps
+        )
+        flags = f"--batch_size={batch_size} --gradient_accumulation_steps={accumulation}"
+        return f"{text}; {flags} is the same run in less memory, and --auto_fit=True finds it automatically"
+
+    def total(config, **changes):
+        levers = dict(activation_memory=cfg.activation_memory, loss_chunks=cfg.loss_chunks) | changes
+        return sum(memory_needed(params, optimizer, config, 1, dtype, cfg.compile, **levers).values())
+
+    needed = total(config)
+    text += f"; by estimate {params / 1e6:.1f}M parameters need {needed / 1e9:.2f} GB with one sequence"
+    smaller = "a smaller --block_size, --n_layer or --n_embd"
+    if available is None:
+        return f"{text}: use {smaller}"
+    text += f", and {available / 1e9:.2f} GB are available"
+    if needed <= available:
+        return f"{text}, so it should fit, but does not: try --loss_chunks=8, or {smaller}"
+    levers = dict(loss_chunks=8)
+    if total(config, **levers) > available and cfg.compile:
+        levers["activation_memory"] = min(0.8, cfg.activation_memory)
+    if total(config, **levers) <= available:
+        return f"{text}, enough with {' '.join(f'--{name}={value}' for name, value in levers.items())}"
+    lengths = [T for T in range(64, config.block_size, 64) if total(with_length(config, T)) <= available]
+    if lengths:
+        return f"{text}, enough for about --block_size={lengths[-1]}"
+    most = available * params / (8 * params + optimizer)
+    return (
+        f"{text}, not enough for more than {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
+    )
+
+
+@contextlib.contextmanager
+def nothing_half_done():
+    """Returns a context for an update: if memory runs out in the middle of it, some weights are new and some
+    are not, so that it cannot be repeated. Raises UserError then."""
+    try:
+        yield
+    except Exception as e:
+        if out_of_memory(e):
+            raise UserError(
+                "out of memory in the middle of an update, which cannot be repeated; resume from the last "
+                "checkpoint with a smaller --batch_size"
+            ) from None
+        raise
+
+
+def with_length(config, block_size):
+    return dataclasses.replace(config, block_size=block_size)
+
+
+def check_size(config):
+    """Raises UserError if the weights of a model with this GPTConfig cannot fit into this computer's memory,
+    where they are made, before that is tried."""
+    params = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    has = total_memory(torch.device("cpu"))
+    if has and 4 * params > has:
+        raise UserError(
+            f"n_layer={config.n_layer} of n_embd={config.n_embd} make a model of {params / 1e9:,.1f}B "
+            f"parameters, {4 * params / 1e9:,.1f} GB, and this computer has {has / 1e9:,.1f} GB; lower them"
+        )
