@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -46,7 +47,7 @@ from configurator import Config, from_command_line, key, run_script
 from sologpt import shards
 from sologpt.errors import UserError
 from sologpt.files import atomic_file, remove, sole_use
-from sologpt.source import ENDINGS, contents_of, find_files, times_of
+from sologpt.source import ENDINGS, contents_of, find_files, name_of, times_of
 from sologpt.stop import SIGNALS, StopRequest
 from sologpt.tokenizer import EOT, find_tokenizer
 
@@ -56,6 +57,8 @@ CHUNK = 2**20
 LONGEST = 2**22
 # characters that tiktoken gets at a time: without spaces between them, it takes about 50 bytes for each
 PIECE = 2**18
+# configs by the most tokens that they are for; fineweb_125m_fast for more
+CONFIGS = ((3e6, "text_1m"), (30e6, "text_10m"), (1e9, "text_100m"))
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
 
@@ -74,7 +77,7 @@ class PrepareConfig(Config):
         choices=("file", "blank_line", "line"),
     )
     encoding: str = key("gpt2", "bytes (no download) or a tiktoken name: gpt2, cl100k_base, ...")
-    out_dir: str = key("", "folder to write; empty: data/fineweb, or data/stdlib for --input=stdlib")
+    out_dir: str = key("", "folder to write; empty: data/fineweb, or data/NAME of --input=path/to/NAME")
     shard_tokens: int = key(100_000_000, "tokens in one shard", low=1000, below=2**31)
     val_tokens: int = key(
         1_000_000, "minimum tokens for validation; a source below ten times that gives a tenth", low=1
@@ -648,17 +651,23 @@ class Job:
     def itemsize(self):
         return token_dtype(self.settings["vocab_size"]).itemsize
 
-    @property
-    def train_command(self):
-        """The command to run next."""
-        name = "quickstart" if self.cfg.input == "stdlib" else "fineweb_125m"
-        dataset = f" --dataset={self.out_dir}" if self.cfg.out_dir else ""
-        return f"python train.py config/{name}.py{dataset}"
+    def train_command(self, tokens):
+        """Returns the command to run next, with a config that suits so many tokens."""
+        if self.cfg.input == "stdlib" and self.settings["encoding"] == "bytes":
+            name = "quickstart"
+        else:
+            name = next((name for most, name in CONFIGS if tokens < most), "fineweb_125m_fast")
+        command = ["python", "train.py", f"config/{name}.py"]
+        folder, dataset = os.path.split(self.out_dir)
+        default = dict(quickstart="data/stdlib", fineweb_125m_fast="data/fineweb").get(name)
+        if self.out_dir != default:
+            command.append(f"--dataset={dataset if folder == 'data' else self.out_dir}")
+        return shlex.join(command)
 
 
 def plan(cfg):
     """Returns the Job; the hub's files are still to be found. Says which local files there are."""
-    out_dir = cfg.out_dir or ("data/stdlib" if cfg.input == "stdlib" else "data/fineweb")
+    out_dir = cfg.out_dir or os.path.join("data", name_of(cfg.input))
     settings = dict(format=1) | find_tokenizer(cfg.encoding).fields()
     settings["source"] = f"{cfg.repo} {cfg.subset} {cfg.split}"
     for name in ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens"):
@@ -793,7 +802,7 @@ def prepare(job, stop):
     progress, kept = begin(job)
     before = progress.counts["tokens"]
     start = time.perf_counter()
-    prefix = "stdlib" if job.cfg.input == "stdlib" else "fineweb"
+    prefix = name_of(job.cfg.input)
     shard_tokens = job.cfg.shard_tokens
     with (
         ending_well(job.progress_path),
@@ -820,7 +829,7 @@ def prepare(job, stop):
     size = sum(os.path.getsize(os.path.join(job.out_dir, name)) for name in files)
     rate = (progress.counts["tokens"] - before) / seconds
     print(f"wrote {size / 1e6:,.1f} MB to {job.out_dir} in {seconds:.1f} s, {rate:,.0f} tokens/s")
-    print(f"next: {job.train_command}")
+    print(f"next: {job.train_command(counts['train']['tokens'])}")
 
 
 def is_done(job):
@@ -829,7 +838,8 @@ def is_done(job):
         return False
     with contextlib.suppress(OSError):  # prepared data may be read-only
         remove(job.progress_path)  # left over where a run was killed just before removing it
-    print(f"{job.out_dir} is prepared already. Next: {job.train_command}")
+    tokens = record_in(job.out_dir)["train"]["tokens"]
+    print(f"{job.out_dir} is prepared already. Next: {job.train_command(tokens)}")
     return True
 
 

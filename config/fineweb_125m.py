@@ -5,6 +5,7 @@
 # Measured: time, tokens/s, memory and final loss here are not yet measured. For orientation, nanoGPT needs
 # 9,344 ms for one such iteration on an RTX 4070, which is 26 hours in all.
 
+out_dir = "out/fineweb_125m"
 dataset = "fineweb"
 
 # 8 * 64 * 1024 = 524,288 tokens per iteration

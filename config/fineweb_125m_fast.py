@@ -7,6 +7,7 @@
 # Measured: nothing at this size yet. By what others have published, a loss of 3.28 on FineWeb takes 1.7B to
 # 2.7B tokens with parts like these, and 5B to 10B with GPT-2's; the learning rate is theirs, too, translated.
 
+out_dir = "out/fineweb_125m_fast"
 dataset = "fineweb"
 
 # 8 * 64 * 1024 = 524,288 tokens per iteration

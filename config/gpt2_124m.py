@@ -5,6 +5,7 @@
 # On a 12 GB card add --batch_size=8 --gradient_accumulation_steps=64: the same run, slower.
 # Measured: time, tokens/s, memory and final loss are not yet measured.
 
+out_dir = "out/gpt2_124m"
 dataset = "fineweb"
 
 # 64 * 8 * 1024 = 524,288 tokens per iteration

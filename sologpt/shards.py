@@ -168,8 +168,8 @@ def find_data(dataset):
     names = [name for name in sorted(os.listdir("data")) if is_data(name)] if os.path.isdir("data") else []
     holds = f"data/ holds {', '.join(names[:5])}; " if names else ""
     raise FileNotFoundError(
-        f"there is no folder {os.path.join('data', dataset)} for dataset={dataset!r}; {holds}write one of your "
-        f"own text with python prepare_fineweb.py --input=FOLDER, or of FineWeb-Edu without --input"
+        f"there is no folder {os.path.join('data', dataset)} for dataset={dataset!r}; {holds}write one with "
+        f"python prepare_fineweb.py (FineWeb-Edu) or python prepare_fineweb.py --input=FOLDER (your own text)"
     )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import sysconfig
 
 from sologpt.files import sha256_of
@@ -34,9 +35,38 @@ def find_files(source):
         else:
             matching = matches(part)
         if not matching:
-            raise FileNotFoundError(f"--input={part}: no such file or folder with {', '.join(ENDINGS)} files")
+            raise FileNotFoundError(f"--input={part}: {nothing_found(part)}")
         found += sorted(matching)
     return each_once(found, passed_over), passed_over
+
+
+def nothing_found(part):
+    """Returns why a part of the source has no files, and what would help."""
+    if not os.path.isdir(part):
+        return f"no such file or folder with {', '.join(ENDINGS)} files"
+    endings = collections.Counter()
+    for _, folders, names in os.walk(part):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        endings.update(os.path.splitext(name)[1] for name in names if not is_hidden(name))
+    endings.pop("", None)
+    if not endings:
+        return f"the folder has no {', '.join(ENDINGS)} files"
+    common = [ending for ending, _ in endings.most_common(5)]
+    pattern = os.path.join(part, "**", "*" + common[0])
+    return (
+        f"the folder has no {', '.join(ENDINGS)} files, but {', '.join(common)}; text of any other ending is "
+        f"read if you name it: --input='{pattern}'"
+    )
+
+
+def name_of(source):
+    """Returns a short name for `source`, to name a folder and files after: books of ../books/*.txt."""
+    if not source:
+        return "fineweb"
+    path = pathlib.Path(source.split(",")[0])
+    parts = [part for part in path.resolve().parts if not set(part) & set("*?[")]
+    name = parts[-1].partition(".")[0] or parts[-1]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "text"
 
 
 def standard_library():

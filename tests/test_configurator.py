@@ -4,6 +4,7 @@ Reference: the rules written by hand here.
 Run: pytest tests/test_configurator.py
 """
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -261,3 +262,17 @@ def test_what_python_prints_is_what_is_set(i, x, flag, text):
         return
     config = configure(Toy, [f"--steps={i}", f"--rate={x}", f"--fast={flag}", f"--name={text}"])
     assert (config.steps, config.rate, config.fast, config.name) == (i, x, flag, text)
+
+
+@pytest.mark.parametrize(
+    "argument, hint",
+    [
+        ("--lr=3e-4", "unknown key 'lr' (did you mean 'learning_rate'?)"),
+        ("--wd=0.1", "unknown key 'wd' (did you mean 'weight_decay'?)"),
+        ("fineweb_125m", "did you mean config/fineweb_125m.py?"),
+        ("config/fineweb125m.py", "did you mean config/fineweb_125m.py?"),
+    ],
+)
+def test_what_other_programs_take_is_understood(argument, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        configure(TrainConfig, [argument])

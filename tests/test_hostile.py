@@ -143,7 +143,7 @@ def test_a_shard_changed_anywhere_is_noticed_by_the_sha256_of_meta_json(run, tin
     prepare_toy(run, tmp_path)
     run("train.py", *tiny, "--max_iters=3")
     resume = [*tiny, "--init_from=resume", "--max_iters=4"]
-    path = tmp_path / "data/toy/fineweb_train_000002.bin"
+    path = tmp_path / "data/toy/a_train_000002.bin"
     before = path.stat()
     tokens = np.memmap(path, np.uint16, "r+", 1024)
     assert len(tokens) > 4096
@@ -151,7 +151,7 @@ def test_a_shard_changed_anywhere_is_noticed_by_the_sha256_of_meta_json(run, tin
     tokens.flush()
     os.utime(path, ns=(before.st_atime_ns, time.time_ns() + 10**9))
     refused = one_line(run("train.py", *resume, status=1))
-    assert "fineweb_train_000002.bin: 30,000 uint16 tokens" in refused and "sha256" in refused
+    assert "a_train_000002.bin: 30,000 uint16 tokens" in refused and "sha256" in refused
     tokens[20000] ^= 1
     tokens.flush()
     # newer than meta.json, and the same again

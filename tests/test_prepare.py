@@ -33,8 +33,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare_fineweb
+from configurator import configure
 from prepare_fineweb import (
+    Job,
     Part,
+    PrepareConfig,
     Progress,
     choose,
     encode_parts,
@@ -45,6 +48,7 @@ from prepare_fineweb import (
     retrying,
 )
 from sologpt import shards
+from sologpt.source import name_of
 from sologpt.tokenizer import find_tokenizer
 
 TEXTS = [f"Document {i}: " + "some words, ünd möre. " * (1 + i % 7) for i in range(200)]
@@ -87,8 +91,8 @@ def test_every_document_lands_whole_in_one_split(run, tmp_path):
     assert min(positions) < 60 and max(positions) > 140  # from all over the source
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     count = -(-n["train"] // 5000)
-    assert names == [f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)] + [
-        "fineweb_val_000000.bin",
+    assert names == [f"a_train_{i:06d}.bin" for i in range(1, count + 1)] + [
+        "a_val_000000.bin",
         "meta.json",
     ]
     assert all((tmp_path / "out" / name).stat().st_size == 1024 + 2 * 5000 for name in names[: count - 1])
@@ -105,7 +109,51 @@ def test_every_document_lands_whole_in_one_split(run, tmp_path):
     for name, about in meta["files"].items():
         raw = (tmp_path / "out" / name).read_bytes()
         assert about == dict(tokens=(len(raw) - 1024) // 2, sha256=hashlib.sha256(raw).hexdigest())
-    assert "next: python train.py config/fineweb_125m.py --dataset=out" in out.stdout
+    assert "next: python train.py config/text_1m.py --dataset=out\n" in out.stdout
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("", "fineweb"),
+        ("stdlib", "stdlib"),
+        ("my texts/", "my-texts"),
+        ("books/*.txt,other", "books"),
+        ("novel.txt.gz", "novel"),
+        ("../books/**/*.md", "books"),
+    ],
+)
+def test_folder_and_shards_are_named_after_the_source(source, name):
+    assert name_of(source) == name
+
+
+@pytest.mark.parametrize(
+    "tokens, config",
+    [
+        (2_400_000, "text_1m"),
+        (29_000_000, "text_10m"),
+        (90_000_000, "text_100m"),
+        (10**10, "fineweb_125m_fast"),
+    ],
+)
+def test_the_next_command_has_a_config_for_so_much_text(tokens, config):
+    cfg = configure(PrepareConfig, ["--input=novels"])
+    job = Job(cfg, "data/novels", dict(encoding="gpt2", vocab_size=50257), [], 0, "")
+    assert job.train_command(tokens) == f"python train.py config/{config}.py --dataset=novels"
+
+
+def test_a_folder_without_known_endings_says_which_it_has(run, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.md").write_text("# one")
+    (tmp_path / "notes/b.md").write_text("# two")
+    (tmp_path / "notes/c.rst").write_text("three")
+    error = run("prepare_fineweb.py", "--input=notes", "--encoding=bytes", status=1).stderr
+    assert (
+        "files, but .md, .rst; text of any other ending is read if you name it: --input='notes/**/*.md'"
+        in error
+    )
+    out = run("prepare_fineweb.py", "--input=notes/**/*.*", "--encoding=bytes", "--val_tokens=2").stdout
+    assert "source: 3 files" in out and (tmp_path / "data/notes/notes_val_000000.bin").exists()
 
 
 def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp_path):
@@ -131,7 +179,7 @@ def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp
         "out was prepared with other settings (source: " in prepare(run, "--input=a.jsonl", status=1).stderr
     )
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "out/fineweb_val_000000.bin").write_bytes(b"")
+    (tmp_path / "out/a_val_000000.bin").write_bytes(b"")
     assert "does not start with llm.c's shard header" in prepare(run, "--input=a.jsonl", status=1).stderr
     (tmp_path / "out/meta.json").unlink()
     assert "out holds shards of another origin" in prepare(run, "--input=a.jsonl", status=1).stderr

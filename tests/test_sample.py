@@ -4,6 +4,8 @@ Run: pytest tests/test_sample.py
 """
 
 import json
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -260,3 +262,19 @@ def test_values_that_do_not_go_together_are_refused_at_once(run):
         "export writes a checkpoint of train.py",
     ):
         assert message in out.stderr
+
+
+def test_without_out_dir_it_takes_the_newest_run(trained, tmp_path):
+    shutil.copytree(tmp_path / "out", tmp_path / "out-new")
+    shutil.copytree(tmp_path / "out-new", tmp_path / "out/sub")
+    for age, folder in enumerate(("out-new", "out/sub", "out")):
+        os.utime(tmp_path / folder / "ckpt.pt", (10**9 - age, 10**9 - age))
+    short = ["--num_samples=1", "--max_new_tokens=1"]
+    assert trained("sample.py", *short).stderr.startswith("out-new/ckpt.pt: iteration 150")
+    (tmp_path / "out-new/ckpt.pt").unlink()
+    assert trained("sample.py", *short).stderr.startswith("out/sub/ckpt.pt: iteration 150")
+
+
+def test_without_any_run_it_says_so(run, tmp_path):
+    error = run("sample.py", status=1).stderr
+    assert error == "error: no ckpt.pt in out*/ or out*/*/: train a model, or name its --out_dir=\n"

@@ -29,7 +29,7 @@ from conftest import ENV, ROOT
 import train
 from configurator import configure
 from model import GPT, GPTConfig
-from sologpt import checkpoint, hardware, shards
+from sologpt import checkpoint, fit, hardware, shards
 from sologpt.errors import UserError, out_of_memory
 from sologpt.log import duration
 from train import TrainConfig, get_lr
@@ -1033,3 +1033,66 @@ def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
     out = run("train.py", *argv.split())
     # nanoGPT itself: 2.298 to 2.306 with four seeds (benchmarks/compare_nanogpt.py)
     assert 2.27 < float(STEP.findall(out.stdout)[-1][2]) < 2.33
+
+
+# -----------------------------------------------------------------------------
+# what a newcomer needs to be told
+
+
+def test_a_batch_that_cannot_fit_is_made_smaller_before_it_is_tried(
+    run, byte_data, tiny, tmp_path, monkeypatch
+):
+    """Here a computer with 4 MB: weights, gradients and moments take 0.6 of them."""
+    monkeypatch.setattr(fit, "total_memory", lambda device: 4e6)
+    wide = [*tiny, "--batch_size=64", "--gradient_accumulation_steps=1", "--max_iters=3"]
+    out = run("train.py", *wide)
+    started = re.search(
+        r"would take about .* GB, .*; the same run starts with batch_size=(\d+), gr.*=(\d+)\n", out.stderr
+    )
+    smaller, accumulation = map(int, started.groups())
+    assert smaller < 64 and smaller * accumulation == 64
+    assert f"iteration:  {smaller} * {accumulation} * 16 = 1,024 tokens" in out.stdout
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    whole = run("train.py", *wide, "--out_dir=whole")
+    assert [float(x) for x in losses(out).values()] == pytest.approx(
+        [float(x) for x in losses(whole).values()], abs=1e-3
+    )
+
+
+def test_what_cannot_fit_into_a_computer_at_all_is_refused(run, byte_data, tiny, monkeypatch):
+    monkeypatch.setattr(fit, "total_memory", lambda device: 5e5)
+    refused = run("train.py", *tiny, status=1).stderr
+    assert refused.splitlines()[-1].startswith(
+        "error: out of memory with batch_size=1; by estimate 0.0M param"
+    )
+    refused = run("train.py", *tiny, "--auto_fit=False", status=1).stderr
+    assert "--auto_fit=True finds it automatically" in refused
+
+
+@pytest.mark.parametrize("dropout, warned", [(0.0, True), (0.1, False)])
+def test_many_epochs_without_dropout_are_pointed_out(run, byte_data, tiny, dropout, warned):
+    # 3 * 8 of 672 windows an epoch; the first iteration is stopped by the data being evaluated only
+    argv = ["--max_iters=2000", "--eval_only=True", "--eval_iters=1", f"--dropout={dropout}"]
+    out = run("train.py", *tiny, *argv).stdout
+    assert ("note: 24 epochs without dropout learn the text by heart" in out) == warned
+
+
+def test_at_most_eight_lines_come_before_the_first_evaluation(run, byte_data, tiny):
+    flags = ["--compile=True", "--max_iters=3", "--eval_interval=3"]
+    lines = run("train.py", *tiny, *flags).stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("step 0:"))
+    assert first <= 8
+    labels = [line.partition(":")[0] for line in lines[: first - 1]]
+    assert labels == ["device", "data", "model", "memory", "iteration", "run", "evaluation"]
+    assert all(line[12] != " " and line[11] == " " for line in lines[: first - 1])
+
+
+def test_a_finished_run_says_what_to_do_next(run, byte_data, tiny):
+    out = run("train.py", *tiny, "--out_dir=my run").stdout
+    assert out.endswith("next: python sample.py '--out_dir=my run'\n")
+
+
+def test_init_from_best_is_explained(run, byte_data, tiny):
+    error = run("train.py", *tiny, "--init_from=best", status=2).stderr
+    assert "init_from='best' is for sample.py, as best.pt holds weights only; use init_from='resume'" in error
