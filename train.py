@@ -44,7 +44,7 @@ from sologpt.log import (
     Clock,
     Metrics,
     describe,
-    duration,
+    log_iteration,
     notes,
     open_metrics,
     print_aligned,
@@ -493,29 +493,6 @@ def check_bad_steps(run):
             f"{at.iter_num}; {run.files.kept}. Try a lower --learning_rate, --grad_clip=1.0 or "
             f"--dtype=float32 from there"
         )
-
-
-def log_iteration(run, step_loss, norm, lr):
-    cfg, at = run.cfg, run.at
-    loss = step_loss.item()  # waits for the update too, so that the clock is right
-    dt = run.clock.seconds_per_iter()
-    left = cfg.max_iters - 1 - at.iter_num
-    evaluations = (cfg.max_iters - 1) // cfg.eval_interval - at.iter_num // cfg.eval_interval + 1
-    eta = left * dt + evaluations * run.eval_seconds
-    tflops = run.model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12
-    mfu, mfu_text = None, "n/a"
-    if run.machine.peak:
-        mfu = 100 * run.model.estimate_mfu(cfg.sequences_per_iter, dt, run.machine.peak)
-        mfu_text = f"{mfu:.2f}%"
-    speed = f"{cfg.tokens_per_iter / dt:,.0f} tok/s"
-    say(
-        f"iter {at.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.2f} TFLOP/s, "
-        f"{speed}, norm {norm:.3f}, lr {lr:.2e}, eta {duration(eta)}"
-    )
-    run.bar.set_postfix_str(f"loss {loss:.3f}, {speed}, mfu {mfu_text}, eta {duration(eta)}")
-    figures = dict(loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm, lr=lr, tokens=at.tokens_seen)
-    peak_memory = hardware.peak_memory(run.machine.device)
-    run.metrics.record("iter", at.iter_num, **figures, peak_memory=peak_memory)
 
 
 # -----------------------------------------------------------------------------

@@ -270,6 +270,31 @@ def data_notes(run):
     return found
 
 
+def log_iteration(run, step_loss, norm, lr):
+    """Prints and records the iteration that a Run of train.py has just done. step_loss: a tensor on the
+    device; norm, lr: floats."""
+    cfg, at = run.cfg, run.at
+    loss = step_loss.item()  # waits for the update too, so that the clock is right
+    dt = run.clock.seconds_per_iter()
+    left = cfg.max_iters - 1 - at.iter_num
+    evaluations = (cfg.max_iters - 1) // cfg.eval_interval - at.iter_num // cfg.eval_interval + 1
+    eta = left * dt + evaluations * run.eval_seconds
+    tflops = run.model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12
+    mfu, mfu_text = None, "n/a"
+    if run.machine.peak:
+        mfu = 100 * run.model.estimate_mfu(cfg.sequences_per_iter, dt, run.machine.peak)
+        mfu_text = f"{mfu:.2f}%"
+    speed = f"{cfg.tokens_per_iter / dt:,.0f} tok/s"
+    say(
+        f"iter {at.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.2f} TFLOP/s, "
+        f"{speed}, norm {norm:.3f}, lr {lr:.2e}, eta {duration(eta)}"
+    )
+    run.bar.set_postfix_str(f"loss {loss:.3f}, {speed}, mfu {mfu_text}, eta {duration(eta)}")
+    figures = dict(loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm, lr=lr, tokens=at.tokens_seen)
+    figures["peak_memory"] = peak_memory(run.machine.device)
+    run.metrics.record("iter", at.iter_num, **figures)
+
+
 def sum_up(run):
     """Says what a finished Run of train.py has done."""
     at = run.at

@@ -12,6 +12,8 @@ def memory_estimate(model, optimizers, cfg, dtype):
     states = [state for optimizer in optimizers.values() for state in optimizer.state.values()]
     optimizer_bytes = sum(moment.nbytes for state in states for moment in state.values())
     levers = (cfg.compile, cfg.activation_memory, cfg.loss_chunks)
+    if cfg.matmul == "fp8":
+        dtype = "fp8"
     return memory_needed(params, optimizer_bytes, model.config, cfg.batch_size, dtype, *levers)
 
 
@@ -21,7 +23,8 @@ def memory_needed(
     """Returns an estimate of training's peak: bytes of weights, gradients, optimizer, activations and loss.
 
     params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig.
-    The rest is as in train.py. Left out: dropout's masks, and what the CUDA context and the libraries take.
+    dtype: "fp8" for matmul="fp8". The rest is as in train.py. Left out: dropout's masks, and what the CUDA
+    context and the libraries take.
     """
     tokens = batch_size * config.block_size
     activations = activation_bytes(config, tokens, dtype, compile, activation_memory)
@@ -37,11 +40,11 @@ def memory_needed(
 
 
 # numbers, times n_embd, that the blocks keep for each token and layer until the backward pass
-KEPT = {  # arch: {dtype: (compiled, not compiled)}
-    "gpt2": {"bfloat16": (16, 18), "float16": (18, 18), "float32": (16, 16)},
-    "modern": {"bfloat16": (21, 28), "float16": (22, 28), "float32": (23, 21)},
+KEPT = {  # arch: {dtype: (compiled, not compiled)}; in FP8 some are half as long
+    "gpt2": {"bfloat16": (16, 18), "float16": (18, 18), "float32": (16, 16), "fp8": (10, 18)},
+    "modern": {"bfloat16": (20, 28), "float16": (21, 28), "float32": (20, 21), "fp8": (14, 28)},
 }
-CHEAP = {"gpt2": 4.5, "modern": 7.5}  # of these, what an activation_memory just below 1 recomputes
+CHEAP = {"gpt2": 4.8, "modern": 6.5}  # of these, what an activation_memory just below 1 recomputes
 
 
 def activation_bytes(config, tokens, dtype, compile, activation_memory):
@@ -49,7 +52,7 @@ def activation_bytes(config, tokens, dtype, compile, activation_memory):
 
     In 16 bits that includes a copy of every matrix, except at an activation_memory below 1, where no copies
     and not even what is CHEAP are kept. The numbers, and those of loss_bytes, are fitted to what torch 2.11
-    asks of CUDA's allocator in 35 cases of 124M parameters (docs/memory.md); Korthikanti et al. 2022
+    asks of CUDA's allocator in 42 cases of 124M parameters (docs/memory.md); Korthikanti et al. 2022
     (https://arxiv.org/abs/2205.05198, section 4.1) count 34 bytes in 16 bits, without attention's scores,
     which fused attention does not keep.
     """
@@ -57,11 +60,12 @@ def activation_bytes(config, tokens, dtype, compile, activation_memory):
     C, V, layers = config.n_embd, config.vocab_size, config.n_layer
     if_compiled, if_not = KEPT[config.arch][dtype]
     kept = if_compiled if compile else if_not
-    total = size * tokens * C * (kept * layers + 2)
+    at_the_ends = 4 if compile else 2  # what embedding and loss keep
+    total = size * tokens * C * (kept * layers + at_the_ends)
     if size == 2:
         total += 2 * (12 * layers * C * C + V * C)
     if compile and activation_memory < 1:
-        least = size * tokens * C * ((kept - CHEAP[config.arch]) * layers + 2)
+        least = size * tokens * C * ((kept - CHEAP[config.arch]) * layers + at_the_ends)
         total = min(least, activation_memory * total)
     return total
 

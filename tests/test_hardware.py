@@ -287,7 +287,7 @@ def test_the_estimate_of_activations_is_what_the_compiler_keeps(arch, dtype, act
     with torch._functorch.config.patch(activation_memory_budget=activation_memory):
         kept = kept_by_the_compiler(model, dtype)
     if activation_memory == 0.5:  # where much is recomputed, that takes room, too
-        assert kept < needed["activations"] + head < 1.25 * kept
+        assert kept < needed["activations"] + head < 1.9 * kept
     else:
         assert needed["activations"] + head == pytest.approx(kept, rel=0.12)
 
