@@ -14,30 +14,31 @@ from sologpt.memory import memory_estimate, memory_needed
 
 
 def start_with_what_fits(model, optimizers, cfg, machine):
-    """Returns memory_estimate, after halving cfg.batch_size while that is far above what the device has: a
-    GPU would find out at the first step, each time after compiling, and the system kills a process that takes
-    a computer's whole memory.
+    """Returns memory_estimate, after halving cfg.batch_size while that is too much: 1.1 times what a GPU has
+    free, which would find out at the first step, each time after compiling, or 0.8 times a computer's memory,
+    as the system kills a process that takes all of it.
 
     Raises UserError if what is left to try cannot fit into a computer's memory.
     """
     on_cpu = machine.device.type == "cpu"
-    limit = total_memory(machine.device) if on_cpu else available_memory(machine.device)
+    has = total_memory(machine.device) if on_cpu else available_memory(machine.device)
     needed = memory_estimate(model, optimizers, cfg, machine.dtype)
-    if limit is None:
+    if has is None:
         return needed
+    limit = 0.8 * has if on_cpu else 1.1 * has
     asked, first_estimate = cfg.batch_size, sum(needed.values())
-    while sum(needed.values()) > 1.1 * limit and cfg.batch_size > 1 and cfg.auto_fit:
+    while sum(needed.values()) > limit and cfg.batch_size > 1 and cfg.auto_fit:
         cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(
             cfg.batch_size, cfg.sequences_per_iter
         )
         needed = memory_estimate(model, optimizers, cfg, machine.dtype)
-    if on_cpu and sum(needed.values()) > 1.1 * limit:
+    if on_cpu and sum(needed.values()) > limit:
         params = model.get_num_params(non_embedding=False)
-        raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine.dtype, limit))
+        raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine.dtype, has))
     if cfg.batch_size < asked:
         warn(
             f"batch_size={asked} would take about {first_estimate / 1e9:,.1f} GB, and there are "
-            f"{limit / 1e9:,.1f}; the same run starts with batch_size={cfg.batch_size}, "
+            f"{has / 1e9:,.1f}; the same run starts with batch_size={cfg.batch_size}, "
             f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
         )
     return needed
