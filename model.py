@@ -196,7 +196,7 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
         one does not count: the mean cross-entropy in nats, and logits (B, T, V) in eval mode, None in
-        training and with loss_chunks. Raises ValueError if T > block_size.
+        training, with loss_chunks and if compiled. Raises ValueError if T > block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -206,7 +206,7 @@ class GPT(nn.Module):
             return self.logits(x[:, -1:]), None
         targets = targets.reshape(B * T)
         chunks = self.loss_chunks
-        if not chunks and self.training and torch.compiler.is_compiling():  # else slower than torch's own
+        if not chunks and torch.compiler.is_compiling():  # else slower than torch's own
             chunks = loss.suitable_chunks(B * T, self.config.vocab_size)
         if chunks:
             x = x.view(B * T, -1).to(self.matmul_dtype())

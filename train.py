@@ -121,7 +121,7 @@ class TrainConfig(Config):
     activation_memory: float = key(
         1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
     )
-    loss_chunks: int = key(0, "head and loss in this many chunks of tokens; 0: what suits the size", low=0)
+    loss_chunks: int = key(0, "head and loss in so many chunks of tokens; 0: what suits, if compiled", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
     backend: str = key("nccl", "no effect: nanoGPT's key for several GPUs; this trainer uses one")

@@ -14,7 +14,7 @@ gradient_accumulation_steps = 8
 block_size = 1024
 
 eval_interval = 250
-eval_iters = 50  # all of a small validation split
+eval_iters = 50
 log_interval = 10
 
 arch = "modern"

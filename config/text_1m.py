@@ -14,7 +14,7 @@ gradient_accumulation_steps = 1
 block_size = 256
 
 eval_interval = 100
-eval_iters = 20  # all of a small validation split
+eval_iters = 20
 log_interval = 10
 
 arch = "modern"

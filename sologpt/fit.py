@@ -34,7 +34,7 @@ def start_with_what_fits(model, optimizers, cfg, machine):
         needed = memory_estimate(model, optimizers, cfg, machine.dtype)
     if on_cpu and sum(needed.values()) > limit:
         params = model.get_num_params(non_embedding=False)
-        raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine.dtype, has))
+        raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine.dtype, limit))
     if cfg.batch_size < asked:
         warn(
             f"batch_size={asked} would take about {first_estimate / 1e9:,.1f} GB, and there are "

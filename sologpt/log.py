@@ -306,4 +306,5 @@ def sum_up(run):
         f"done: iteration {at.iter_num:,} after {duration(seconds)}, {at.tokens_seen:,} tokens{skipped}, "
         f"best val loss {at.best_val_loss:.4f}{memory}"
     )
-    say(f"next: python sample.py {shlex.join([f'--out_dir={run.cfg.out_dir}'])}")
+    if at.iter_num:  # else there is nothing to sample
+        say(f"next: python sample.py {shlex.join([f'--out_dir={run.cfg.out_dir}'])}")

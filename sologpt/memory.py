@@ -52,7 +52,7 @@ def activation_bytes(config, tokens, dtype, compile, activation_memory):
 
     In 16 bits that includes a copy of every matrix, except at an activation_memory below 1, where no copies
     and not even what is CHEAP are kept. The numbers, and those of loss_bytes, are fitted to what torch 2.11
-    asks of CUDA's allocator in 42 cases of 124M parameters (docs/memory.md); Korthikanti et al. 2022
+    asks of CUDA's allocator in 47 cases of 124M parameters (docs/memory.md); Korthikanti et al. 2022
     (https://arxiv.org/abs/2205.05198, section 4.1) count 34 bytes in 16 bits, without attention's scores,
     which fused attention does not keep.
     """

@@ -3,6 +3,7 @@ The model against transformers' GPT-2, against plain math, and against figures w
 Run: pytest tests/test_model.py
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, make_gpt
 from sologpt import sampling
 from sologpt.loss import chunked_cross_entropy, suitable_chunks
 from sologpt.sampling import pick
@@ -196,6 +197,23 @@ def test_a_loss_in_chunks_makes_no_logits_and_without_gradients_none_of_those():
 )
 def test_the_number_of_chunks_suits_the_logits(tokens, vocab_size, expected):
     assert suitable_chunks(tokens, vocab_size) == expected
+
+
+# an evaluation that kept two micro-batches' logits took more memory than training a small model
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_a_compiled_model_evaluates_without_keeping_logits(arch):
+    model = make_gpt(dataclasses.replace(tiny().config, arch=arch)).eval()
+    idx, targets = torch.randint(97, (2, 4, 32))
+    targets[0, :5] = -1
+    with torch.no_grad():
+        logits, expected = model(idx, targets)
+        model.compile(dynamic=False)
+        none, loss = model(idx, targets)
+    assert none is None and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    counted = targets >= 0
+    assert expected.item() == pytest.approx(
+        F.cross_entropy(logits[counted], targets[counted]).item(), rel=1e-6
+    )
 
 
 class HeadAlone(torch.nn.Module):
