@@ -36,6 +36,7 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, resume, shards
+from sologpt.display import print_aligned
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
 from sologpt.fit import check_size, no_room, nothing_half_done, smaller_batch, start_with_what_fits
@@ -47,7 +48,6 @@ from sologpt.log import (
     log_iteration,
     notes,
     open_metrics,
-    print_aligned,
     progress_bar,
     say,
     sum_up,

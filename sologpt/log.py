@@ -14,6 +14,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from sologpt.display import duration, print_aligned
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
 from sologpt.hardware import attention_backend, peak_memory
@@ -39,12 +40,6 @@ def progress_bar(total, initial):
     """Returns the bar of a run, shown if stderr is a terminal; its time left is that of the last log line."""
     layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
     return tqdm(total=total, initial=initial, disable=None, dynamic_ncols=True, bar_format=layout)
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 class Clock:
@@ -204,13 +199,6 @@ def parameters(model):
     in_matmuls = model.get_num_params()
     looked_up = model.get_num_params(non_embedding=False) - in_matmuls
     return f"{in_matmuls / 1e6:.2f}M parameters in matmuls + {looked_up / 1e6:.2f}M looked up"
-
-
-def print_aligned(lines):
-    """Prints lines of the form `name: text` with their texts one below another."""
-    for line in lines:
-        name, _, text = line.partition(": ")
-        print(f"{name + ':':<11} {text}")
 
 
 def describe(run):

@@ -30,8 +30,8 @@ import train
 from configurator import configure
 from model import GPT, GPTConfig
 from sologpt import checkpoint, fit, hardware, shards
+from sologpt.display import duration
 from sologpt.errors import UserError, out_of_memory
-from sologpt.log import duration
 from train import TrainConfig, get_lr
 
 STEP = re.compile(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)", re.M)
@@ -1016,21 +1016,13 @@ SHAKESPEARE = os.environ.get("SHAKESPEARE")
 
 @pytest.mark.skipif(not SHAKESPEARE, reason="set SHAKESPEARE to tiny Shakespeare's input.txt")
 def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
-    text = Path(SHAKESPEARE).read_text()
-    itos = dict(enumerate(sorted(set(text))))
-    stoi = {c: i for i, c in itos.items()}
-    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
-    folder = tmp_path / "data/shakespeare_char"
-    folder.mkdir(parents=True)
-    cut = int(len(ids) * 0.9)
-    ids[:cut].tofile(folder / "train.bin")
-    ids[cut:].tofile(folder / "val.bin")
-    (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi)))
-    argv = """--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=30 --eval_interval=500
-    --log_interval=100 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4
-    --n_embd=128 --max_iters=500 --lr_decay_iters=500 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4
-    --beta2=0.99 --warmup_iters=100"""
-    out = run("train.py", *argv.split())
+    """nanoGPT's smaller model, for a quarter of its iterations."""
+    data = [f"--input={SHAKESPEARE}", "--encoding=characters", "--out_dir=data/shakespeare_char"]
+    assert "next: python train.py config/shakespeare_char.py\n" in run("prepare_fineweb.py", *data).stdout
+    smaller = """--device=cpu --compile=False --eval_iters=30 --eval_interval=500 --log_interval=100
+    --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=500 --lr_decay_iters=500
+    --dropout=0.0"""
+    out = run("train.py", ROOT / "config/shakespeare_char.py", *smaller.split())
     # nanoGPT itself: 2.298 to 2.306 with four seeds (benchmarks/compare_nanogpt.py)
     assert 2.27 < float(STEP.findall(out.stdout)[-1][2]) < 2.33
 
