@@ -35,7 +35,6 @@ import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -51,7 +50,7 @@ from configurator import Config, from_command_line, key, run_script
 from sologpt import characters, shards
 from sologpt.display import duration, print_aligned
 from sologpt.errors import UserError
-from sologpt.files import atomic_file, remove, sole_use
+from sologpt.files import atomic_file, free_bytes, remove, sole_use
 from sologpt.source import (
     ENDINGS,
     contents_of,
@@ -656,14 +655,6 @@ def expected_tokens(job, counts):
     elif named := re.search(r"(\d+)BT$", cfg.subset):
         expected = int(named[1]) * 1e9
     return int(min(expected or cfg.max_tokens, cfg.max_tokens or expected))
-
-
-def free_bytes(out_dir):
-    """Returns how much is free on the disk of a folder that need not be there yet."""
-    folder = out_dir
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder) or "."
-    return shutil.disk_usage(folder).free
 
 
 def check_space(out_dir, tokens, itemsize):

@@ -1,9 +1,9 @@
 # Tiny Shakespeare by characters: nanoGPT's first example, with its sizes and settings.
+# 81.9M tokens: 5,000 iterations of 16,384, 82 times the text; best.pt keeps the lowest val loss.
 # $ python prepare_fineweb.py --encoding=characters --out_dir=data/shakespeare_char \
 #       --input=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 # $ python train.py config/shakespeare_char.py
 # $ python sample.py
-# 81.9M tokens: 5,000 iterations of 16,384, 82 times the text; best.pt keeps the lowest val loss.
 # nanoGPT's README says 1.4697 for it, after about three minutes on one A100.
 # On a CPU, nanoGPT's smaller model, for which its README says 1.88 after about three minutes:
 # $ python train.py config/shakespeare_char.py --compile=False --block_size=64 --batch_size=12 --n_layer=4 \
