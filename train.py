@@ -36,24 +36,27 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, resume, shards
-from sologpt.display import print_aligned
+from sologpt.display import print_aligned, say, warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
 from sologpt.fit import check_size, no_room, nothing_half_done, smaller_batch, start_with_what_fits
 from sologpt.fp8 import use_fp8
+from sologpt.health import check_bad_steps, count_bad_steps
 from sologpt.log import (
     Clock,
     Metrics,
+    elapsed,
     log_iteration,
+    log_samples,
     open_metrics,
     progress_bar,
-    say,
-    warn,
+    share_of_time,
 )
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
 from sologpt.report import describe, foretell, notes, sum_up
 from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
+from sologpt.tracker import TRACKERS
 
 
 @dataclass
@@ -74,9 +77,11 @@ class TrainConfig(Config):
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines", low=1)
     dry_run: bool = key(False, "say what the run would be and take, and stop")
-    wandb_log: bool = key(False, "log to Weights & Biases too (pip install wandb)")
-    wandb_project: str = key("owt", "Weights & Biases project")
-    wandb_run_name: str = key("gpt2", "Weights & Biases run name")
+    sample_interval: int = key(0, "evaluations at a multiple of it also write some text; 0: none do", low=0)
+    tracker: str = key("", "where to send the figures too, besides metrics.jsonl", choices=("", *TRACKERS))
+    wandb_log: bool = key(False, "nanoGPT's key for tracker='wandb'")
+    wandb_project: str = key("owt", "project in wandb or trackio")
+    wandb_run_name: str = key("gpt2", "name of the run in wandb or trackio")
     # data
     dataset: str = key("openwebtext", "folder of token files: one under data/, or a path")
     gradient_accumulation_steps: int = key(5 * 8, "micro-batches in one iteration", low=1)
@@ -93,6 +98,7 @@ class TrainConfig(Config):
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
+    max_minutes: float = key(0.0, "minutes of the whole run, if max_iters do not end it first; 0: any", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
@@ -159,6 +165,8 @@ class TrainConfig(Config):
             found.append(
                 "keep_before_cooldown=True needs schedule='wsd': a cosine has no constant part to branch from"
             )
+        if self.keep_before_cooldown and self.max_minutes:
+            found.append("keep_before_cooldown=True needs max_minutes=0: a clock decides when it cools down")
         for name, off in (("compile_mode", "default"), ("activation_memory", 1.0)):
             value = getattr(self, name)
             if not self.compile and value != off:
@@ -180,11 +188,12 @@ class TrainConfig(Config):
 # learning rate
 
 
-def get_lr(it, cfg):
+def get_lr(it, cfg, time_used=0.0):
     """Returns the learning rate of iteration it: a linear warmup, then as cfg.schedule says.
 
     cosine: down to min_lr at lr_decay_iters, and min_lr from there on. wsd: constant, then from
-    cooldown_start linearly down to min_lr at max_iters.
+    cooldown_start linearly down to min_lr at max_iters. time_used, the share of max_minutes, counts instead
+    of iterations where it is further.
     """
     if not cfg.decay_lr:
         return cfg.learning_rate
@@ -192,16 +201,19 @@ def get_lr(it, cfg):
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
     if cfg.schedule == "wsd":
         left = (cfg.max_iters - it) / max(1, cfg.max_iters - cfg.cooldown_start)
+        if cfg.cooldown_frac:
+            left = min(left, (1 - time_used) / cfg.cooldown_frac)
         return cfg.min_lr + min(1, left) * (cfg.learning_rate - cfg.min_lr)
     if it >= cfg.lr_decay_iters:
         return cfg.min_lr
     progress = (it - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    progress = max(progress, time_used)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
 
 
-def set_learning_rate(optimizers, it, cfg):
+def set_learning_rate(optimizers, it, cfg, time_used=0.0):
     """Sets learning rate and momentum of the optimizers for iteration it. Returns the learning rate."""
-    lr = get_lr(it, cfg)
+    lr = get_lr(it, cfg, time_used)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -328,7 +340,9 @@ class Run:
     started: float = dataclasses.field(default_factory=time.perf_counter)  # as if the run had never stopped
     first_iter: int = 0  # of this process
     evaluated_iter: int = -1  # of the last evaluation
+    losses: dict = None  # of that evaluation
     eval_seconds: float = 0.0  # of that evaluation
+    done: bool = False
     rng: dict = None  # torch's random state at the beginning of the iteration
     metrics: Metrics = None
     clock: Clock = None
@@ -354,14 +368,17 @@ def train(run):
     while True:
         run.rng = checkpoint.get_rng(machine.device)
         run.stop.check()
-        done = at.iter_num == cfg.max_iters
+        time_used = share_of_time(run)
+        run.done = at.iter_num == cfg.max_iters or time_used == 1
 
         # evaluate
-        eval_due = done or cfg.eval_only or at.iter_num % cfg.eval_interval == 0
+        eval_due = run.done or cfg.eval_only or at.iter_num % cfg.eval_interval == 0
         improved = False
         if eval_due and run.evaluated_iter != at.iter_num:
             with clock.paused():
                 improved = evaluate(run)
+                if cfg.sample_interval and at.iter_num % cfg.sample_interval == 0:
+                    log_samples(run)
         if cfg.eval_only:
             return
 
@@ -369,21 +386,21 @@ def train(run):
         save_due = eval_due and (improved or cfg.always_save_checkpoint)
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
-        if done or (save_due and at.iter_num > 0):
+        if run.done or (save_due and at.iter_num > 0):
             if improved or run.files.saved_iter != at.iter_num:
                 with clock.paused():
                     save_checkpoint(run)
         if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start:
             with clock.paused():
                 save_before_cooldown(run)
-        if done:
+        if run.done:
             return
         if gc.isenabled():
             with clock.paused():
                 leave_garbage_to_evaluations()
 
         # update: forward and backward of every micro-batch, then the optimizers
-        lr = set_learning_rate(run.optimizers, at.iter_num, cfg)
+        lr = set_learning_rate(run.optimizers, at.iter_num, cfg, time_used)
         step_loss.zero_()
         with run.stop.interrupts():  # a large model on a CPU takes minutes for this
             for _ in range(accumulation):
@@ -441,7 +458,8 @@ def evaluate(run):
         val_bpb = val_loss / math.log(2) * tokens_per_byte
         text += f", {val_bpb:.4f} bits/byte"
     say(text)
-    run.metrics.record("eval", at.iter_num, train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb)
+    run.losses = dict(train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb)
+    run.metrics.record("eval", at.iter_num, **run.losses, elapsed=elapsed(run))
     gc.collect()
     run.evaluated_iter = at.iter_num
     run.eval_seconds = time.perf_counter() - start
@@ -467,31 +485,6 @@ def save_before_cooldown(run):
     path = run.files.before_cooldown
     if run.files.write(path, checkpoint.whole_state(run)):
         say(f"saving {path}, from which a longer run can start (docs/recipe.md)")
-
-
-def count_bad_steps(run, step_loss, norm):
-    """Counts an update that was skipped, and warns of it. In fp16 an infinite gradient is normal while the
-    scaler finds out how large its scale may be: there only a loss that is not finite counts."""
-    at = run.at
-    if math.isfinite(step_loss.item() if run.scaler.is_enabled() else norm):
-        at.bad_in_row = 0
-        return
-    at.bad_steps += 1
-    at.bad_in_row += 1
-    loss = step_loss.item()
-    text = f"loss {loss:.4g} and gradient norm {norm:.4g} in iteration {at.iter_num}"
-    warn(f"{text}: its update is skipped ({at.bad_in_row} in a row)")
-    run.metrics.record("bad_step", at.iter_num, loss=loss, norm=norm, in_row=at.bad_in_row)
-
-
-def check_bad_steps(run):
-    at = run.at
-    if at.bad_in_row >= run.cfg.max_bad_steps:
-        raise UserError(
-            f"no finite gradient in the {at.bad_in_row} iterations {at.iter_num - at.bad_in_row + 1} to "
-            f"{at.iter_num}; {run.files.kept}. Try a lower --learning_rate, --grad_clip=1.0 or "
-            f"--dtype=float32 from there"
-        )
 
 
 # -----------------------------------------------------------------------------
@@ -541,6 +534,7 @@ def use_smaller_batch(run):
     text = f"out of memory with batch_size={cfg.batch_size}; from iteration {at.iter_num} on"
     cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
     warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")
+    run.metrics.record("smaller_batch", at.iter_num, batch_size=cfg.batch_size)
 
 
 # -----------------------------------------------------------------------------
@@ -613,10 +607,14 @@ def set_up(cfg, machine):
 
 def finish(run, argv):
     """Says how the run ended. Exits with 128 + signal if one stopped it; raises OSError if not saved."""
-    cfg, at = run.cfg, run.at
+    at = run.at
+    if run.cfg.eval_only and run.evaluated_iter < 0:
+        sys.exit(128 + run.stop.number)
+    if run.cfg.eval_only:
+        return
     if run.files.saved_iter != at.iter_num:
         raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.kept}")
-    if run.evaluated_iter != cfg.max_iters:
+    if not run.done or run.evaluated_iter != at.iter_num:
         kept = [arg for arg in argv if not arg.startswith("--init_from=")]
         command = shlex.join(["python", sys.argv[0], *kept, "--init_from=resume"])
         say(f"stopped at iteration {at.iter_num}; continue with: {command}")
@@ -650,10 +648,7 @@ def main(argv):
             finally:
                 gc.unfreeze()
                 gc.enable()
-        if not cfg.eval_only:
             finish(run, argv)
-        elif run.evaluated_iter < 0:
-            sys.exit(128 + run.stop.number)
 
 
 if __name__ == "__main__":

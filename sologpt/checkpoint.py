@@ -18,9 +18,9 @@ import zipfile
 
 import torch
 
+from sologpt.display import warn
 from sologpt.errors import UserError
 from sologpt.files import atomic_file, remove, remove_temporary
-from sologpt.log import warn
 from sologpt.tokenizer import make_tokenizer
 
 NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no EDQUOT

@@ -1,6 +1,25 @@
 """
-How scripts show times and lines; imports nothing heavy.
+Lines for the user, and how times are written in them. Imports nothing heavy.
 """
+
+import sys
+
+from tqdm import tqdm
+
+
+def say(text, file=None):
+    """Prints text to stdout or to file, above the progress bar if there is one. If it cannot be written, as
+    with a log on a full disk, it is left out: no reason to end a run."""
+    try:
+        tqdm.write(text, file or sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
+def warn(text):
+    say(f"warning: {text}", sys.stderr)
 
 
 def duration(seconds):
@@ -13,4 +32,4 @@ def print_aligned(lines):
     """Prints lines of the form `name: text` with their texts one below another."""
     for line in lines:
         name, _, text = line.partition(": ")
-        print(f"{name + ':':<11} {text}")
+        say(f"{name + ':':<11} {text}")

@@ -7,9 +7,9 @@ import dataclasses
 
 import torch
 
+from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, total_memory
-from sologpt.log import warn
 from sologpt.memory import memory_estimate, memory_needed
 
 

@@ -4,8 +4,8 @@ Matmuls in FP8, with torchao (https://github.com/pytorch/ao), which only this ne
 
 import torch
 
+from sologpt.display import warn
 from sologpt.errors import UserError
-from sologpt.log import warn
 
 
 def use_fp8(model, machine):

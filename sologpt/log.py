@@ -1,5 +1,5 @@
 """
-What a run reports: lines for the user, metrics.jsonl, Weights & Biases, and the time of its iterations.
+What a run reports while it goes on: lines for the user, metrics.jsonl, and the time of its iterations.
 """
 
 import contextlib
@@ -7,31 +7,17 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-from sologpt.display import duration
-from sologpt.errors import UserError
+from sologpt.display import duration, say, warn
 from sologpt.files import atomic_file
 from sologpt.hardware import peak_memory
+from sologpt.tracker import Tracker
 
-
-def say(text, file=None):
-    """Prints text to stdout or to file, above the progress bar if there is one. If it cannot be written, as
-    with a log on a full disk, it is left out: no reason to end a run."""
-    try:
-        tqdm.write(text, file or sys.stdout)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
-
-
-def warn(text):
-    say(f"warning: {text}", sys.stderr)
+PROMPT, CONTINUATION = 16, 64  # tokens of the samples while training
 
 
 def progress_bar(total, initial):
@@ -45,6 +31,8 @@ class Clock:
 
     def __init__(self, machine):
         self.machine = machine
+        self.all_seconds = 0.0
+        self.all_iters = 0
         self.restart()
 
     def restart(self):
@@ -58,8 +46,25 @@ class Clock:
         yield
         self.start += time.perf_counter() - start
 
-    def seconds_per_iter(self):
-        return (time.perf_counter() - self.start) / self.iters
+    def lap(self):
+        """Returns the mean seconds of the iterations since the last restart, and counts them for the end."""
+        seconds = time.perf_counter() - self.start
+        self.all_seconds += seconds
+        self.all_iters += self.iters
+        return seconds / self.iters
+
+
+def elapsed(run):
+    """Returns the seconds of a Run of train.py since it began, all that it did and all its parts counted."""
+    return time.perf_counter() - run.started
+
+
+def share_of_time(run):
+    """Returns the share of max_minutes that a Run has used, up to 1; the last evaluation needs its part. 0
+    without a limit."""
+    if not run.cfg.max_minutes:
+        return 0.0
+    return min(1.0, (elapsed(run) + run.eval_seconds) / (60 * run.cfg.max_minutes))
 
 
 def rewind_metrics(path, iter_num):
@@ -90,15 +95,15 @@ def iteration_of(line):
 
 
 class Metrics:
-    """metrics.jsonl, open for appending, and Weights & Biases if a run of it is given.
+    """metrics.jsonl, open for appending; what is an iteration's or an evaluation's goes to a Tracker too.
 
     A line that cannot be written, as on a full disk, is kept and written with the next one that can: a log is
     no reason to end a run.
     """
 
-    def __init__(self, path, wandb=None):
+    def __init__(self, path, tracker):
         self.path = path
-        self.wandb = wandb
+        self.tracker = tracker
         self.file = open(path, "ab", buffering=0)
         self.waiting = b""
         self.failing = False
@@ -109,10 +114,8 @@ class Metrics:
             name: finite_or_none(value) for name, value in figures.items()
         }
         self.write(json.dumps(line) + "\n")
-        if self.wandb and kind in ("iter", "eval"):  # train_loss is train/loss there, as in nanoGPT
-            self.wandb.log(
-                dict(iter=iter_num) | {name.replace("_", "/"): value for name, value in figures.items()}
-            )
+        if kind in ("iter", "eval"):
+            self.tracker.send(iter_num, figures)
 
     def write(self, line):
         self.waiting += line.encode()
@@ -131,6 +134,7 @@ class Metrics:
             os.fsync(self.file.fileno())
 
     def close(self):
+        self.tracker.close()
         self.file.close()
 
 
@@ -141,7 +145,6 @@ def finite_or_none(value):
 def open_metrics(run):
     """Returns the Metrics of a Run of train.py, with its first line, and prepares its out_dir."""
     cfg, iter_num = run.cfg, run.at.iter_num
-    wandb = start_wandb(cfg) if cfg.wandb_log else None
     path = os.devnull  # eval_only leaves out_dir alone: a run may be writing there
     if not cfg.eval_only:
         path = run.files.metrics
@@ -149,7 +152,7 @@ def open_metrics(run):
         if run.files.newest is None:
             set_aside(run.files)
         rewind_metrics(path, iter_num)
-    metrics = Metrics(path, wandb)
+    metrics = Metrics(path, Tracker(cfg, iter_num))
     kind = "resume" if iter_num else "config"
     metrics.record(kind, iter_num, config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
     return metrics
@@ -162,25 +165,17 @@ def set_aside(files):
         say(f"moved an earlier run to {folder}; --init_from=resume would have continued it")
 
 
-def start_wandb(cfg):
-    """Returns the module wandb with a run begun. Raises UserError if it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False") from None
-    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=dataclasses.asdict(cfg))
-    return wandb
-
-
 def log_iteration(run, step_loss, norm, lr):
     """Prints and records the iteration that a Run of train.py has just done. step_loss: a tensor on the
     device; norm, lr: floats."""
     cfg, at = run.cfg, run.at
     loss = step_loss.item()  # waits for the update too, so that the clock is right
-    dt = run.clock.seconds_per_iter()
+    dt = run.clock.lap()
     left = cfg.max_iters - 1 - at.iter_num
     evaluations = (cfg.max_iters - 1) // cfg.eval_interval - at.iter_num // cfg.eval_interval + 1
     eta = left * dt + evaluations * run.eval_seconds
+    if cfg.max_minutes:
+        eta = min(eta, 60 * cfg.max_minutes - elapsed(run))
     tflops = run.model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12
     mfu, mfu_text = None, "n/a"
     if run.machine.peak:
@@ -188,10 +183,36 @@ def log_iteration(run, step_loss, norm, lr):
         mfu_text = f"{mfu:.2f}%"
     speed = f"{cfg.tokens_per_iter / dt:,.0f} tok/s"
     say(
-        f"iter {at.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.2f} TFLOP/s, "
+        f"iter {at.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.3g} TFLOP/s, "
         f"{speed}, norm {norm:.3f}, lr {lr:.2e}, eta {duration(eta)}"
     )
     run.bar.set_postfix_str(f"loss {loss:.3f}, {speed}, mfu {mfu_text}, eta {duration(eta)}")
     figures = dict(loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm, lr=lr, tokens=at.tokens_seen)
     figures["peak_memory"] = peak_memory(run.machine.device)
-    run.metrics.record("iter", at.iter_num, **figures)
+    run.metrics.record("iter", at.iter_num, **figures, elapsed=elapsed(run))
+
+
+def log_samples(run):
+    """Prints and records how the model continues the beginnings of three validation windows; the same ones
+    each time, drawn with the same numbers, so that only the model differs. Torch's random state is left
+    alone."""
+    model, block_size = run.model, run.cfg.block_size
+    windows = torch.from_numpy(run.val_data.read(run.val_data.spread(3)))
+    prompts = windows[:, : min(PROMPT, block_size // 2)].to(run.machine.device)
+    length = min(CONTINUATION, block_size - prompts.size(1))
+    noise = torch.rand(len(prompts), length, generator=torch.Generator().manual_seed(run.cfg.seed))
+    model.eval()
+    texts = model.generate(prompts, length, temperature=0.8, noise=noise).tolist()
+    model.train()
+    samples = []
+    for ids in texts:
+        prompt = run.tokenizer.decode(ids[: prompts.size(1)])
+        text = run.tokenizer.decode(ids[prompts.size(1) :])
+        samples.append(dict(prompt=prompt, text=text))
+        say(f"sample {run.at.iter_num}: {as_json(prompt)} -> {as_json(text)}")
+    run.metrics.record("sample", run.at.iter_num, samples=samples)
+
+
+def as_json(text):
+    """Returns a text in one line."""
+    return json.dumps(text, ensure_ascii=False)

@@ -6,14 +6,13 @@ import json
 import os
 import shlex
 import statistics
-import time
 
 import torch
 
-from sologpt.display import duration, print_aligned
+from sologpt.display import duration, print_aligned, say
 from sologpt.files import free_bytes
 from sologpt.hardware import attention_backend, peak_memory
-from sologpt.log import say
+from sologpt.log import elapsed
 from sologpt.memory import checkpoint_bytes, memory_line
 
 
@@ -83,6 +82,9 @@ def describe(run):
 
 def whole_run(cfg, windows):
     """Returns the length of a run in tokens and epochs of that many windows, and its schedule, as text."""
+    if cfg.max_minutes:
+        iters = f"{cfg.max_iters:,} iterations of {cfg.tokens_per_iter:,} tokens"
+        return f"{cfg.max_minutes:g} minutes, or {iters} if these end first"
     tokens = cfg.max_iters * cfg.tokens_per_iter
     epochs = cfg.max_iters * cfg.sequences_per_iter / windows
     text = f"{cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {tokens:,} tokens, {epochs:.3g} epochs"
@@ -106,7 +108,7 @@ def data_notes(run):
         if len(windows) < cfg.eval_windows:
             found.append(f"{split} has only {len(windows):,} windows; all of them are evaluated")
     epochs = cfg.max_iters * cfg.sequences_per_iter / len(run.train_data)
-    if epochs > 20 and cfg.dropout == 0:
+    if epochs > 20 and cfg.dropout == 0 and not cfg.max_minutes:
         found.append(
             f"{epochs:,.0f} epochs without dropout learn the text by heart; see the val loss, and try "
             f"--dropout=0.2, fewer --max_iters or a smaller model (config/text_1m.py)"
@@ -129,6 +131,8 @@ def foretell(run):
     if dt := seconds_of_earlier_run(run.files.metrics, cfg):
         shown = f"the {dt:.3g} s each that {cfg.out_dir} shows"
         time_text = f"{duration(left * dt)} for {left:,} iterations of {shown}, without evaluations"
+    if cfg.max_minutes:
+        time_text = f"{cfg.max_minutes:g} minutes at most, evaluations included"
     written = checkpoint_bytes(run.memory) / 1e9
     free = free_bytes(cfg.out_dir) / 1e9
     print_aligned(
@@ -163,15 +167,51 @@ def seconds_of_earlier_run(path, cfg):
 
 
 def sum_up(run):
-    """Says what a finished Run of train.py has done."""
-    at = run.at
-    skipped = f", {at.bad_steps} updates skipped" if at.bad_steps else ""
-    peak = peak_memory(run.machine.device)
-    memory = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
-    seconds = time.perf_counter() - run.started
+    """Says what a finished Run of train.py has done, and records it."""
+    cfg, at, clock = run.cfg, run.at, run.clock
+    figures = dict(seconds=elapsed(run), tokens=at.tokens_seen, best_val_loss=at.best_val_loss, **run.losses)
+    figures |= dict(bad_steps=at.bad_steps, resumed=count_resumes(run.files.metrics))
+    figures |= dict(tokens_per_s=None, mfu=None, peak_memory=peak_memory(run.machine.device))
+    if clock.all_iters:
+        dt = clock.all_seconds / clock.all_iters
+        figures["tokens_per_s"] = cfg.tokens_per_iter / dt
+        if run.machine.peak:
+            figures["mfu"] = 100 * run.model.estimate_mfu(cfg.sequences_per_iter, dt, run.machine.peak)
+    run.metrics.record("done", at.iter_num, **figures)
     say(
-        f"done: iteration {at.iter_num:,} after {duration(seconds)}, {at.tokens_seen:,} tokens{skipped}, "
-        f"best val loss {at.best_val_loss:.4f}{memory}"
+        f"done: iteration {at.iter_num:,} after {duration(figures['seconds'])}, {at.tokens_seen:,} tokens, "
+        f"best val loss {at.best_val_loss:.4f}"
     )
-    if at.iter_num:  # else there is nothing to sample
-        say(f"next: python sample.py {shlex.join([f'--out_dir={run.cfg.out_dir}'])}")
+    print_aligned(final_lines(run, figures))
+
+
+def final_lines(run, figures):
+    """Returns the lines of a summary."""
+    cfg, tokens = run.cfg, figures["tokens"]
+    epochs = tokens / cfg.block_size / len(run.train_data)
+    last = f"val loss {figures['val_loss']:.4f}, train loss {figures['train_loss']:.4f}"
+    if figures["val_bpb"]:
+        last += f", {figures['val_bpb']:.4f} bits/byte"
+    lines = [
+        f"model: {parameters(run.model)}, arch={cfg.arch}, optimizer={cfg.optimizer}",
+        f"data: {run.folder}, {epochs:.3g} epochs",
+        f"at the end: {last}",
+    ]
+    if figures["tokens_per_s"]:
+        speed = f"{figures['tokens_per_s']:,.0f} tok/s"
+        if figures["mfu"]:
+            speed += f", mfu {figures['mfu']:.2f}%"
+        lines.append(f"speed: {speed} without compilation, evaluations and checkpoints")
+    if figures["peak_memory"]:
+        lines.append(f"memory: {figures['peak_memory'] / 1e9:.2f} GB at most")
+    if figures["bad_steps"] or figures["resumed"]:
+        lines.append(f"trouble: {figures['bad_steps']} updates skipped, resumed {figures['resumed']} times")
+    if run.at.iter_num:  # else there is nothing to sample
+        lines.append(f"next: python sample.py {shlex.join([f'--out_dir={cfg.out_dir}'])}")
+    return lines
+
+
+def count_resumes(path):
+    """Returns how often the run of a metrics.jsonl was resumed."""
+    with open(path, "rb") as f:
+        return sum(line.startswith(b'{"kind": "resume"') for line in f)

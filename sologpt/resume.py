@@ -9,8 +9,8 @@ import time
 import torch
 
 from sologpt import checkpoint, huggingface, shards
+from sologpt.display import warn
 from sologpt.errors import UserError
-from sologpt.log import warn
 
 
 def load_state(cfg, files):

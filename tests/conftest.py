@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import shutil
@@ -62,6 +63,12 @@ def text_file(content=b""):
 def text_of(file):
     file.flush()
     return file.buffer.getvalue().decode()
+
+
+def metrics(folder, kind):
+    """Returns the rows of a kind in the metrics.jsonl of a run's folder."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
 
 
 def run_here(cwd, script, *argv, status=0, input=b"", **env):

@@ -4,13 +4,13 @@ clipping and AdamW as formulas; logged times against a clock that moves only whe
 Run: pytest tests/test_loop.py
 """
 
-import json
 import math
 import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import metrics
 
 import train
 from model import GPT, GPTConfig
@@ -19,11 +19,6 @@ from sologpt import checkpoint, shards
 
 def state_of(folder, name="ckpt.pt"):
     return torch.load(folder / name, weights_only=True)
-
-
-def metrics(folder, kind):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 # -----------------------------------------------------------------------------

@@ -17,14 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT
+from conftest import ENV, ROOT, metrics
 
 import train
 from configurator import configure
@@ -40,11 +39,6 @@ ITER = re.compile(r"^iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu (?:([\d.]+)
 
 def losses(process):
     return {int(it): loss for it, loss, *_ in ITER.findall(process.stdout)}
-
-
-def metrics(folder, kind):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def weights(folder, name="ckpt.pt"):
@@ -173,22 +167,6 @@ def test_the_memory_that_the_log_estimates_is_in_the_metrics_too(run, byte_data,
     assert memory["optimizer"] == 8 * parameters + 4 * 15
     assert re.search("^model: .*, FLASH_ATTENTION$", out, re.M)
     assert metrics(tmp_path / "out", "iter")[0]["peak_memory"] is None and "peak memory" not in out  # no GPU
-
-
-def test_weights_and_biases_gets_what_the_log_gets(run, byte_data, tiny, tmp_path, monkeypatch):
-    """A stand-in for the module, which is not among the tests' packages: it keeps what it is given."""
-    begun, lines = [], []
-    wandb = types.SimpleNamespace(init=lambda **kwargs: begun.append(kwargs), log=lines.append)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run("train.py", *tiny, "--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r")
-    assert [(kwargs["project"], kwargs["name"]) for kwargs in begun] == [("p", "r")]
-    assert begun[0]["config"]["n_layer"] == 2
-    evals, iters = (metrics(tmp_path / "out", kind) for kind in ("eval", "iter"))
-    there = [(line["iter"], line["train/loss"], line["val/loss"]) for line in lines if "val/loss" in line]
-    assert there == [(line["iter"], line["train_loss"], line["val_loss"]) for line in evals]
-    there = [(line["iter"], line["loss"], line["lr"]) for line in lines if "lr" in line]
-    assert there == [(line["iter"], line["loss"], line["lr"]) for line in iters]
-    assert len(lines) == len(evals) + len(iters) == 3 + 12
 
 
 def test_garbage_is_collected_at_evaluations_only_and_a_leak_does_not_outlive_one(
@@ -909,7 +887,6 @@ def test_nanogpt_itself_and_this_project_continue_each_others_runs(run, tmp_path
         (["--dtype=float16"], "dtype='float16' needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
         (["--out_dir=data/toy/meta.json/x"], "Not a directory"),
         (["--init_from=data/toy"], "data/toy is no model in Hugging Face's format: it has no config.json"),
-        (["--wandb_log=True"], "wandb_log=True needs wandb: pip install wandb, or --wandb_log=False"),
     ],
 )
 def test_a_mistake_is_one_line(run, byte_data, tiny, change, message):
@@ -1129,3 +1106,105 @@ def test_a_busy_computer_is_pointed_out(monkeypatch):
     assert report.busy_note(torch.device("cuda")) is None
     monkeypatch.setattr(os, "getloadavg", lambda: (0.3, 0, 0))
     assert report.busy_note(torch.device("cpu")) is None
+
+
+# -----------------------------------------------------------------------------
+# by the clock, samples, the end
+
+
+class Seconds:
+    """Stands in for time.perf_counter: each question takes a second."""
+
+    def __init__(self):
+        self.now = time.perf_counter()
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def by_the_clock(patch, minutes, *flags):
+    patch.setattr(time, "perf_counter", Seconds())
+    return ["--max_iters=100000", "--lr_decay_iters=100000", f"--max_minutes={minutes}", *flags]
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_max_minutes_ends_the_run_in_time_with_its_schedule_completed(
+    run, byte_data, tiny, tmp_path, monkeypatch, schedule
+):
+    flags = by_the_clock(monkeypatch, 20, "--min_lr=0", f"--schedule={schedule}", "--eval_interval=50")
+    out = run("train.py", *tiny, *flags)
+    assert "run:        20 minutes, or 100,000 iterations of 128 tokens if these end first\n" in out.stdout
+    rows = metrics(tmp_path / "out", "iter")
+    last, final = rows[-1], metrics(tmp_path / "out", "eval")[-1]
+    assert 20 < len(rows) < 1200 and final["iter"] == last["iter"] + 1
+    assert 1200 - 30 < last["elapsed"] < 1200 < final["elapsed"] + 30 and final["elapsed"] < 1200 + 30
+    highest = max(row["lr"] for row in rows)
+    assert highest == pytest.approx(1e-2, rel=1e-2) and last["lr"] < 0.05 * highest
+    for row in rows[3:]:  # the warmup counts iterations; from then on the clock decides
+        used = row["elapsed"] / 1200
+        share = min(1, (1 - used) / 0.4)
+        if schedule == "cosine":
+            share = 0.5 * (1 + math.cos(math.pi * used))
+        assert row["lr"] == pytest.approx(1e-2 * share, abs=6e-4)
+    assert "\ndone: iteration " in out.stdout
+
+
+def test_a_run_by_the_clock_resumes_with_what_is_left(run, byte_data, tiny, tmp_path, monkeypatch):
+    flags = by_the_clock(monkeypatch, 10, "--schedule=wsd", "--eval_interval=20")
+    run("train.py", *tiny, *flags)
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert 500 < state["seconds"] < 660
+    flags = by_the_clock(monkeypatch, 20, "--schedule=wsd", "--eval_interval=20")
+    run("train.py", *tiny, *flags, "--init_from=resume")
+    rows = metrics(tmp_path / "out", "iter")
+    before = [row for row in rows if row["iter"] < state["iter_num"]]
+    assert len(before) == state["iter_num"] and 1150 < rows[-1]["elapsed"] < 1200
+    again = [row["elapsed"] for row in rows[len(before) :]]
+    assert again[0] > state["seconds"] and again == sorted(again)
+
+
+def test_iterations_end_a_run_that_has_more_time(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny)
+    run("train.py", *tiny, "--max_minutes=1000", "--out_dir=timed")
+    plain, timed = (metrics(tmp_path / name, "iter") for name in ("out", "timed"))
+    for name in ("loss", "lr"):  # time counts as well as iterations, but there is much of it
+        assert [row[name] for row in timed] == pytest.approx([row[name] for row in plain], rel=1e-3)
+
+
+def test_samples_come_at_evaluations_and_leave_the_run_as_it_was(run, byte_data, tiny, tmp_path):
+    plain = run("train.py", *tiny, "--dropout=0.1")
+    sampled = run("train.py", *tiny, "--dropout=0.1", "--sample_interval=12", "--out_dir=sampled")
+    assert losses(plain) == losses(sampled)  # dropout draws random numbers after the samples
+    rows = metrics(tmp_path / "sampled", "sample")
+    assert [row["iter"] for row in rows] == [0, 12] and not metrics(tmp_path / "out", "sample")
+    text = byte_data_text(tmp_path)
+    for row in rows:
+        assert len(row["samples"]) == 3
+        for sample in row["samples"]:
+            assert sample["prompt"].encode() in text
+            line = f"sample {row['iter']}: {json.dumps(sample['prompt'])} -> "
+            assert line in sampled.stdout.replace("\ufffd", "?") or line in sampled.stdout
+    assert [s["prompt"] for s in rows[0]["samples"]] == [s["prompt"] for s in rows[1]["samples"]]
+
+
+def byte_data_text(tmp_path):
+    return b"".join(path.read_bytes() for path in (tmp_path / "data/toy").glob("*val*.bin"))[1024::2]
+
+
+def test_a_run_ends_with_a_summary_which_is_in_metrics_too(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=6")
+    out = run("train.py", *tiny, "--init_from=resume").stdout
+    [done] = metrics(tmp_path / "out", "done")
+    last = metrics(tmp_path / "out", "eval")[-1]
+    assert (done["iter"], done["tokens"], done["resumed"], done["bad_steps"]) == (12, 12 * 128, 1, 0)
+    assert {name: done[name] for name in ("train_loss", "val_loss", "val_bpb")} == {
+        name: last[name] for name in ("train_loss", "val_loss", "val_bpb")
+    }
+    iters = [row for row in metrics(tmp_path / "out", "iter") if row["iter"] >= 6]
+    assert done["tokens_per_s"] == pytest.approx(128 * len(iters) / sum(row["dt"] for row in iters))
+    tail = out[out.index("done: ") :].splitlines()
+    assert [line.partition(":")[0] for line in tail] == [
+        "done", "model", "data", "at the end", "speed", "trouble", "next",
+    ]  # fmt: skip
+    assert f"val loss {last['val_loss']:.4f}" in tail[3] and "resumed 1 times" in tail[5]

@@ -1,0 +1,86 @@
+"""
+Figures of a run, sent to wandb, trackio or TensorBoard as well. None of these may end a run: the first thing
+that goes wrong is a warning, and ends the sending.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+
+from sologpt.display import warn
+
+TRACKERS = ("wandb", "trackio", "tensorboard")
+NAMES = dict(train_loss="train/loss", val_loss="val/loss", val_bpb="val/bpb")
+
+
+class Wandb:
+    """wandb, or trackio, which has the same functions."""
+
+    def __init__(self, name, cfg):
+        self.module = importlib.import_module(name)
+        settings = dataclasses.asdict(cfg)
+        self.module.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
+
+    def send(self, iter_num, figures):
+        self.module.log(dict(iter=iter_num) | figures)
+
+    def close(self):
+        self.module.finish()
+
+
+class TensorBoard:
+    """Files in out_dir/tensorboard, for `tensorboard --logdir=out_dir`."""
+
+    def __init__(self, cfg, iter_num):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = os.path.join(cfg.out_dir, "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=iter_num)  # a resumed run does these iterations again
+
+    def send(self, iter_num, figures):
+        for name, value in figures.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, iter_num)
+
+    def close(self):
+        self.writer.close()
+
+
+class Tracker:
+    """What cfg.tracker names, or nothing."""
+
+    def __init__(self, cfg, iter_num):
+        self.name = cfg.tracker
+        if cfg.wandb_log and not self.name:
+            self.name = "wandb"
+        self.sink = None
+        with self.guarded("started"):
+            if self.name == "tensorboard":
+                self.sink = TensorBoard(cfg, iter_num)
+            elif self.name:
+                self.sink = Wandb(self.name, cfg)
+
+    def send(self, iter_num, figures):
+        """Sends {name: number} of an iteration; train_loss is called train/loss there, as in nanoGPT."""
+        if self.sink:
+            named = {NAMES.get(name, name): value for name, value in figures.items()}
+            with self.guarded("reached"):
+                self.sink.send(iter_num, named)
+
+    def close(self):
+        if self.sink:
+            with self.guarded("closed"):
+                self.sink.close()
+
+    @contextlib.contextmanager
+    def guarded(self, what):
+        """Returns a context in which an exception is a warning, and the last thing that is tried."""
+        try:
+            yield
+        except ImportError as e:
+            warn(f"no {self.name} ({e}): pip install {self.name}; metrics.jsonl has all figures")
+        except Exception as e:  # each has errors of its own
+            self.sink = None
+            reason = str(e).partition("\n")[0] or type(e).__name__
+            warn(f"{self.name} cannot be {what}: {reason}; metrics.jsonl has all figures")
