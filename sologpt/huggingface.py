@@ -5,13 +5,16 @@ GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; samp
 tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.
 """
 
+import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import os
 
 import torch
 
+from sologpt import remote_code
 from sologpt.errors import UserError
 from sologpt.tokenizer import EOT, BPETokenizer, CharacterTokenizer, read_tokenizer
 
@@ -224,12 +227,7 @@ def read_json(path):
 # writing
 
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md")
-WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json")
-
-
-def check_arch(arch):
-    if arch != "gpt2":
-        raise UserError(f"arch={arch!r} cannot be exported: Hugging Face's format holds arch='gpt2' only")
+WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json", remote_code.FILE)
 
 
 def make_room(folder):
@@ -262,8 +260,6 @@ def write_json(folder, name, content):
 def write_folder(folder, fields, weights, eot_token):
     """Writes config.json, generation_config.json and model.safetensors for a GPT with these fields of
     GPTConfig and these weights. eot_token: the id that starts and ends a text, or None."""
-    check_arch(fields["arch"])
-    save_file = require("safetensors.torch").save_file
     fields = fields | dict(vocab_size=fields["n_ids"])
     tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
     config = dict(architectures=["GPT2LMHeadModel"]) | REST
@@ -281,10 +277,38 @@ def write_folder(folder, fields, weights, eot_token):
         theirs[name] = stored.detach().cpu().float().contiguous()
         if not fields["bias"] and name.startswith(("transformer.h.", "transformer.ln_f.")):
             theirs[name.removesuffix("weight") + "bias"] = torch.zeros(len(w))  # theirs has biases
+    write_files(folder, config, tokens, theirs)
+
+
+def write_modern_folder(folder, model, eot_token):
+    """Writes what write_folder writes, for a ModernGPT, and the code with which transformers loads it."""
+    n_ids = model.config.n_ids
+    tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
+    config = dict(architectures=["SoloGPTForCausalLM"], model_type="sologpt", tie_word_embeddings=False)
+    module = remote_code.FILE.removesuffix(".py")
+    config["auto_map"] = dict(
+        AutoConfig=f"{module}.SoloGPTConfig", AutoModelForCausalLM=f"{module}.SoloGPTForCausalLM"
+    )
+    fields = dataclasses.asdict(model.config) | dict(vocab_size=n_ids)
+    config |= {name: value for name, value in fields.items() if name not in ("arch", "n_ids")}
+    config |= tokens
+    weights = {}
+    for name, w in [*model.named_parameters(), *model.named_buffers()]:
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            w = w[:n_ids]
+        weights[f"gpt.{name}"] = w.detach().cpu().float().contiguous()
+    code = remote_code.modeling_file(inspect.getsource(inspect.getmodule(type(model))))
+    write_files(folder, config, tokens, weights)
+    with open(os.path.join(folder, remote_code.FILE), "w", encoding="utf-8") as f:
+        f.write(code)
+
+
+def write_files(folder, config, tokens, weights):
+    save_file = require("safetensors.torch").save_file
     os.makedirs(folder, exist_ok=True)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", tokens)
-    save_file(theirs, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))
+    save_file(weights, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))
 
 
 def byte_alphabet():
