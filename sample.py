@@ -173,11 +173,11 @@ def load_pretrained(name, encoding):
 
 
 def export(folder, model, tokenizer, state):
-    """Writes model, tokenizer and model card to folder, as far as Hugging Face's format can hold them."""
-    huggingface.check_arch(model.config.arch)
+    """Writes model, tokenizer and model card to folder, in Hugging Face's format."""
     huggingface.make_room(folder)
-    padding = (model.config.vocab_size - model.config.n_ids) * model.config.n_embd
-    huggingface.write_card(folder, state, model.get_num_params(non_embedding=False) - padding)
+    with torch.device("meta"):  # takes no memory
+        unpadded = make_gpt(dataclasses.replace(model.config, vocab_size=model.config.n_ids))
+    huggingface.write_card(folder, state, unpadded.get_num_params(non_embedding=False))
     model.save_pretrained(folder, tokenizer.eot_token)
     try:
         huggingface.write_tokenizer(folder, tokenizer, model.config.block_size)

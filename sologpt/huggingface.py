@@ -88,6 +88,11 @@ def read_config(folder):
         ) from None
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged: {e}") from None
+    if theirs.get("model_type") == remote_code.CONFIG["model_type"]:
+        raise UserError(
+            f"{folder} is an export of arch='modern', which only transformers reads; take the checkpoint "
+            f"that it was made of: --init_from=resume or best, and its --out_dir"
+        )
     if theirs.get("n_inner") == 4 * theirs.get("n_embd", 0):
         theirs["n_inner"] = None
     gelu = theirs.get("activation_function", "gelu_new")
@@ -282,28 +287,28 @@ def write_folder(folder, fields, weights, eot_token):
 
 def write_modern_folder(folder, model, eot_token):
     """Writes what write_folder writes, for a ModernGPT, and the code with which transformers loads it."""
-    n_ids = model.config.n_ids
-    tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
-    config = dict(architectures=["SoloGPTForCausalLM"], model_type="sologpt", tie_word_embeddings=False)
-    module = remote_code.FILE.removesuffix(".py")
-    config["auto_map"] = dict(
-        AutoConfig=f"{module}.SoloGPTConfig", AutoModelForCausalLM=f"{module}.SoloGPTForCausalLM"
-    )
-    fields = dataclasses.asdict(model.config) | dict(vocab_size=n_ids)
-    config |= {name: value for name, value in fields.items() if name not in ("arch", "n_ids")}
-    config |= tokens
+    ours = dataclasses.replace(model.config, vocab_size=model.config.n_ids)
+    with torch.device("meta"):  # takes no memory
+        unpadded = dict(named_tensors(type(model)(ours)))
     weights = {}
-    for name, w in [*model.named_parameters(), *model.named_buffers()]:
-        if name in ("transformer.wte.weight", "lm_head.weight"):
-            w = w[:n_ids]
-        weights[f"gpt.{name}"] = w.detach().cpu().float().contiguous()
+    for name, w in named_tensors(model):
+        rows = w[: len(unpadded[name])]  # without those that pad the vocabulary
+        weights[f"gpt.{name}"] = rows.detach().cpu().float().contiguous()
+    tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
+    config = remote_code.CONFIG | dataclasses.asdict(ours) | tokens
     code = remote_code.modeling_file(inspect.getsource(inspect.getmodule(type(model))))
     write_files(folder, config, tokens, weights)
     with open(os.path.join(folder, remote_code.FILE), "w", encoding="utf-8") as f:
         f.write(code)
 
 
+def named_tensors(model):
+    """Returns (name, tensor) for all parameters and buffers, also those that checkpoints leave out."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
 def write_files(folder, config, tokens, weights):
+    """Writes config.json, generation_config.json and model.safetensors."""
     save_file = require("safetensors.torch").save_file
     os.makedirs(folder, exist_ok=True)
     write_json(folder, "config.json", config)
@@ -399,22 +404,36 @@ def write_tokenizer(folder, tokenizer, block_size):
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2]
----
-A GPT-2 language model, trained with soloGPT. It continues text; it was not trained to follow instructions,
+{tags}---
+{what}, trained with soloGPT. It continues text; it was not trained to follow instructions,
 and nothing keeps it from writing what is false or offensive.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+{load}
 text = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50, do_sample=True)
 print(tokenizer.decode(text[0]))
 ```
-
+{note}
 | | |
 |---|---|
 """
+GPT2_CARD = CARD.format(
+    tags="tags: [gpt2]\n",
+    what="A GPT-2 language model",
+    load='model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
+    note="",
+)
+MODERN_CARD = CARD.format(
+    tags="",
+    what="A language model of soloGPT's modern architecture",
+    load="""model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".")""",
+    note="""
+`trust_remote_code=True` runs `modeling_sologpt.py` of this folder, which imports torch and transformers only.
+""",
+)
 
 
 def write_card(folder, state, parameters):
@@ -434,5 +453,6 @@ def write_card(folder, state, parameters):
     for name in ("dataset", "init_from", "learning_rate", "weight_decay", "dropout"):
         if name in config:
             rows[name] = f"`{config[name]}`"
+    card = {"gpt2": GPT2_CARD, "modern": MODERN_CARD}[state["arch"]]
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
-        f.write(CARD + "".join(f"| {name} | {value} |\n" for name, value in rows.items()))
+        f.write(card + "".join(f"| {name} | {value} |\n" for name, value in rows.items()))

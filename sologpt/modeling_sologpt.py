@@ -42,7 +42,7 @@ class SoloGPTConfig(PretrainedConfig):
         n_embd=768,
         dropout=0.0,
         bias=True,  # biases in Linear
-        gelu="none",  # GPT-2's, unused here
+        gelu="none",  # not used by this architecture
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -159,7 +159,7 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
 
     def visible(self, attention_mask, start, L):
-        """Returns which tokens each of start to L - 1 sees, bool (B or 1, 1, T, L); None: all up to itself."""
+        """Returns what tokens start to L - 1 see, bool (B or 1, 1, T, L); None: each all up to itself."""
         if attention_mask is None and start == 0:
             return None
         key = torch.arange(L, device=self.device)

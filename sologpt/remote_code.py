@@ -1,9 +1,9 @@
 """
 The code that an export of ModernGPT brings along, for transformers to run with trust_remote_code=True.
 
-It is modeling_sologpt.py, transformers' side, and in it the definitions of model.py themselves, as they are at
-the time of the export: there is no second version of the architecture, which could differ from the first. What
-is new in model.py is taken over without further ado; what an export does not need is named in LEFT_OUT.
+It is modeling_sologpt.py, which is transformers' side, with the definitions of model.py itself put into it
+at the time of the export: there is no second version of the architecture, which could differ from the first.
+What is new in model.py goes along by itself; what transformers does not need is named in LEFT_OUT.
 """
 
 import ast
@@ -13,6 +13,15 @@ import os
 from sologpt import loss
 
 FILE = "modeling_sologpt.py"
+CONFIG = dict(  # what config.json says besides the fields of GPTConfig
+    architectures=["SoloGPTForCausalLM"],
+    auto_map=dict(
+        AutoConfig="modeling_sologpt.SoloGPTConfig",
+        AutoModelForCausalLM="modeling_sologpt.SoloGPTForCausalLM",
+    ),
+    model_type="sologpt",
+    tie_word_embeddings=False,
+)
 PLACE = "# [here an export has the classes of model.py]\n"
 # of model.py: what only GPT-2 has, and what trains, samples, counts and saves
 LEFT_OUT = """
