@@ -10,7 +10,7 @@ Without --out_dir it takes the newest checkpoint, and says which.
 The text goes to stdout, each sample followed by a line of dashes; everything else goes to stderr. A single
 sample appears token by token; several are drawn in one batch.
 
---export writes the model for Hugging Face's transformers.
+--export writes the model for Hugging Face's transformers; arch="modern" loads with trust_remote_code=True.
 """
 
 import signal
@@ -185,6 +185,8 @@ def export(folder, model, tokenizer, state):
         print(f"the weights are in {folder}, but no tokenizer: {e}", file=sys.stderr)
     else:
         print(f"model and tokenizer are in {folder}", file=sys.stderr)
+    if model.config.arch == "modern":
+        print("transformers loads it with trust_remote_code=True", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------

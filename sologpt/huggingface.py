@@ -269,6 +269,7 @@ def write_folder(folder, fields, weights, eot_token):
     tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
     config = dict(architectures=["GPT2LMHeadModel"]) | REST
     config |= {theirs: fields[ours] for ours, theirs in NAMES.items()}
+    config["n_ctx"] = fields["block_size"]  # as in OpenAI's; llama.cpp's converter reads it
     config["activation_function"] = {"none": "gelu", "tanh": "gelu_new"}[fields["gelu"]]
     config |= tokens
     config |= {name: fields["dropout"] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
@@ -429,7 +430,7 @@ MODERN_CARD = CARD.format(
     tags="",
     what="A language model of soloGPT's modern architecture",
     load="""model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(".")""",
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)""",
     note="""
 `trust_remote_code=True` runs `modeling_sologpt.py` of this folder, which imports torch and transformers only.
 """,
