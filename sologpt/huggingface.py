@@ -1,5 +1,6 @@
 """
-Hugging Face's format: the folders from which transformers loads a GPT-2, with tokenizer and model card.
+Hugging Face's format: the folders from which transformers loads a GPT-2, with tokenizer and model card; and
+a ModernGPT, with the code in remote_code.py, which is written only.
 
 GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; sample.py --export adds the
 tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.

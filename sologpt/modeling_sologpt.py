@@ -167,5 +167,5 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         mask = (key <= query)[None, None]
         if attention_mask is not None:
             mask = mask & attention_mask.bool()[:, None, None]
-            mask = mask | (key == query)  # padding sees itself: a softmax over nothing would be NaN
+            mask = mask | (key == query)  # padding sees itself: of nothing, torch before 2.5 makes NaN
         return mask
