@@ -46,9 +46,9 @@ from configurator import convert, from_command_line, key, parse, run_script
 from model import make_gpt
 from sologpt import hardware, shards
 from sologpt.errors import UserError, out_of_memory
-from sologpt.log import parameters
 from sologpt.memory import memory_estimate
 from sologpt.optim import allocate_moments, make_optimizers
+from sologpt.report import parameters
 from sologpt.tokenizer import BPETokenizer, read_tokenizer
 from train import TrainConfig, host_tensor, micro_batches, micro_step, model_config, prepare_model, update
 
@@ -60,6 +60,8 @@ SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 
 @dataclass
 class BenchConfig(TrainConfig):
+    base = "train.py"
+
     # benchmark
     sweep_batch_size: str = key(
         "", "sizes to try, as in 8,16,32; empty: batch_size times 1/4, 1/2, 1, 2, 4, 8"

@@ -16,6 +16,7 @@ import inspect
 import math
 import operator
 import os
+import re
 import signal
 import sys
 import traceback
@@ -30,6 +31,9 @@ LIMITS = {  # arguments of key(): sign in --help, words in an error, the compari
 }
 
 
+NANOGPTS = re.compile(r"(train|finetune|eval)_(gpt2|shakespeare)\w*\.py")  # its config files
+
+
 def key(default, text, *, choices=(), low=None, above=None, below=None, high=None):
     """Returns a dataclass field with its --help text; choices and LIMITS (low, high inclusive) bound it."""
     metadata = dict(text=text, choices=choices, low=low, above=above, below=below, high=high)
@@ -40,6 +44,7 @@ class Config:
     """Base class of a script's keys; `given` holds the names set in a config file or on the command line."""
 
     given = frozenset()
+    base = ""  # the script whose keys this one takes too; --help then names it instead of listing them
     synonyms = {}  # other programs' names of keys, to suggest ours
 
     def problems(self):
@@ -189,6 +194,8 @@ def read_source(path):
     except OSError as e:
         near = similar_file(path)
         hint = f"; did you mean {near}?" if near else ""
+        if NANOGPTS.fullmatch(os.path.basename(path)):
+            hint += "; nanoGPT's own configs run here: copy the file from github.com/karpathy/nanoGPT"
         raise ConfigError(f"cannot read the config file {path}: {e.strerror}{hint}") from None
 
 
@@ -275,7 +282,11 @@ def configure(cls, argv):
 def usage(cls, doc, script):
     """Returns the --help text: the script's docstring, and every key's type, default, limits and meaning."""
     lines = [doc.strip(), "", f"usage: python {script} [FILE.py ...] [--key=value ...]", "", "keys:"]
-    for f in dataclasses.fields(cls):
+    fields = dataclasses.fields(cls)
+    if cls.base:
+        lines[-1] = f"keys, besides those of {cls.base} (python {cls.base} --help):"
+        fields = fields[len(dataclasses.fields(cls.__mro__[1])) :]
+    for f in fields:
         text, limits = f.metadata["text"], f.metadata
         if limits["choices"]:
             text += f" ({', '.join(map(repr, limits['choices']))})"

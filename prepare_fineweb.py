@@ -4,9 +4,12 @@ Turn text into token shards that train.py reads.
     # FineWeb-Edu, 10B tokens, streamed from the hub (20 GB)
     python prepare_fineweb.py
     # your own .txt, .jsonl and .parquet files
-    python prepare_fineweb.py --input=books/ --out_dir=data/books
+    python prepare_fineweb.py --input=books/
     # Python's own library, without any download
     python prepare_fineweb.py --input=stdlib --encoding=bytes
+    # tiny Shakespeare by characters, as nanoGPT's data/shakespeare_char has it
+    python prepare_fineweb.py --encoding=characters --out_dir=data/shakespeare_char \
+        --input=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 
 Writes fineweb_val_000000.bin, fineweb_train_000001.bin, ... in llm.c's format, and meta.json last. A document
 is the end-of-text token followed by the tokens of its text; it may run on into the next shard. Validation
@@ -26,12 +29,12 @@ import heapq
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -44,10 +47,21 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import Config, from_command_line, key, run_script
-from sologpt import shards
+from sologpt import characters, shards
+from sologpt.display import duration, print_aligned
 from sologpt.errors import UserError
-from sologpt.files import atomic_file, remove, sole_use
-from sologpt.source import ENDINGS, contents_of, find_files, name_of, times_of
+from sologpt.files import atomic_file, free_bytes, remove, sole_use
+from sologpt.source import (
+    ENDINGS,
+    contents_of,
+    download,
+    find_files,
+    is_address,
+    name_in,
+    name_of,
+    size_of,
+    times_of,
+)
 from sologpt.stop import SIGNALS, StopRequest
 from sologpt.tokenizer import EOT, find_tokenizer
 
@@ -59,13 +73,18 @@ LONGEST = 2**22
 PIECE = 2**18
 # configs by the most tokens that they are for; fineweb_125m_fast for more
 CONFIGS = ((3e6, "text_1m"), (30e6, "text_10m"), (1e9, "text_100m"))
+# what these configs have as their dataset
+DATASETS = dict(
+    quickstart="data/stdlib", shakespeare_char="data/shakespeare_char", fineweb_125m_fast="data/fineweb"
+)
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
 
 @dataclass
 class PrepareConfig(Config):
     input: str = key(
-        "", f"stdlib, or comma-separated files, folders, globs of {' '.join(ENDINGS)}; empty: the hub"
+        "",
+        f"stdlib; or files, folders, globs of {' '.join(ENDINGS)}, https://..., with commas; empty: the hub",
     )
     repo: str = key("HuggingFaceFW/fineweb-edu", "dataset on the Hugging Face hub, or a local folder of one")
     subset: str = key("sample-10BT", "subset of the dataset; may be empty")
@@ -76,7 +95,9 @@ class PrepareConfig(Config):
         f"what a document is in a .txt file without {EOT}",
         choices=("file", "blank_line", "line"),
     )
-    encoding: str = key("gpt2", "bytes (no download) or a tiktoken name: gpt2, cl100k_base, ...")
+    encoding: str = key(
+        "gpt2", "bytes (no download), characters (nanoGPT's files), or tiktoken's: gpt2, cl100k_base, ..."
+    )
     out_dir: str = key("", "folder to write; empty: data/fineweb, or data/NAME of --input=path/to/NAME")
     shard_tokens: int = key(100_000_000, "tokens in one shard", low=1000, below=2**31)
     val_tokens: int = key(
@@ -85,13 +106,27 @@ class PrepareConfig(Config):
     max_tokens: int = key(0, "stop after this many tokens; 0: take everything", low=0)
     workers: int = key(0, "processes that tokenize; 0: one for each core", low=0)
     skip_bad_files: bool = key(False, "skip the rest of a file that cannot be read, instead of ending")
+    dry_run: bool = key(False, "say how many tokens, how much disk and time it would take, and stop")
 
     def problems(self):
+        found = []
         if self.val_tokens > self.shard_tokens:
-            return [
+            found.append(
                 f"val_tokens={self.val_tokens} must fit into one shard of shard_tokens={self.shard_tokens}"
-            ]
-        return []
+            )
+        if self.encoding == "characters":
+            if not self.input:
+                found.append("encoding='characters' is for a small text of your own: set --input")
+            for name in sorted(self.given & {"val_tokens", "shard_tokens", "txt_documents", "workers"}):
+                found.append(
+                    f"{name} has no effect with encoding='characters', which writes nanoGPT's train.bin and "
+                    f"val.bin: all text in one, its last tenth for validation; omit it"
+                )
+        return found
+
+    @property
+    def folder(self):
+        return self.out_dir or os.path.join("data", name_of(self.input))
 
 
 # -----------------------------------------------------------------------------
@@ -118,9 +153,9 @@ def find_hub_files(repo, subset, split):
 
 
 def text_bytes(path):
-    """Returns the approximate bytes of text in a local file, for the estimates of time and disk."""
-    size = os.path.getsize(path)
-    if path.lower().endswith(".parquet"):
+    """Returns the approximate bytes of text in a file, for the estimates of time and disk; 0: unknown."""
+    size = size_of(path)
+    if path.lower().endswith(".parquet") and not is_address(path):
         import pyarrow.parquet
 
         with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
@@ -128,7 +163,7 @@ def text_bytes(path):
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
             # the largest column is the text
             return sum(max(g.column(i).total_uncompressed_size for i in range(g.num_columns)) for g in groups)
-    return 4 * size if path.lower().endswith((".gz", ".zst")) else size
+    return 4 * size if name_in(path).lower().endswith((".gz", ".zst")) else size
 
 
 # -----------------------------------------------------------------------------
@@ -138,11 +173,13 @@ def text_bytes(path):
 def open_file(path):
     """Returns a file, local or on the hub, open for reading bytes; .gz and .zst are decompressed. Raises
     UserError for a compressed file without a byte."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
-    if "://" in path:
-        import fsspec
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(name_in(path))[1].lower())
+    if path.startswith("hf://"):
+        import fsspec  # comes with datasets
 
         raw = fsspec.open(path, "rb").open()
+    elif is_address(path):
+        raw = download(path)
     else:
         if codec and not os.path.getsize(path):
             raise UserError("empty: even nothing has some bytes when it is compressed")
@@ -239,9 +276,9 @@ def retrying(rows):
             why, pause = first_line(e), next(pauses, None)
             if pause is None:
                 raise ConnectionError(
-                    f"the hub cannot be reached ({why}); the same command continues later"
+                    f"the source cannot be reached ({why}); the same command continues later"
                 ) from e
-            print(f"the hub cannot be reached ({why}); trying again in {pause} s", file=sys.stderr)
+            print(f"the source cannot be reached ({why}); trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
 
 
@@ -277,14 +314,15 @@ class Part(NamedTuple):
 
 def read_parts(path, cfg):
     """Yields the Parts of the documents of one file."""
-    if path.lower().endswith(".parquet"):
+    name = name_in(path).lower()
+    if name.endswith(".parquet"):
         read = functools.partial(read_parquet, path, cfg.text_key)
-    elif path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         read = functools.partial(read_jsonl, path, cfg.text_key)
     else:
         read = functools.partial(read_text, path, cfg.txt_documents)
     begins = True
-    for text, ends in retrying(read) if "://" in path else read():
+    for text, ends in retrying(read) if is_address(path) else read():
         *others, last = pieces(text, LONGEST)
         for piece in others:
             yield Part(piece, begins, False)
@@ -351,12 +389,8 @@ def encode_parts(parts, tokenizer):
     arrays, rows = [], []
     end_of_text = np.array([tokenizer.eot_token])
     for text, begins, whole in parts:
-        try:
-            raw = text.encode()
-        # a lone surrogate, which JSON can hold, becomes U+FFFD, as in tiktoken's own encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            raw = text.encode()
+        text = without_surrogates(text)
+        raw = text.encode()
         encoded = [tokenizer.encode_document(piece) for piece in pieces(text, PIECE)]
         arrays += [end_of_text, *encoded] if begins else encoded
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
@@ -365,6 +399,15 @@ def encode_parts(parts, tokenizer):
     if not arrays:
         return Encoded(np.empty(0, dtype), rows)
     return Encoded(np.concatenate(arrays, dtype=dtype, casting="unsafe"), rows)
+
+
+def without_surrogates(text):
+    """Returns the text with U+FFFD for a lone surrogate, which JSON can hold, as in tiktoken's encode()."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def work(pipe, encoding):
@@ -578,8 +621,8 @@ def unfinished(out_dir, path, settings):
                 f"{out_dir} holds an unfinished run with other settings ({differing}); "
                 f"use those to continue it, or choose another --out_dir, or delete it"
             )
-    elif shards_in(out_dir):
-        raise UserError(f"{out_dir} holds shards of another origin; delete them or choose another --out_dir")
+    elif shards_in(out_dir) or os.path.exists(os.path.join(out_dir, "train.bin")):
+        raise UserError(f"{out_dir} holds tokens of another origin; delete them or choose another --out_dir")
     return Progress(), settings
 
 
@@ -616,10 +659,7 @@ def expected_tokens(job, counts):
 
 def check_space(out_dir, tokens, itemsize):
     """Raises OSError if this many tokens do not fit on the disk of out_dir."""
-    folder = out_dir
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder) or "."
-    free, needed = shutil.disk_usage(folder).free, tokens * itemsize
+    free, needed = free_bytes(out_dir), tokens * itemsize
     if needed > free:
         raise OSError(
             f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB "
@@ -651,39 +691,44 @@ class Job:
     def itemsize(self):
         return token_dtype(self.settings["vocab_size"]).itemsize
 
-    def train_command(self, tokens):
-        """Returns the command to run next, with a config that suits so many tokens."""
-        if self.cfg.input == "stdlib" and self.settings["encoding"] == "bytes":
-            name = "quickstart"
-        else:
-            name = next((name for most, name in CONFIGS if tokens < most), "fineweb_125m_fast")
-        command = ["python", "train.py", f"config/{name}.py"]
-        folder, dataset = os.path.split(self.out_dir)
-        default = dict(quickstart="data/stdlib", fineweb_125m_fast="data/fineweb").get(name)
-        if self.out_dir != default:
-            command.append(f"--dataset={dataset if folder == 'data' else self.out_dir}")
-        return shlex.join(command)
+
+def train_command(cfg, tokens):
+    """Returns the command to run after a preparation that gave so many tokens, with a config that suits."""
+    name = next((name for most, name in CONFIGS if tokens < most), "fineweb_125m_fast")
+    if cfg.input == "stdlib" and cfg.encoding == "bytes":
+        name = "quickstart"
+    if cfg.encoding == "characters" and name == "text_1m":
+        name = "shakespeare_char"
+    command = ["python", "train.py", f"config/{name}.py"]
+    parent, dataset = os.path.split(cfg.folder)
+    if cfg.folder != DATASETS.get(name):
+        command.append(f"--dataset={dataset if parent == 'data' else cfg.folder}")
+    return shlex.join(command)
 
 
 def plan(cfg):
-    """Returns the Job; the hub's files are still to be found. Says which local files there are."""
-    out_dir = cfg.out_dir or os.path.join("data", name_of(cfg.input))
+    """Returns the Job; the hub's files are still to be found. Says which other files there are."""
+    out_dir = cfg.folder
     settings = dict(format=1) | find_tokenizer(cfg.encoding).fields()
     settings["source"] = f"{cfg.repo} {cfg.subset} {cfg.split}"
     for name in ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens"):
         settings[name] = getattr(cfg, name)
     if not cfg.input:
         return Job(cfg, out_dir, settings, [], 0, "")
-    files, passed_over = find_files(cfg.input)
+    files = find_and_say(cfg.input)
+    return Job(cfg, out_dir, settings, files, sum(map(text_bytes, files)), times_of(files))
+
+
+def find_and_say(source):
+    """Returns the files of a source, and says how many there are and what was passed over."""
+    files, passed_over = find_files(source)
     others = ", ".join(f"{count:,} {reason}" for reason, count in passed_over.items() if count)
     print(f"source: {len(files):,} files{f'; passed over: {others}' if others else ''}")
-    job = Job(cfg, out_dir, settings, files, sum(map(text_bytes, files)), times_of(files))
-    settings["source"] = describe_source(job)
-    return job
+    return files
 
 
 def describe_source(job):
-    """Returns what the settings say of local files, a digest of their contents included. Reads them all,
+    """Returns what the settings say of files, a digest of their contents included. Reads all local ones,
     unless nothing has changed since an earlier preparation, or what they give would not fit on the disk
     anyway."""
     record = record_in(job.out_dir)
@@ -692,7 +737,7 @@ def describe_source(job):
         return record["source"]
     if not record:
         check_space(job.out_dir, expected_tokens(job, Progress().counts), job.itemsize)
-    size = sum(os.path.getsize(path) for path in job.files)
+    size = sum(map(size_of, job.files))
     return f"{start}{len(job.files)} files, {size:,} bytes, sha256 {contents_of(job.files)[:16]}"
 
 
@@ -829,7 +874,7 @@ def prepare(job, stop):
     size = sum(os.path.getsize(os.path.join(job.out_dir, name)) for name in files)
     rate = (progress.counts["tokens"] - before) / seconds
     print(f"wrote {size / 1e6:,.1f} MB to {job.out_dir} in {seconds:.1f} s, {rate:,.0f} tokens/s")
-    print(f"next: {job.train_command(counts['train']['tokens'])}")
+    print(f"next: {train_command(job.cfg, counts['train']['tokens'])}")
 
 
 def is_done(job):
@@ -839,14 +884,79 @@ def is_done(job):
     with contextlib.suppress(OSError):  # prepared data may be read-only
         remove(job.progress_path)  # left over where a run was killed just before removing it
     tokens = record_in(job.out_dir)["train"]["tokens"]
-    print(f"{job.out_dir} is prepared already. Next: {job.train_command(tokens)}")
+    print(f"{job.out_dir} is prepared already. Next: {train_command(job.cfg, tokens)}")
     return True
+
+
+def prepare_characters(cfg):
+    """Prepares nanoGPT's data by characters."""
+    sources = find_and_say(cfg.input)
+    if cfg.dry_run:
+        foretell(cfg, sum(map(text_bytes, sources)), 2, "seconds")
+        return
+    files = characters.files_of(texts_in(sources, cfg), cfg.max_tokens)
+    with sole_use(cfg.folder):
+        new = characters.write(cfg.folder, files)
+    n_train = len(files["train.bin"]) // 2
+    n_val = len(files["val.bin"]) // 2
+    print(f"train: {n_train:,} characters; val: {n_val:,}, the last tenth")
+    print(f"wrote {', '.join(new)} to {cfg.folder}" if new else f"{cfg.folder} is prepared already")
+    print(f"next: {train_command(cfg, n_train)}")
+
+
+def texts_in(sources, cfg):
+    """Yields the texts of all documents of these files, the second and later ones after a line end."""
+    before = ""
+    for _, parts in read_chunks(sources, cfg, Position()):
+        for part in parts:
+            yield before * part.begins + without_surrogates(part.text)
+            before = "\n"
+
+
+def foretell_job(job):
+    """Prints what a job would take; its first chunk of local text is tokenized to know how long."""
+    cfg = job.cfg
+    tokens = expected_tokens(job, Progress().counts)
+    time_text = "not known before it runs"
+    if cfg.input:
+        position, parts = next(read_chunks(job.files, cfg, Position()))
+        tokenizer = find_tokenizer(cfg.encoding)
+        start = time.perf_counter()
+        encoded = encode_parts(parts, tokenizer)
+        rate = len(encoded.tokens) / (time.perf_counter() - start)
+        if position.file == len(job.files):  # that was everything
+            tokens = len(encoded.tokens)
+        seconds = tokens / max(rate, 1)
+        workers = number_of_workers(cfg)
+        time_text = f"about {duration(math.ceil(seconds / workers))} with {workers} workers, by the first MB"
+    foretell(cfg, tokens, job.itemsize, time_text)
+
+
+def foretell(cfg, tokens, itemsize, time_text):
+    """Prints what a preparation that gives about so many tokens would take."""
+    tokens = min(tokens, cfg.max_tokens or tokens)
+    needed = tokens * itemsize / 1e9
+    free = free_bytes(cfg.folder) / 1e9
+    lines = [f"tokens: about {tokens:,}"]
+    lines.append(f"disk: {needed:,.3f} GB in {cfg.folder}, where {free:,.1f} GB are free")
+    lines.append(f"time: {time_text}")
+    if os.path.exists(os.path.join(cfg.folder, "meta.json")):
+        lines.append(f"note: {cfg.folder} has been prepared already")
+    print_aligned([*lines, f"next: {train_command(cfg, tokens)}"])
 
 
 def main(argv):
     cfg = from_command_line(PrepareConfig, __doc__, argv)
+    if cfg.encoding == "characters":
+        prepare_characters(cfg)
+        return
     with StopRequest("stopping; Ctrl-C again leaves at once") as stop:
         job = plan(cfg)
+        if cfg.dry_run:
+            foretell_job(job)
+            return
+        if cfg.input:
+            job.settings["source"] = describe_source(job)
         if is_done(job):
             return
         with sole_use(job.out_dir):

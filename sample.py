@@ -38,7 +38,7 @@ from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, sampling
 from sologpt.errors import UserError
 from sologpt.fit import check_size
-from sologpt.log import parameters
+from sologpt.report import parameters
 from sologpt.tokenizer import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
 
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, resume, shards
+from sologpt.display import print_aligned
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
 from sologpt.fit import check_size, no_room, nothing_half_done, smaller_batch, start_with_what_fits
@@ -43,17 +44,14 @@ from sologpt.fp8 import use_fp8
 from sologpt.log import (
     Clock,
     Metrics,
-    describe,
     log_iteration,
-    notes,
     open_metrics,
-    print_aligned,
     progress_bar,
     say,
-    sum_up,
     warn,
 )
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
+from sologpt.report import describe, foretell, notes, sum_up
 from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
 
@@ -75,6 +73,7 @@ class TrainConfig(Config):
     eval_iters: int = key(200, "size of an evaluation, in dozens of sequences per split", low=1)
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines", low=1)
+    dry_run: bool = key(False, "say what the run would be and take, and stop")
     wandb_log: bool = key(False, "log to Weights & Biases too (pip install wandb)")
     wandb_project: str = key("owt", "Weights & Biases project")
     wandb_run_name: str = key("gpt2", "Weights & Biases run name")
@@ -633,12 +632,15 @@ def main(argv):
     for note in notes(cfg):
         print(note)
     print_aligned([machine.line])
-    out_dir = contextlib.nullcontext()  # eval_only leaves it alone
-    if not cfg.eval_only:
+    out_dir = contextlib.nullcontext()
+    if not (cfg.eval_only or cfg.dry_run):  # these leave it alone
         out_dir = sole_use(cfg.out_dir)
     with out_dir:
         run = set_up(cfg, machine)
         describe(run)
+        if cfg.dry_run:
+            foretell(run)
+            return
         run.clock = Clock(machine)
         bar = progress_bar(cfg.max_iters, run.at.iter_num)
         request = StopRequest("stopping; Ctrl-C again leaves without saving")

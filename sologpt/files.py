@@ -5,6 +5,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import shutil
 import socket
 import sys
 
@@ -79,6 +80,14 @@ def sha256_of(path):
         while block := f.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def free_bytes(path):
+    """Returns how much is free on the disk of a folder that need not be there yet."""
+    folder = path
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "."
+    return shutil.disk_usage(folder).free
 
 
 # -----------------------------------------------------------------------------

@@ -7,17 +7,16 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import sys
 import time
 
 import torch
 from tqdm import tqdm
 
+from sologpt.display import duration
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
-from sologpt.hardware import attention_backend, peak_memory
-from sologpt.memory import memory_line
+from sologpt.hardware import peak_memory
 
 
 def say(text, file=None):
@@ -39,12 +38,6 @@ def progress_bar(total, initial):
     """Returns the bar of a run, shown if stderr is a terminal; its time left is that of the last log line."""
     layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
     return tqdm(total=total, initial=initial, disable=None, dynamic_ncols=True, bar_format=layout)
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 class Clock:
@@ -179,97 +172,6 @@ def start_wandb(cfg):
     return wandb
 
 
-def notes(cfg):
-    """Returns lines about values of train.py's keys that are allowed but perhaps not meant."""
-    if "backend" in cfg.given:
-        return [f"backend={cfg.backend!r} has no effect: training runs on one GPU", *schedule_notes(cfg)]
-    return schedule_notes(cfg)
-
-
-def schedule_notes(cfg):
-    warmup = cfg.warmup_iters
-    if not cfg.decay_lr:
-        return []
-    if 0 < cfg.max_iters <= warmup:
-        return [f"note: the learning rate still rises when this run ends: warmup_iters={warmup}"]
-    if cfg.schedule == "wsd" and cfg.cooldown_start < warmup:
-        return [f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"]
-    if cfg.schedule == "cosine" and cfg.lr_decay_iters < warmup:
-        return [f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
-    return []
-
-
-def parameters(model):
-    """Returns the numbers of parameters as text: of those in matmuls, which MFU counts, and of the others."""
-    in_matmuls = model.get_num_params()
-    looked_up = model.get_num_params(non_embedding=False) - in_matmuls
-    return f"{in_matmuls / 1e6:.2f}M parameters in matmuls + {looked_up / 1e6:.2f}M looked up"
-
-
-def print_aligned(lines):
-    """Prints lines of the form `name: text` with their texts one below another."""
-    for line in lines:
-        name, _, text = line.partition(": ")
-        print(f"{name + ':':<11} {text}")
-
-
-def describe(run):
-    """Prints what a Run of train.py will do; numbers with the product that makes them."""
-    cfg, model = run.cfg, run.model
-    lines = [
-        f"data: {run.folder}, {run.train_data.tokens:,} train + {run.val_data.tokens:,} val tokens, "
-        f"{run.tokenizer.encoding}, {run.tokenizer.vocab_size:,} ids in {model.config.vocab_size:,} rows",
-        f"model: {parameters(model)}, {model.flops_per_token() / 1e6:,.1f} MFLOP per token",
-    ]
-    if backend := attention_backend(run.machine, model.config):
-        lines[-1] += f", {backend}"
-    if not cfg.eval_only:
-        lines.append(f"memory: {memory_line(run.memory, run.machine.device)}")
-    lines.append(
-        f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = "
-        f"{cfg.tokens_per_iter:,} tokens (batch_size * gradient_accumulation_steps * block_size)"
-    )
-    lines.append(f"run: {whole_run(cfg, len(run.train_data))}")
-    lines.append(
-        f"evaluation: every {cfg.eval_interval:,} iterations, 12 * {cfg.eval_iters} = {cfg.eval_windows:,} "
-        f"windows of {len(run.train_data):,} train and {len(run.val_data):,} val"
-    )
-    print_aligned(lines)
-    for note in data_notes(run):
-        print(f"note: {note}")
-
-
-def whole_run(cfg, windows):
-    """Returns the length of a run in tokens and epochs of that many windows, and its schedule, as text."""
-    tokens = cfg.max_iters * cfg.tokens_per_iter
-    epochs = cfg.max_iters * cfg.sequences_per_iter / windows
-    text = f"{cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {tokens:,} tokens, {epochs:.3g} epochs"
-    # with a longer warmup there is nothing constant, as notes() says
-    if cfg.decay_lr and cfg.schedule == "wsd" and cfg.warmup_iters <= cfg.cooldown_start:
-        constant = cfg.cooldown_start - cfg.warmup_iters
-        cooldown = cfg.max_iters - cfg.cooldown_start
-        text += (
-            f"; {cfg.warmup_iters:,} iterations of warmup, {constant:,} constant, {cooldown:,} of cooldown"
-        )
-    return text
-
-
-def data_notes(run):
-    """Returns notes about data that are few for what they are used for."""
-    cfg = run.cfg
-    found = []
-    for split, windows in (("train", run.train_data), ("val", run.val_data)):
-        if len(windows) < cfg.eval_windows:
-            found.append(f"{split} has only {len(windows):,} windows; all of them are evaluated")
-    epochs = cfg.max_iters * cfg.sequences_per_iter / len(run.train_data)
-    if epochs > 20 and cfg.dropout == 0:
-        found.append(
-            f"{epochs:,.0f} epochs without dropout learn the text by heart; see the val loss, and try "
-            f"--dropout=0.2, fewer --max_iters or a smaller model (config/text_1m.py)"
-        )
-    return found
-
-
 def log_iteration(run, step_loss, norm, lr):
     """Prints and records the iteration that a Run of train.py has just done. step_loss: a tensor on the
     device; norm, lr: floats."""
@@ -293,18 +195,3 @@ def log_iteration(run, step_loss, norm, lr):
     figures = dict(loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm, lr=lr, tokens=at.tokens_seen)
     figures["peak_memory"] = peak_memory(run.machine.device)
     run.metrics.record("iter", at.iter_num, **figures)
-
-
-def sum_up(run):
-    """Says what a finished Run of train.py has done."""
-    at = run.at
-    skipped = f", {at.bad_steps} updates skipped" if at.bad_steps else ""
-    peak = peak_memory(run.machine.device)
-    memory = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
-    seconds = time.perf_counter() - run.started
-    say(
-        f"done: iteration {at.iter_num:,} after {duration(seconds)}, {at.tokens_seen:,} tokens{skipped}, "
-        f"best val loss {at.best_val_loss:.4f}{memory}"
-    )
-    if at.iter_num:  # else there is nothing to sample
-        say(f"next: python sample.py {shlex.join([f'--out_dir={run.cfg.out_dir}'])}")

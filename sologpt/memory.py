@@ -39,6 +39,12 @@ def memory_needed(
     return {name: round(bytes) for name, bytes in sizes.items()}
 
 
+def checkpoint_bytes(memory):
+    """Returns the bytes of ckpt.pt, ckpt_prev.pt and best.pt of a run with this memory_estimate."""
+    state = memory["weights"] + memory["optimizer"]
+    return 2 * state + memory["weights"]
+
+
 # numbers, times n_embd, that the blocks keep for each token and layer until the backward pass
 KEPT = {  # arch: {dtype: (compiled, not compiled)}; in FP8 some are half as long
     "gpt2": {"bfloat16": (16, 18), "float16": (18, 18), "float32": (16, 16), "fp8": (10, 18)},

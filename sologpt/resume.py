@@ -21,7 +21,8 @@ def load_state(cfg, files):
             warn(f"{reason}; taking {files.newest} instead")
         if state["iter_num"] > cfg.max_iters:
             raise UserError(
-                f"{files.newest} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}"
+                f"{files.newest} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}; "
+                f"to train on, raise --max_iters"
             )
         return state
     return None
@@ -107,6 +108,8 @@ def restore(run, state, data_changed):
     at.bad_in_row = state.get("bad_in_row", 0)
     run.started = time.perf_counter() - state.get("seconds", 0.0)
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
+    if iter_num == run.cfg.max_iters:
+        print(f"note: that is all of max_iters={iter_num}; to train on, raise --max_iters (docs/recipe.md)")
     if data_changed:
         at.best_val_loss = math.inf
         print("the data has changed: the best val loss, and best.pt, start anew")

@@ -1,5 +1,6 @@
 """
-The local files that a preparation reads: which there are, each once, and whether they are still the same.
+The files that a preparation reads: which there are, each once, and whether they are still the same. They are
+local, or each has an address like https://...
 """
 
 import collections
@@ -10,25 +11,35 @@ import os
 import pathlib
 import re
 import sysconfig
+import tempfile
+import urllib.parse
+import urllib.request
 
+from tqdm import tqdm
+
+from sologpt.errors import UserError
 from sologpt.files import sha256_of
 
 ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
+TIMEOUT = 60  # seconds that a server may be silent
 
 
 def find_files(source):
     """Returns (files, passed over) of `source`, the --input of prepare_fineweb.py: paths in a fixed order,
     each real file once, and how many were not taken, a Counter by reason.
 
-    Raises FileNotFoundError if a part of the source has no file, and OSError for a folder that cannot be
-    read.
+    Raises FileNotFoundError if a part of the source has no file, UserError for an address that cannot be
+    reached, and OSError for a folder that cannot be read.
     """
     passed_over = collections.Counter()
     if source == "stdlib":
         return standard_library(), passed_over
     found = []
     for part in [source] if os.path.exists(source) else source.split(","):
-        if os.path.isdir(part):
+        if is_address(part):
+            status_of(part)
+            matching = [part]
+        elif os.path.isdir(part):
             matching = files_below(part, passed_over)
         elif os.path.isfile(part):
             matching = [part]
@@ -59,11 +70,20 @@ def nothing_found(part):
     )
 
 
+def is_address(path):
+    return "://" in path
+
+
+def name_in(path):
+    """Returns the part of a path that names the file: an address may go on with ?key=value."""
+    return urllib.parse.urlsplit(path).path if is_address(path) else path
+
+
 def name_of(source):
     """Returns a short name for `source`, to name a folder and files after: books of ../books/*.txt."""
     if not source:
         return "fineweb"
-    path = pathlib.Path(source.split(",")[0])
+    path = pathlib.Path(name_in(source.split(",")[0]))
     parts = [part for part in path.resolve().parts if not set(part) & set("*?[")]
     name = parts[-1].partition(".")[0] or parts[-1]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "text"
@@ -135,16 +155,54 @@ def raise_error(error):
     raise error
 
 
+def status_of(path):
+    """Returns (path, bytes, time of change): what tells cheaply whether a file has changed. The server of an
+    address is asked; what it does not tell is 0 or empty. Raises UserError if it cannot be reached."""
+    if not is_address(path):
+        status = os.stat(path)
+        return path, status.st_size, status.st_mtime_ns
+    try:
+        with urllib.request.urlopen(path, timeout=TIMEOUT) as response:
+            about = response.headers
+    except (OSError, ValueError) as e:  # no network, no such file, no such protocol
+        raise UserError(f"--input={path} cannot be reached: {getattr(e, 'reason', e)}") from None
+    return path, int(about.get("Content-Length", 0)), about.get("ETag") or about.get("Last-Modified", "")
+
+
+def download(address):
+    """Returns the file at an address as a temporary one, open at its beginning. Raises ConnectionError if the
+    connection breaks off. Nothing is kept: reading it again downloads it again."""
+    file = tempfile.TemporaryFile()
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc="download", disable=None) as bar:
+                while block := response.read(2**20):
+                    file.write(block)
+                    bar.update(len(block))
+        if size and file.tell() != size:  # urllib does not notice
+            raise ConnectionError(f"the connection ended after {file.tell():,} of {size:,} bytes")
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def size_of(path):
+    return status_of(path)[1]
+
+
 def times_of(files):
     """Returns a digest of names, sizes and times of change: what tells cheaply that nothing has changed."""
-    about = [(path, os.stat(path)) for path in files]
-    entries = [(path, status.st_size, status.st_mtime_ns) for path, status in about]
+    entries = [status_of(path) for path in files]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def contents_of(files):
-    """Returns a digest of names and contents. Reads every file."""
+    """Returns a digest of names and contents. Reads every local file; of an address, its status counts."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(os.fsencode(path) + b"\0" + sha256_of(path).encode())
+        content = str(status_of(path)) if is_address(path) else sha256_of(path)
+        digest.update(os.fsencode(path) + b"\0" + content.encode())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import BenchConfig
 from configurator import Config, ConfigError, configure, key, usage
 from prepare_fineweb import PrepareConfig
 from sample import SampleConfig
@@ -233,6 +234,35 @@ def test_help_lists_every_key_and_a_wrong_key_exits_with_2(script):
     assert wrong.returncode == 2 and not wrong.stdout
     hint = "" if cls is PrepareConfig else " (did you mean 'device'?)"
     assert wrong.stderr.splitlines()[0] == f"--devise: unknown key 'devise'{hint}"
+
+
+def test_help_of_bench_lists_its_own_keys_and_names_train():
+    shown = usage(BenchConfig, "Doc.", "bench.py")
+    assert "besides those of train.py (python train.py --help)" in shown
+    listed = re.findall(r"^  --(\w+)=", shown, re.M)
+    assert listed == [
+        f.name for f in fields(BenchConfig) if f.name not in {f.name for f in fields(TrainConfig)}
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        (
+            "config/train_shakespeare_char.py",
+            "did you mean config/shakespeare_char.py?; nanoGPT's own configs",
+        ),
+        (
+            "config/train_gpt2.py",
+            "nanoGPT's own configs run here: copy the file from github.com/karpathy/nanoGPT",
+        ),
+        ("config/nothing_like_it.py", "No such file or directory\n"),
+    ],
+)
+def test_a_config_of_nanogpts_that_is_not_here_is_explained(name, hint):
+    with pytest.raises(ConfigError) as error:
+        configure(TrainConfig, [name])
+    assert hint in f"{error.value}\n"
 
 
 def test_usage_shows_choices_and_limits():

@@ -5,12 +5,14 @@ Run: pytest tests/test_prepare.py
 """
 
 import ast
+import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -20,6 +22,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import zlib
 from pathlib import Path
 
 import datasets
@@ -35,7 +38,6 @@ from hypothesis import strategies as st
 import prepare_fineweb
 from configurator import configure
 from prepare_fineweb import (
-    Job,
     Part,
     PrepareConfig,
     Progress,
@@ -44,12 +46,15 @@ from prepare_fineweb import (
     find_files,
     pieces,
     push_out,
+    read_parts,
     read_text,
     retrying,
+    train_command,
 )
-from sologpt import shards
+from sologpt import characters, shards
+from sologpt.errors import UserError
 from sologpt.source import name_of
-from sologpt.tokenizer import find_tokenizer
+from sologpt.tokenizer import find_tokenizer, read_tokenizer
 
 TEXTS = [f"Document {i}: " + "some words, ünd möre. " * (1 + i % 7) for i in range(200)]
 
@@ -121,6 +126,7 @@ def test_every_document_lands_whole_in_one_split(run, tmp_path):
         ("books/*.txt,other", "books"),
         ("novel.txt.gz", "novel"),
         ("../books/**/*.md", "books"),
+        ("https://example.org/a/novel.txt?raw=1", "novel"),
     ],
 )
 def test_folder_and_shards_are_named_after_the_source(source, name):
@@ -138,8 +144,7 @@ def test_folder_and_shards_are_named_after_the_source(source, name):
 )
 def test_the_next_command_has_a_config_for_so_much_text(tokens, config):
     cfg = configure(PrepareConfig, ["--input=novels"])
-    job = Job(cfg, "data/novels", dict(encoding="gpt2", vocab_size=50257), [], 0, "")
-    assert job.train_command(tokens) == f"python train.py config/{config}.py --dataset=novels"
+    assert train_command(cfg, tokens) == f"python train.py config/{config}.py --dataset=novels"
 
 
 def test_a_folder_without_known_endings_says_which_it_has(run, tmp_path):
@@ -182,7 +187,7 @@ def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp
     (tmp_path / "out/a_val_000000.bin").write_bytes(b"")
     assert "does not start with llm.c's shard header" in prepare(run, "--input=a.jsonl", status=1).stderr
     (tmp_path / "out/meta.json").unlink()
-    assert "out holds shards of another origin" in prepare(run, "--input=a.jsonl", status=1).stderr
+    assert "out holds tokens of another origin" in prepare(run, "--input=a.jsonl", status=1).stderr
 
 
 def test_text_jsonl_and_parquet_may_be_mixed_in_a_folder(run, tmp_path):
@@ -369,6 +374,7 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
             "a.txt.gz after 0 documents: Truncated compressed",
         ),
         (b"not compressed", ["--input=a.txt.zst"], "cannot read a.txt.zst after 0 documents: "),
+        (b"short", ["--input=a.txt", "--encoding=characters"], "only 5 characters: too few"),
         (b"x", ["--input=a.txt", "--encoding=gpt3"], "encoding='gpt3' is not known; use one of bytes, "),
     ],
 )
@@ -402,6 +408,165 @@ def test_contradicting_options_are_wrong_usage(run):
         "must fit into one shard"
         in run("prepare_fineweb.py", "--val_tokens=2000", "--shard_tokens=1000", status=2).stderr
     )
+    error = run("prepare_fineweb.py", "--encoding=characters", "--val_tokens=9", status=2).stderr
+    assert "set --input" in error and "val_tokens has no effect with encoding='characters'" in error
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's data by characters
+
+
+def nanogpts_files(text):
+    """Returns what nanoGPT's data/shakespeare_char/prepare.py makes of a text, by its description."""
+    alphabet = sorted(set(text))
+    stoi = {character: i for i, character in enumerate(alphabet)}
+    ids = [stoi[character] for character in text]
+    cut = int(len(ids) * 0.9)
+    meta = dict(vocab_size=len(alphabet), itos=dict(enumerate(alphabet)), stoi=stoi)
+    return np.array(ids[:cut], np.uint16), np.array(ids[cut:], np.uint16), meta
+
+
+@pytest.mark.parametrize("text", ["To be, or not to be. " * 9, "häßlich 漢字 \U0001f600\n\tx" * 5])
+def test_characters_are_nanogpts_files(run, tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, newline="")
+    out = prepare(run, "--input=a.txt", "--encoding=characters")
+    train, val, meta = nanogpts_files(text)
+    assert (tmp_path / "out/train.bin").read_bytes() == train.tobytes()
+    assert (tmp_path / "out/val.bin").read_bytes() == val.tobytes()
+    assert pickle.loads((tmp_path / "out/meta.pkl").read_bytes()) == meta
+    assert f"train: {len(train)} characters; val: {len(val)}" in out.stdout
+    tokenizer = read_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(np.concatenate([train, val]).tolist()) == text
+
+
+def test_documents_by_characters_have_a_line_end_between_them(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["first text", "half \ud800 a character", "", "x" * 5_000_000])
+    prepare(run, "--input=a.jsonl", "--encoding=characters", "--max_tokens=4000000")
+    files = [tmp_path / "out/train.bin", tmp_path / "out/val.bin"]
+    ids = np.concatenate([np.fromfile(path, np.uint16) for path in files])
+    text = read_tokenizer(tmp_path / "out").decode(ids.tolist())
+    assert len(text) == 4_000_000 and text.rstrip("x") == "first text\nhalf \ufffd a character\n"
+
+
+def test_characters_never_overwrite_other_data(run, tmp_path):
+    (tmp_path / "a.txt").write_text("one two three four " * 9)
+    first = prepare(run, "--input=a.txt", "--encoding=characters")
+    (tmp_path / "out/val.bin").unlink()  # as if it had been killed
+    second = prepare(run, "--input=a.txt", "--encoding=characters")
+    third = prepare(run, "--input=a.txt", "--encoding=characters")
+    assert "wrote train.bin, val.bin, meta.pkl to out" in first.stdout
+    assert "wrote val.bin to out" in second.stdout and "out is prepared already" in third.stdout
+    (tmp_path / "a.txt").write_text("another text " * 9)
+    before = contents(tmp_path / "out")
+    for encoding in ("characters", "bytes"):
+        error = prepare(run, "--input=a.txt", f"--encoding={encoding}", status=1).stderr
+        assert error.startswith("error: out holds ") and "choose another --out_dir" in error
+    write_jsonl(tmp_path / "b.jsonl", TEXTS)
+    prepare(run, "--input=b.jsonl", "--out_dir=shards")
+    error = prepare(run, "--input=a.txt", "--encoding=characters", "--out_dir=shards", status=1).stderr
+    assert "shards holds other data" in error
+    assert contents(tmp_path / "out") == before
+
+
+def test_too_many_characters_for_uint16_are_refused():
+    text = "".join(map(chr, range(0x10000, 0x20001)))
+    with pytest.raises(UserError, match="65,537 different characters"):
+        characters.files_of([text], 0)
+
+
+# -----------------------------------------------------------------------------
+# one file from the network
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves `content` under every name; the first `cut` answers break off in the middle."""
+
+    content, cut = b"", 0
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if "missing" in self.path:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.send_header("ETag", str(zlib.crc32(self.content)))
+        self.end_headers()
+        end = len(self.content)
+        if Files.cut:
+            Files.cut -= 1
+            end //= 2
+        with contextlib.suppress(ConnectionError):  # whoever wants the headers only
+            self.wfile.write(self.content[:end])
+
+
+@pytest.fixture
+def address():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_file_is_read_from_its_address(run, tmp_path, address, name, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "PAUSES", (0, 0))
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "a.parquet")
+    Files.content = (tmp_path / name).read_bytes()
+    prepare(run, f"--input={name}", "--out_dir=local")
+    once = prepare(run, f"--input={address}/{name}?raw=1")
+    assert tokens_in(tmp_path / "out", "train").tolist() == tokens_in(tmp_path / "local", "train").tolist()
+    assert "next: python train.py config/text_1m.py --dataset=out" in once.stdout
+    assert "out is prepared already" in prepare(run, f"--input={address}/{name}?raw=1").stdout
+    Files.content = Files.content + b" "
+    error = prepare(run, f"--input={address}/{name}?raw=1", status=1).stderr
+    assert "was prepared with other settings (source: " in error
+
+
+def test_a_connection_that_breaks_off_is_asked_again(address, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_fineweb, "PAUSES", (0, 0))
+    Files.content, Files.cut = b"line of text\n" * 100_000, 1
+    cfg = configure(PrepareConfig, ["--txt_documents=file"])
+    text = "".join(part.text for part in read_parts(f"{address}/a.txt", cfg))
+    assert text.encode() == Files.content
+    assert "the connection ended after 650,000 of 1,300,000 bytes" in capsys.readouterr().err
+
+
+def test_an_address_that_is_wrong_is_one_line(run, address):
+    for name in (f"{address}/missing.txt", "http://127.0.0.1:9/a.txt", "ftps://example.org/a.txt"):
+        error = prepare(run, f"--input={name}", status=1).stderr
+        assert f"error: --input={name} cannot be reached: " in error and error.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
+# a dry run
+
+
+def test_a_dry_run_foretells_what_is_written(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    out = prepare(run, "--input=a.jsonl", "--dry_run=True").stdout
+    assert not (tmp_path / "out").exists()
+    told = int(re.search(r"tokens: +about ([\d,]+)", out)[1].replace(",", ""))
+    prepare(run, "--input=a.jsonl")
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert told == meta["train"]["tokens"] + meta["val"]["tokens"]
+    again = prepare(run, "--input=a.jsonl", "--dry_run=True", "--max_tokens=1000").stdout
+    assert "tokens:     about 1,000\n" in again and "out has been prepared already" in again
+    assert "next:       python train.py config/text_1m.py --dataset=out\n" in again
+
+
+def test_a_dry_run_asks_no_network(run, tmp_path):
+    out = run(
+        "prepare_fineweb.py", "--dry_run=True", "--encoding=bytes", HF_ENDPOINT="http://127.0.0.1:9"
+    ).stdout
+    assert "about 10,000,000,000\n" in out and "20.000 GB in data/fineweb" in out
+    assert not (tmp_path / "data").exists()
 
 
 # -----------------------------------------------------------------------------

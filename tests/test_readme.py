@@ -68,3 +68,26 @@ def test_every_variable_that_turns_on_a_test_is_named():
     tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r'os\.environ\.get\("(\w+)"\)', tests):
         assert f"`{name}`" in README
+
+
+def test_the_page_of_costs_is_what_its_script_prints(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import cost
+
+    assert (ROOT / "docs/cost.md").read_text() == cost.page() + "\n"
+
+
+def test_the_page_of_costs_by_hand(monkeypatch):
+    """GPT-2 124M, 5.24B tokens: at 9.34 s for 524,288 tokens that is 10,000 * 9.344 s = 26 h."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import cost
+
+    need = cost.needs(cost.settings_of(ROOT / "config/fineweb_125m.py"))
+    assert need["tokens"] == 10_000 * 524_288
+    # weights three times and two moments twice, of 4 bytes
+    assert need["checkpoints"] == pytest.approx(7 * 4 * 124_373_760, rel=1e-6)
+    cards = {card.name: card for card in cost.CARDS}
+    assert cost.cell(cards["RTX 4070"], need, {}) == "26 h p"
+    assert cost.cell(cards["RTX 4070"], need, {"NVIDIA GeForce RTX 4070": 1e12}) == "1245 h m"
+    # 25.5 TFLOP/s at 55 to 82 % of it
+    assert cost.cell(cards["RTX 3060"], need, {}) == "59 h to 89 h e"

@@ -29,9 +29,9 @@ from conftest import ENV, ROOT
 import train
 from configurator import configure
 from model import GPT, GPTConfig
-from sologpt import checkpoint, fit, hardware, shards
+from sologpt import checkpoint, fit, hardware, report, shards
+from sologpt.display import duration
 from sologpt.errors import UserError, out_of_memory
-from sologpt.log import duration
 from train import TrainConfig, get_lr
 
 STEP = re.compile(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)", re.M)
@@ -351,7 +351,11 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
 @pytest.mark.parametrize(
     "flags, line, seconds",
     [
-        (["--eval_interval=1", "--eval_iters=50", "--n_embd=256"], "evaluation:", 1.0),  # in an evaluation
+        (
+            ["--eval_interval=1", "--eval_iters=50", "--n_embd=512", "--n_layer=12"],
+            "evaluation:",
+            1.0,
+        ),  # in an evaluation
         (["--gradient_accumulation_steps=1000000"], "step 0:", 1.0),  # in an iteration of hours
         (["--compile=True", "--n_layer=12"], "compiling the model", 3.0),  # in the compiler
     ],
@@ -1016,21 +1020,13 @@ SHAKESPEARE = os.environ.get("SHAKESPEARE")
 
 @pytest.mark.skipif(not SHAKESPEARE, reason="set SHAKESPEARE to tiny Shakespeare's input.txt")
 def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
-    text = Path(SHAKESPEARE).read_text()
-    itos = dict(enumerate(sorted(set(text))))
-    stoi = {c: i for i, c in itos.items()}
-    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
-    folder = tmp_path / "data/shakespeare_char"
-    folder.mkdir(parents=True)
-    cut = int(len(ids) * 0.9)
-    ids[:cut].tofile(folder / "train.bin")
-    ids[cut:].tofile(folder / "val.bin")
-    (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi)))
-    argv = """--dataset=shakespeare_char --device=cpu --compile=False --eval_iters=30 --eval_interval=500
-    --log_interval=100 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --n_layer=4 --n_head=4
-    --n_embd=128 --max_iters=500 --lr_decay_iters=500 --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4
-    --beta2=0.99 --warmup_iters=100"""
-    out = run("train.py", *argv.split())
+    """nanoGPT's smaller model, for a quarter of its iterations."""
+    data = [f"--input={SHAKESPEARE}", "--encoding=characters", "--out_dir=data/shakespeare_char"]
+    assert "next: python train.py config/shakespeare_char.py\n" in run("prepare_fineweb.py", *data).stdout
+    smaller = """--device=cpu --compile=False --eval_iters=30 --eval_interval=500 --log_interval=100
+    --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=500 --lr_decay_iters=500
+    --dropout=0.0"""
+    out = run("train.py", ROOT / "config/shakespeare_char.py", *smaller.split())
     # nanoGPT itself: 2.298 to 2.306 with four seeds (benchmarks/compare_nanogpt.py)
     assert 2.27 < float(STEP.findall(out.stdout)[-1][2]) < 2.33
 
@@ -1096,3 +1092,40 @@ def test_a_finished_run_says_what_to_do_next(run, byte_data, tiny):
 def test_init_from_best_is_explained(run, byte_data, tiny):
     error = run("train.py", *tiny, "--init_from=best", status=2).stderr
     assert "init_from='best' is for sample.py, as best.pt holds weights only; use init_from='resume'" in error
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, byte_data, tiny, tmp_path):
+    out = run("train.py", *tiny, "--dry_run=True").stdout
+    assert "time:       not known for these settings" in out and not (tmp_path / "out").exists()
+    run("train.py", *tiny)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    rows = [json.loads(line) for line in before["metrics.jsonl"].splitlines()]
+    dt = np.median([row["dt"] for row in rows if row["kind"] == "iter"])
+    again = run("train.py", *tiny, "--max_iters=1000000", "--dry_run=True").stdout
+    assert (
+        f"{duration(1_000_000 * dt)} for 1,000,000 iterations of the {dt:.3g} s each that out shows" in again
+    )
+    assert "not known" in run("train.py", *tiny, "--n_embd=64", "--dry_run=True").stdout
+    written = sum(len(before[name]) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt"))
+    told = re.search(r"disk: +([\d.]+) GB for three checkpoints in out, where", again)
+    assert float(told[1]) == round(written / 1e9, 2) and again.endswith("dry run:    nothing was written\n")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_resuming_a_finished_run_says_how_to_train_on(run, byte_data, tiny):
+    run("train.py", *tiny)
+    out = run("train.py", *tiny, "--init_from=resume").stdout
+    assert "note: that is all of max_iters=12; to train on, raise --max_iters" in out
+    error = run("train.py", *tiny, "--init_from=resume", "--max_iters=6", status=1).stderr
+    assert "is at iteration 12, past max_iters=6; to train on, raise --max_iters" in error
+
+
+def test_a_busy_computer_is_pointed_out(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.5, 0, 0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert report.busy_note(torch.device("cpu")) is None  # this process has one thread already
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert "busy (load 99.5 on 2 cores): OMP_NUM_THREADS=1" in report.busy_note(torch.device("cpu"))
+    assert report.busy_note(torch.device("cuda")) is None
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.3, 0, 0))
+    assert report.busy_note(torch.device("cpu")) is None

@@ -1,0 +1,177 @@
+"""
+What a run will do, said before it starts, and what it has done, said at its end.
+"""
+
+import json
+import os
+import shlex
+import statistics
+import time
+
+import torch
+
+from sologpt.display import duration, print_aligned
+from sologpt.files import free_bytes
+from sologpt.hardware import attention_backend, peak_memory
+from sologpt.log import say
+from sologpt.memory import checkpoint_bytes, memory_line
+
+
+def notes(cfg):
+    """Returns lines about values of train.py's keys that are allowed but perhaps not meant."""
+    found = schedule_notes(cfg)
+    if "backend" in cfg.given:
+        found.append(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
+    return found
+
+
+def busy_note(device):
+    """Returns a note about a computer whose cores are all at work already, or None."""
+    if device.type != "cpu" or torch.get_num_threads() == 1 or not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if load < cores:
+        return None
+    return f"this computer is busy (load {load:.1f} on {cores} cores): OMP_NUM_THREADS=1 may be faster"
+
+
+def schedule_notes(cfg):
+    warmup = cfg.warmup_iters
+    if not cfg.decay_lr:
+        return []
+    if 0 < cfg.max_iters <= warmup:
+        return [f"note: the learning rate still rises when this run ends: warmup_iters={warmup}"]
+    if cfg.schedule == "wsd" and cfg.cooldown_start < warmup:
+        return [f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"]
+    if cfg.schedule == "cosine" and cfg.lr_decay_iters < warmup:
+        return [f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
+    return []
+
+
+def parameters(model):
+    """Returns the numbers of parameters as text: of those in matmuls, which MFU counts, and of the others."""
+    in_matmuls = model.get_num_params()
+    looked_up = model.get_num_params(non_embedding=False) - in_matmuls
+    return f"{in_matmuls / 1e6:.2f}M parameters in matmuls + {looked_up / 1e6:.2f}M looked up"
+
+
+def describe(run):
+    """Prints what a Run of train.py will do; numbers with the product that makes them."""
+    cfg, model = run.cfg, run.model
+    lines = [
+        f"data: {run.folder}, {run.train_data.tokens:,} train + {run.val_data.tokens:,} val tokens, "
+        f"{run.tokenizer.encoding}, {run.tokenizer.vocab_size:,} ids in {model.config.vocab_size:,} rows",
+        f"model: {parameters(model)}, {model.flops_per_token() / 1e6:,.1f} MFLOP per token",
+    ]
+    if backend := attention_backend(run.machine, model.config):
+        lines[-1] += f", {backend}"
+    if not cfg.eval_only:
+        lines.append(f"memory: {memory_line(run.memory, run.machine.device)}")
+    lines.append(
+        f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = "
+        f"{cfg.tokens_per_iter:,} tokens (batch_size * gradient_accumulation_steps * block_size)"
+    )
+    lines.append(f"run: {whole_run(cfg, len(run.train_data))}")
+    lines.append(
+        f"evaluation: every {cfg.eval_interval:,} iterations, 12 * {cfg.eval_iters} = {cfg.eval_windows:,} "
+        f"windows of {len(run.train_data):,} train and {len(run.val_data):,} val"
+    )
+    print_aligned(lines)
+    for note in data_notes(run):
+        print(f"note: {note}")
+
+
+def whole_run(cfg, windows):
+    """Returns the length of a run in tokens and epochs of that many windows, and its schedule, as text."""
+    tokens = cfg.max_iters * cfg.tokens_per_iter
+    epochs = cfg.max_iters * cfg.sequences_per_iter / windows
+    text = f"{cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {tokens:,} tokens, {epochs:.3g} epochs"
+    # with a longer warmup there is nothing constant, as notes() says
+    if cfg.decay_lr and cfg.schedule == "wsd" and cfg.warmup_iters <= cfg.cooldown_start:
+        constant = cfg.cooldown_start - cfg.warmup_iters
+        cooldown = cfg.max_iters - cfg.cooldown_start
+        text += (
+            f"; {cfg.warmup_iters:,} iterations of warmup, {constant:,} constant, {cooldown:,} of cooldown"
+        )
+    return text
+
+
+def data_notes(run):
+    """Returns notes about a busy computer, and data that are few for what they are used for."""
+    cfg = run.cfg
+    found = []
+    if busy := busy_note(run.machine.device):
+        found.append(busy)
+    for split, windows in (("train", run.train_data), ("val", run.val_data)):
+        if len(windows) < cfg.eval_windows:
+            found.append(f"{split} has only {len(windows):,} windows; all of them are evaluated")
+    epochs = cfg.max_iters * cfg.sequences_per_iter / len(run.train_data)
+    if epochs > 20 and cfg.dropout == 0:
+        found.append(
+            f"{epochs:,.0f} epochs without dropout learn the text by heart; see the val loss, and try "
+            f"--dropout=0.2, fewer --max_iters or a smaller model (config/text_1m.py)"
+        )
+    return found
+
+
+# what decides how long an iteration takes
+SPEED = (
+    "arch n_layer n_head n_embd block_size batch_size gradient_accumulation_steps optimizer device dtype "
+    "matmul compile compile_mode activation_memory loss_chunks"
+).split()
+
+
+def foretell(run):
+    """Prints what a dry run adds to describe: time, if an earlier run in out_dir shows it, and disk."""
+    cfg = run.cfg
+    left = cfg.max_iters - run.at.iter_num
+    time_text = "not known for these settings; python bench.py with the same arguments measures it"
+    if dt := seconds_of_earlier_run(run.files.metrics, cfg):
+        shown = f"the {dt:.3g} s each that {cfg.out_dir} shows"
+        time_text = f"{duration(left * dt)} for {left:,} iterations of {shown}, without evaluations"
+    written = checkpoint_bytes(run.memory) / 1e9
+    free = free_bytes(cfg.out_dir) / 1e9
+    print_aligned(
+        [
+            f"time: {time_text}",
+            f"disk: {written:,.2f} GB for three checkpoints in {cfg.out_dir}, where {free:,.1f} GB are free",
+            "dry run: nothing was written",
+        ]
+    )
+
+
+def seconds_of_earlier_run(path, cfg):
+    """Returns the median seconds of the last iterations in a metrics.jsonl whose run has the same SPEED, or
+    None."""
+    if not os.path.exists(path):
+        return None
+    same, seconds = False, []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+                if "config" in row:
+                    same = all(row["config"].get(name) == getattr(cfg, name) for name in SPEED)
+                    seconds = []
+                if row["kind"] == "iter":
+                    seconds.append(row["dt"])
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+    if not same or not seconds:
+        return None
+    return statistics.median(seconds[-50:])
+
+
+def sum_up(run):
+    """Says what a finished Run of train.py has done."""
+    at = run.at
+    skipped = f", {at.bad_steps} updates skipped" if at.bad_steps else ""
+    peak = peak_memory(run.machine.device)
+    memory = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
+    seconds = time.perf_counter() - run.started
+    say(
+        f"done: iteration {at.iter_num:,} after {duration(seconds)}, {at.tokens_seen:,} tokens{skipped}, "
+        f"best val loss {at.best_val_loss:.4f}{memory}"
+    )
+    if at.iter_num:  # else there is nothing to sample
+        say(f"next: python sample.py {shlex.join([f'--out_dir={run.cfg.out_dir}'])}")
