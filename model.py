@@ -324,7 +324,7 @@ class GPT(nn.Module):
         """Writes config.json, generation_config.json and model.safetensors (fp32) for transformers' GPT-2.
 
         Rows that pad the vocabulary are left out; biases that this model lacks are written as zeros.
-        eot_token: the id that starts and ends a text. Raises ValueError for a ModernGPT.
+        eot_token: the id that starts and ends a text.
         """
         huggingface.write_folder(folder, dataclasses.asdict(self.config), self.state_dict(), eot_token)
 
@@ -436,6 +436,10 @@ class ModernGPT(GPT):
 
     def looked_up(self):
         return self.transformer.wte
+
+    def save_pretrained(self, folder, eot_token=None):
+        """Writes what GPT writes, and the code with which transformers loads it: trust_remote_code=True."""
+        huggingface.write_modern_folder(folder, self, eot_token)
 
 
 def make_gpt(config):

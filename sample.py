@@ -10,7 +10,7 @@ Without --out_dir it takes the newest checkpoint, and says which.
 The text goes to stdout, each sample followed by a line of dashes; everything else goes to stderr. A single
 sample appears token by token; several are drawn in one batch.
 
---export writes the model for Hugging Face's transformers.
+--export writes the model for Hugging Face's transformers; arch="modern" loads with trust_remote_code=True.
 """
 
 import signal
@@ -173,11 +173,11 @@ def load_pretrained(name, encoding):
 
 
 def export(folder, model, tokenizer, state):
-    """Writes model, tokenizer and model card to folder, as far as Hugging Face's format can hold them."""
-    huggingface.check_arch(model.config.arch)
+    """Writes model, tokenizer and model card to folder, in Hugging Face's format."""
     huggingface.make_room(folder)
-    padding = (model.config.vocab_size - model.config.n_ids) * model.config.n_embd
-    huggingface.write_card(folder, state, model.get_num_params(non_embedding=False) - padding)
+    with torch.device("meta"):  # takes no memory
+        unpadded = make_gpt(dataclasses.replace(model.config, vocab_size=model.config.n_ids))
+    huggingface.write_card(folder, state, unpadded.get_num_params(non_embedding=False))
     model.save_pretrained(folder, tokenizer.eot_token)
     try:
         huggingface.write_tokenizer(folder, tokenizer, model.config.block_size)
@@ -185,6 +185,8 @@ def export(folder, model, tokenizer, state):
         print(f"the weights are in {folder}, but no tokenizer: {e}", file=sys.stderr)
     else:
         print(f"model and tokenizer are in {folder}", file=sys.stderr)
+    if model.config.arch == "modern":
+        print("transformers loads it with trust_remote_code=True", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------

@@ -1,17 +1,21 @@
 """
-Hugging Face's format: the folders from which transformers loads a GPT-2, with tokenizer and model card.
+Hugging Face's format: the folders from which transformers loads a GPT-2, with tokenizer and model card; and
+a ModernGPT, with the code in remote_code.py, which is written only.
 
 GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; sample.py --export adds the
 tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.
 """
 
+import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import os
 
 import torch
 
+from sologpt import remote_code
 from sologpt.errors import UserError
 from sologpt.tokenizer import EOT, BPETokenizer, CharacterTokenizer, read_tokenizer
 
@@ -85,6 +89,11 @@ def read_config(folder):
         ) from None
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged: {e}") from None
+    if theirs.get("model_type") == remote_code.CONFIG["model_type"]:
+        raise UserError(
+            f"{folder} is an export of arch='modern', which only transformers reads; take the checkpoint "
+            f"that it was made of: --init_from=resume or best, and its --out_dir"
+        )
     if theirs.get("n_inner") == 4 * theirs.get("n_embd", 0):
         theirs["n_inner"] = None
     gelu = theirs.get("activation_function", "gelu_new")
@@ -224,12 +233,7 @@ def read_json(path):
 # writing
 
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md")
-WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json")
-
-
-def check_arch(arch):
-    if arch != "gpt2":
-        raise UserError(f"arch={arch!r} cannot be exported: Hugging Face's format holds arch='gpt2' only")
+WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json", remote_code.FILE)
 
 
 def make_room(folder):
@@ -262,12 +266,11 @@ def write_json(folder, name, content):
 def write_folder(folder, fields, weights, eot_token):
     """Writes config.json, generation_config.json and model.safetensors for a GPT with these fields of
     GPTConfig and these weights. eot_token: the id that starts and ends a text, or None."""
-    check_arch(fields["arch"])
-    save_file = require("safetensors.torch").save_file
     fields = fields | dict(vocab_size=fields["n_ids"])
     tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
     config = dict(architectures=["GPT2LMHeadModel"]) | REST
     config |= {theirs: fields[ours] for ours, theirs in NAMES.items()}
+    config["n_ctx"] = fields["block_size"]  # as in OpenAI's; llama.cpp's converter reads it
     config["activation_function"] = {"none": "gelu", "tanh": "gelu_new"}[fields["gelu"]]
     config |= tokens
     config |= {name: fields["dropout"] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
@@ -281,10 +284,38 @@ def write_folder(folder, fields, weights, eot_token):
         theirs[name] = stored.detach().cpu().float().contiguous()
         if not fields["bias"] and name.startswith(("transformer.h.", "transformer.ln_f.")):
             theirs[name.removesuffix("weight") + "bias"] = torch.zeros(len(w))  # theirs has biases
+    write_files(folder, config, tokens, theirs)
+
+
+def write_modern_folder(folder, model, eot_token):
+    """Writes what write_folder writes, for a ModernGPT, and the code with which transformers loads it."""
+    ours = dataclasses.replace(model.config, vocab_size=model.config.n_ids)
+    with torch.device("meta"):  # takes no memory
+        unpadded = dict(named_tensors(type(model)(ours)))
+    weights = {}
+    for name, w in named_tensors(model):
+        rows = w[: len(unpadded[name])]  # without those that pad the vocabulary
+        weights[f"gpt.{name}"] = rows.detach().cpu().float().contiguous()
+    tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
+    config = remote_code.CONFIG | dataclasses.asdict(ours) | tokens
+    code = remote_code.modeling_file(inspect.getsource(inspect.getmodule(type(model))))
+    write_files(folder, config, tokens, weights)
+    with open(os.path.join(folder, remote_code.FILE), "w", encoding="utf-8") as f:
+        f.write(code)
+
+
+def named_tensors(model):
+    """Returns (name, tensor) for all parameters and buffers, also those that checkpoints leave out."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def write_files(folder, config, tokens, weights):
+    """Writes config.json, generation_config.json and model.safetensors."""
+    save_file = require("safetensors.torch").save_file
     os.makedirs(folder, exist_ok=True)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", tokens)
-    save_file(theirs, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))
+    save_file(weights, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))
 
 
 def byte_alphabet():
@@ -375,22 +406,36 @@ def write_tokenizer(folder, tokenizer, block_size):
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2]
----
-A GPT-2 language model, trained with soloGPT. It continues text; it was not trained to follow instructions,
+{tags}---
+{what}, trained with soloGPT. It continues text; it was not trained to follow instructions,
 and nothing keeps it from writing what is false or offensive.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+{load}
 text = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50, do_sample=True)
 print(tokenizer.decode(text[0]))
 ```
-
+{note}
 | | |
 |---|---|
 """
+GPT2_CARD = CARD.format(
+    tags="tags: [gpt2]\n",
+    what="A GPT-2 language model",
+    load='model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
+    note="",
+)
+MODERN_CARD = CARD.format(
+    tags="",
+    what="A language model of soloGPT's modern architecture",
+    load="""model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)""",
+    note="""
+`trust_remote_code=True` runs `modeling_sologpt.py` of this folder, which imports torch and transformers only.
+""",
+)
 
 
 def write_card(folder, state, parameters):
@@ -410,5 +455,6 @@ def write_card(folder, state, parameters):
     for name in ("dataset", "init_from", "learning_rate", "weight_decay", "dropout"):
         if name in config:
             rows[name] = f"`{config[name]}`"
+    card = {"gpt2": GPT2_CARD, "modern": MODERN_CARD}[state["arch"]]
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
-        f.write(CARD + "".join(f"| {name} | {value} |\n" for name, value in rows.items()))
+        f.write(card + "".join(f"| {name} | {value} |\n" for name, value in rows.items()))

@@ -71,6 +71,7 @@ def test_transformers_computes_what_was_exported(tmp_path, bias, n_ids):
     assert not any(report.values()), report
     compare(model, loaded.eval(), n_ids)
     assert loaded.generation_config.eos_token_id == loaded.config.bos_token_id == 3
+    assert loaded.config.n_ctx == loaded.config.n_positions == 32  # llama.cpp's converter reads the one
     # and back, where biases that were not there are zeros
     again = GPT.from_pretrained(tmp_path / "hf").eval()
     idx = torch.randint(n_ids, (2, 32))

@@ -17,7 +17,9 @@ from sologpt.errors import UserError
 
 SCRIPTS = ["train", "sample", "prepare_fineweb", "bench"]
 TOP = [*SCRIPTS, "model", "configurator"]
-INSIDE = [f"sologpt.{path.stem}" for path in sorted(ROOT.glob("sologpt/*.py")) if path.stem != "__init__"]
+NOT_OURS_TO_IMPORT = ("__init__", "modeling_sologpt")  # the latter is text that an export copies
+PATHS = sorted(ROOT.glob("sologpt/*.py"))
+INSIDE = [f"sologpt.{path.stem}" for path in PATHS if path.stem not in NOT_OURS_TO_IMPORT]
 
 
 def source(module):

@@ -251,12 +251,6 @@ def test_flops_of_the_modern_125m_by_hand():
     assert model.flops_per_token() == 6 * (matrices + mixes + head) + 12 * 12 * 768 * 1024
 
 
-def test_it_cannot_be_exported_as_gpt2(tmp_path):
-    with pytest.raises(ValueError, match="arch='modern' cannot be exported"):
-        modern().save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # -----------------------------------------------------------------------------
 # runs
 
@@ -328,8 +322,6 @@ def test_the_recipe_is_sampled_from_its_checkpoint(run, byte_data, tiny):
         "--device=cpu",
     )
     assert out.stdout.startswith("pack my box with")
-    failed = run("sample.py", "--export=hf", "--device=cpu", status=1)
-    assert "arch='modern' cannot be exported" in failed.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""
+A language model of soloGPT's modern architecture, for Hugging Face's transformers: trust_remote_code=True
+loads it from the folder of this file, and needs torch and transformers only.
+
+SoloGPTConfig and SoloGPTForCausalLM are what transformers asks for. The classes above them are those with
+which the model was trained; sample.py --export copies them from soloGPT's model.py. MIT licence.
+
+Shapes: B sequences, T new tokens, L tokens with those before them, C = n_embd, H = n_head, D = C / H.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# [here an export has the classes of model.py]
+
+
+# -----------------------------------------------------------------------------
+# transformers' side
+
+
+class SoloGPTConfig(PretrainedConfig):
+    model_type = "sologpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = dict(
+        hidden_size="n_embd",
+        num_attention_heads="n_head",
+        num_hidden_layers="n_layer",
+        max_position_embeddings="block_size",
+    )
+
+    def __init__(
+        self,
+        block_size=1024,  # longest context, in tokens
+        vocab_size=50257,
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        dropout=0.0,
+        bias=True,  # biases in Linear
+        gelu="none",  # not used by this architecture
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.n_layer = n_layer
+        self.n_head = n_head
+        self.n_embd = n_embd
+        self.dropout = dropout
+        self.bias = bias
+        self.gelu = gelu
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class CachedLayer:
+    """The past of one layer, as the attention above takes it, in a cache of transformers' (or in none)."""
+
+    def __init__(self, cache, layer, mask):
+        self.cache = cache
+        self.layer = layer
+        self.mask = mask  # (B or 1, 1, T, L), what each new token sees; None: a text from its beginning on
+
+    def extend(self, k, v):
+        """Stores new keys and values, (B, H, T, D). Returns those of all L tokens."""
+        if self.cache is None:
+            return k, v
+        return self.cache.update(k, v, self.layer)
+
+
+class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = SoloGPTConfig
+    base_model_prefix = "gpt"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _no_split_modules = ["ModernGPT"]  # the whole model on one device
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt = ModernGPT(config)
+        # kept among the weights: computed in 16 bits, or not at all, it would be wrong
+        self.gpt.register_buffer("rotary", self.gpt.rotary)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Nothing: ModernGPT initialises itself."""
+
+    def get_input_embeddings(self):
+        return self.gpt.transformer.wte
+
+    def set_input_embeddings(self, embedding):
+        self.gpt.transformer.wte = embedding
+
+    def get_output_embeddings(self):
+        return self.gpt.lm_head
+
+    def set_output_embeddings(self, head):
+        self.gpt.lm_head = head
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Returns the logits, fp32 (B, T, V), of the last logits_to_keep positions (0: of all), the loss if
+        there are labels, and the cache, unless use_cache=False or in training.
+
+        input_ids: int64 (B, T), the new tokens. attention_mask: (B, L), 0 where there is padding. labels:
+        int64 (B, T), the same ids, -100 where one does not count; the loss is the mean cross-entropy, in
+        nats, of predicting each from those before it. position_ids: (B, T); None: padding is not counted.
+        Raises ValueError for more than block_size tokens, padding and cache included.
+        """
+        B, T = input_ids.shape
+        if use_cache is None:
+            use_cache = not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        start = 0
+        if past_key_values is not None:
+            start = past_key_values.get_seq_length()
+        L = start + T
+        if L > self.config.block_size:
+            raise ValueError(
+                f"{L} tokens, with padding, are more than block_size={self.config.block_size}, the longest "
+                f"context of this model: cut the prompt or lower max_new_tokens"
+            )
+        if attention_mask is not None and attention_mask.shape != (B, L):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, it must be {(B, L)}: a value "
+                f"for each token, those in the cache included"
+            )
+        if position_ids is None:
+            position_ids = self.positions(attention_mask, start, L)
+        mask = self.visible(attention_mask, start, L)
+        pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer)]
+        x = self.gpt.hidden(input_ids, position_ids, pasts)
+        if logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        logits = self.gpt.logits(x)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def positions(self, attention_mask, start, L):
+        """Returns the positions of tokens start to L - 1, (B or 1, T), counted without padding."""
+        if attention_mask is None:
+            return torch.arange(start, L, device=self.device)[None]
+        return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+
+    def visible(self, attention_mask, start, L):
+        """Returns what tokens start to L - 1 see, bool (B or 1, 1, T, L); None: each all up to itself."""
+        if attention_mask is None and start == 0:
+            return None
+        key = torch.arange(L, device=self.device)
+        query = torch.arange(start, L, device=self.device)[:, None]
+        mask = (key <= query)[None, None]
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[:, None, None]
+            mask = mask | (key == query)  # padding sees itself: of nothing, torch before 2.5 makes NaN
+        return mask
