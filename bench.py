@@ -3,6 +3,7 @@ Find the micro-batch that trains fastest on this machine.
 
     python bench.py config/fineweb_125m.py
     python bench.py config/fineweb_125m.py --sweep_batch_size=8,16 --sweep_loss_chunks=1,8
+    python bench.py --hours=8
 
 Tries several micro-batch sizes, each with the gradient_accumulation_steps that keep the tokens of an
 iteration the same, and prints a table and the command to train with. Takes the configs and keys of train.py;
@@ -19,6 +20,10 @@ so a row takes seconds, plus its start and compilation, even where an iteration 
 (slowest - fastest) / median of the repetitions. peak GB is the most that torch allocated on a CUDA GPU
 (nvidia-smi shows about 0.5 GB more), on a CPU the largest resident size of the process, libraries included;
 beside it is the estimate that train.py prints before it starts.
+
+--hours measures a few widths of the recommended model, or of the config that is given, around the one that
+would see 20 tokens for each parameter in that time, and prints what each would see, and the command. In the
+hours everything counts, compilation and evaluations too.
 """
 
 import signal
@@ -44,7 +49,7 @@ import torch
 
 from configurator import convert, from_command_line, key, parse, run_script
 from model import make_gpt
-from sologpt import hardware, shards
+from sologpt import budget, hardware, shards
 from sologpt.errors import UserError, out_of_memory
 from sologpt.memory import memory_estimate
 from sologpt.optim import allocate_moments, make_optimizers
@@ -55,6 +60,7 @@ from train import TrainConfig, host_tensor, micro_batches, micro_step, model_con
 BLOCK_SECONDS = 1.0  # for a block of micro-steps
 ROW_SECONDS = 4.0  # for all blocks of a row
 MOST_REPEATS = 20  # blocks of a row
+RECIPE = os.path.join("config", "fineweb_125m_fast.py")
 SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 
 
@@ -70,6 +76,7 @@ class BenchConfig(TrainConfig):
     sweep_loss_chunks: str = key("", "values of loss_chunks to try; empty: the one that is set")
     real_data: bool = key(False, "read the batches from the dataset; False: random tokens")
     profile: bool = key(False, "instead of a sweep, list the slowest operations at batch_size")
+    hours: float = key(0.0, "instead of a sweep, what can be trained in so many hours, at which size", low=0)
     json: str = key("", "file to write all figures to")
 
     def problems(self):
@@ -410,6 +417,81 @@ def sweep(cfg, tell):
     return rows
 
 
+# -----------------------------------------------------------------------------
+# what can be trained in some hours
+
+
+def what_can_be_trained(cfg, argv, tell):
+    """Prints what sizes would see in cfg.hours, and the command for the one that suits. Returns the rows."""
+    seconds = 3600 * cfg.hours
+    folder, tokenizer, _ = find_data(cfg)
+    train_tokens = None
+    if folder:
+        train_tokens = sum(shard.count for shard in shards.find_shards(folder, "train"))
+
+    def size_of(width):
+        n_layer, n_head, n_embd = budget.shape(width, cfg.arch)
+        sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        with torch.device("meta"):
+            shaped = dataclasses.replace(cfg, **sizes)
+            model = make_gpt(model_config(shaped, tokenizer, tokenizer.embedding_rows()))
+        return budget.Size(**sizes, params=model.get_num_params(), flops_per_token=model.flops_per_token())
+
+    measured, widths = measure_around_optimum(cfg, seconds, size_of, tell)
+    plans = []
+    for width in widths:
+        size = size_of(width)
+        speed = measured.get(width) or budget.interpolate(size, [(size_of(w), measured[w]) for w in measured])
+        plans.append(
+            budget.plan(size, speed, seconds, cfg.block_size, cfg.sequences_per_iter, cfg.eval_iters)
+        )
+    best = budget.nearest_to_optimal(plans)
+    print(f"in {cfg.hours:g} hours, compilation and evaluations included:")
+    print("\n".join(budget.table(plans, best, train_tokens)))
+    print(f"train it with:\n{training_command(argv, best.keys)}")
+    return [dataclasses.asdict(p) for p in plans]
+
+
+def measure_around_optimum(cfg, seconds, size_of, tell):
+    """Returns ({width: its measured Speed}, all widths of interest). The first one tells how fast the machine
+    is; the others lie around the one with 20 tokens for each parameter."""
+    measured = {}
+
+    def measure(width):
+        if width not in measured and (speed := speed_of(cfg, size_of(width), tell)):
+            measured[width] = speed
+
+    measure(128 if hardware.pick_device(cfg.device)[0].type == "cpu" else 512)
+    for _ in range(2):  # a wider model may be faster, which makes a still wider one optimal
+        if not measured:
+            raise UserError("the first size does not fit into memory; try a smaller --block_size")
+        size = size_of(max(measured))
+        speed = measured[max(measured)]
+        rate = size.flops_per_token * cfg.block_size * speed.batch_size / speed.micro_step
+        position = budget.optimal(rate, seconds, size_of)
+        measure(budget.WIDTHS[position])
+    low, high = max(0, position - 2), min(len(budget.WIDTHS) - 1, position + 2)
+    measure(budget.WIDTHS[low])
+    measure(budget.WIDTHS[high])
+    high = max(width for width in budget.WIDTHS[low : high + 1] if width <= max(measured))
+    return measured, [width for width in budget.WIDTHS[low:] if width <= high]
+
+
+def speed_of(cfg, size, tell):
+    """Returns the measured Speed of a size, with a smaller micro-batch if memory runs out; None if one
+    sequence is too many."""
+    batch_size = cfg.batch_size
+    sizes = dict(n_layer=size.n_layer, n_head=size.n_head, n_embd=size.n_embd)
+    while batch_size:
+        changes = sizes | dict(batch_size=batch_size, gradient_accumulation_steps=1)
+        status, row = run_row(dataclasses.replace(cfg, **changes), tell)
+        if status == "measured":
+            seconds = [row[name] / 1e3 for name in ("micro_step_ms", "update_ms")]
+            return budget.Speed(batch_size, *seconds, row["first_micro_step_s"], row["peak_memory"])
+        batch_size //= 2
+    return None
+
+
 def write_json(path, cfg, argv, headers, rows, best):
     settings = dataclasses.asdict(cfg) | dict(json=os.path.basename(path))
     command = ["python", "bench.py", *(arg for arg in argv if not arg.startswith("--json="))]
@@ -421,6 +503,8 @@ def write_json(path, cfg, argv, headers, rows, best):
 
 
 def main(argv):
+    if any(arg.startswith("--hours=") for arg in argv) and not any(arg.endswith(".py") for arg in argv):
+        argv = [RECIPE, *argv]
     cfg = from_command_line(BenchConfig, __doc__, argv)
     headers = {}
 
@@ -433,9 +517,9 @@ def main(argv):
         if cfg.init_from not in ("scratch", "resume", "auto"):
             sizes = "the model has the size of n_layer, n_head and n_embd"
             print(f"note: init_from={cfg.init_from!r} is not loaded; {sizes}")
-        print(
-            f"iteration: {cfg.tokens_per_iter:,} tokens in all rows{'' if cfg.real_data else ', random ones'}"
-        )
+        if not cfg.hours:
+            kind = "" if cfg.real_data else ", random ones"
+            print(f"iteration: {cfg.tokens_per_iter:,} tokens in all rows{kind}")
 
     if cfg.profile:
         status, lines = run_row(cfg, tell)
@@ -443,8 +527,13 @@ def main(argv):
             raise UserError(f"batch_size={cfg.batch_size}: {status}; try a smaller one")
         print("\n".join(lines))
         return
-    rows = sweep(cfg, tell)
     best = None
+    if cfg.hours:
+        rows = what_can_be_trained(cfg, argv, tell)
+        if cfg.json:
+            write_json(cfg.json, cfg, argv, headers, rows, best)
+        return
+    rows = sweep(cfg, tell)
     if any(row["status"] == "measured" for row in rows):
         best = recommend(rows)
         flags = ["batch_size", "gradient_accumulation_steps"]
