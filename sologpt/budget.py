@@ -132,7 +132,7 @@ def nearest_to_optimal(plans):
 
 
 def optimal(rate, seconds, size_of):
-    """Returns the position in WIDTHS of the largest width that sees OPTIMAL tokens for each parameter, or more,
+    """Returns the position in WIDTHS of the largest width that sees OPTIMAL tokens for each parameter or more
     at this rate in FLOP/s. size_of(width) is its Size."""
     fitting = 0
     for position, width in enumerate(WIDTHS):
