@@ -39,6 +39,12 @@ class PlotConfig(Config):
         found = []
         if self.out and not self.out.endswith(FORMATS):
             found.append(f"out must end in {' or '.join(FORMATS)}, not {self.out!r}; a page is --html=")
+        if self.html and not self.html.endswith(".html"):
+            found.append(f"html is the page to write, as in --html=run.html, not {self.html!r}")
+        for name in ("out", "html"):
+            folder = os.path.dirname(getattr(self, name))
+            if folder and not os.path.isdir(folder):
+                found.append(f"{name} is to be written into {folder}, and there is no such folder")
         if self.reference and self.over != "tokens":
             found.append(
                 f"reference needs over='tokens', not {self.over!r}: the published runs had other batches"

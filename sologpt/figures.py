@@ -11,13 +11,14 @@ import numpy as np
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
 from sologpt.history import EVENTS
-from sologpt.panels import GREY, highest, make_panels, short, smoothed
+from sologpt.panels import GREY, START, highest, make_panels, short, smoothed
 
 FORMATS = (".png", ".svg")
 MARKERS = dict(resume=">", checkpoint="|", bad_step="x", spike="^", smaller_batch="v")
 LINES = dict(solid="-", dash=(0, (5, 2)), dot=(0, (1, 1.5)), dashdot=(0, (5, 1.5, 1, 1.5)))
 BLOCKS = " ▁▂▃▄▅▆▇█"
 ROWS = 18  # of a picture in the terminal, without its axis
+LABEL = 8  # columns of the numbers beside it
 
 
 # -----------------------------------------------------------------------------
@@ -41,7 +42,9 @@ def write_picture(histories, path, over="tokens", reference=""):
         figure = Figure(figsize=(10, 1.2 + 1.7 * rows), dpi=110, layout="constrained")
         grid = figure.add_gridspec(rows, 2)
         for i, panel in enumerate(panels):
-            place = grid[:2, :] if i == 0 else grid[2 + (i - 1) // 2, (i - 1) % 2]
+            place = grid[2 + (i - 1) // 2, (i - 1) % 2]
+            if i == 0:
+                place = grid[:2, :]
             draw_panel(figure.add_subplot(place), panel, x_range, over)
         kind = os.path.splitext(path)[1]
         undated = {"Date": None} if kind == ".svg" else {}
@@ -53,10 +56,8 @@ def draw_panel(axes, panel, x_range, over):
     """Draws a Panel into axes of matplotlib."""
     for curve in panel.curves:
         label = drawable(curve.name) if curve.legend else "_nolegend_"
-        (line,) = axes.plot(
-            curve.x, curve.y, color=curve.color, lw=curve.width, alpha=curve.opacity, label=label
-        )
-        line.set_linestyle(LINES[curve.dash])
+        (line,) = axes.plot(curve.x, curve.y, color=curve.color, alpha=curve.opacity, label=label)
+        line.set(linewidth=curve.width, linestyle=LINES[curve.dash])
         if curve.markers:
             line.set(marker="o", markersize=3)
     draw_marks(axes, panel.marks)
@@ -82,13 +83,11 @@ def draw_panel(axes, panel, x_range, over):
 
 def draw_marks(axes, all_marks):
     """Draws Marks, each kind with its own marker, and names the kinds that occur in the legend."""
+    look = dict(ls="", ms=7, mew=1.3, mfc="white")
     for marks in all_marks:
-        marker = MARKERS[marks.kind]
-        axes.plot(
-            marks.x, marks.y, ls="", marker=marker, ms=7, mew=1.3, color=marks.color, mfc="white", zorder=4
-        )
+        axes.plot(marks.x, marks.y, marker=MARKERS[marks.kind], color=marks.color, zorder=4, **look)
     for kind in dict.fromkeys(marks.kind for marks in all_marks):
-        axes.plot([], [], ls="", marker=MARKERS[kind], ms=7, color=GREY, mfc="white", label=EVENTS[kind])
+        axes.plot([], [], marker=MARKERS[kind], color=GREY, label=EVENTS[kind], **look)
 
 
 def drawable(name):
@@ -105,50 +104,30 @@ def drawable(name):
 def terminal_text(history, over, width, color):
     """Returns the loss of a run as lines of text, `width` columns wide: an area of block characters for
     training, o for validation, yellow if color. Raises UserError if there is no loss."""
-    x, y = points(history.iters, over, "loss")
-    val_x, val_y = points(history.evals, over, "val_loss")
+    x, y = history.iters.points(over, "loss")
+    val_x, val_y = history.evals.points(over, "val_loss")
     if not len(x):
         x, y = val_x, val_y
     if not len(x):
         raise UserError(f"{history.name} has no loss over {over}; try another --over=")
-    margin = 9  # of the labels on the left
-    columns = max(10, width - margin - 1)
-    edges = np.linspace(0, max(x[-1], x.max()) or 1, columns + 1)
+    columns = max(20, width - LABEL - 2)
+    edges = np.linspace(0, max(x.max(), 1e-9), columns + 1)
     heights = by_column(x, smoothed(y, len(y) // 100), edges)
-    drawn = np.concatenate([heights, val_y])
-    later = np.concatenate([heights[columns // 20 :], val_y[val_x >= edges[columns // 20]]])
-    top = later.max()
-    if drawn.max() < 1.3 * top:
-        top = drawn.max()
-    bottom = drawn.min() - 0.1 * (top - drawn.min())
-    if not top > bottom:
-        bottom, top = bottom - 0.5, top + 0.5
-    levels = np.clip((heights - bottom) / (top - bottom), 0, 1) * ROWS * 8
-    rows = [[BLOCKS[int(min(8, max(0, level - 8 * row)))] for level in levels] for row in range(ROWS)]
+    bottom, top = value_range(heights, val_x, val_y, edges)
+
+    eighths = np.clip((heights - bottom) / (top - bottom), 0, 1) * ROWS * 8
+    rows = [[block(height - 8 * row) for height in eighths] for row in range(ROWS)]  # from the lowest
+    mark = "\033[33mo\033[0m" if color else "o"
     for place, loss in zip(val_x, val_y, strict=True):
-        column = min(columns - 1, int(np.searchsorted(edges, place, side="right")) - 1)
+        column = min(columns - 1, int(place / edges[-1] * columns))
         row = math.floor((loss - bottom) / (top - bottom) * ROWS)
-        if 0 <= column and 0 <= row < ROWS:
-            rows[row][column] = "\033[33mo\033[0m" if color else "o"
-    lines = [f"{history.name}: loss over {over}" + ("; o: validation" if len(val_x) else "")]
-    for row in reversed(range(ROWS)):
-        label = ""
-        if row % 4 == 3 or row == 0:
-            label = f"{bottom + (row + 1) * (top - bottom) / ROWS:.3f}"
-        lines.append(f"{label:>{margin - 2}} ┤" + "".join(rows[row]).rstrip())
-    lines.append(" " * (margin - 1) + "└" + "─" * (columns))
-    right = short(edges[-1])
-    middle = short(edges[columns // 2])
-    axis = "0" + middle.rjust(columns // 2 + len(middle) // 2 - 1)
-    lines.append(" " * margin + axis + right.rjust(columns - len(axis)))
-    return "\n".join(lines)
+        if column >= 0 and 0 <= row < ROWS:
+            rows[row][column] = mark
 
-
-def points(series, over, column):
-    """Returns x and y of a column, without points that lack one of them."""
-    x, y = series.mean(over), series.mean(column)
-    there = np.isfinite(x) & np.isfinite(y)
-    return x[there], y[there]
+    title = f"{history.name}: loss over {over}"
+    if len(val_x):
+        title += ", o: validation"
+    return "\n".join([title, *labelled(rows, bottom, top), *x_axis(edges)])
 
 
 def by_column(x, y, edges):
@@ -156,8 +135,43 @@ def by_column(x, y, edges):
     neighbours."""
     number, _ = np.histogram(x, edges)
     total, _ = np.histogram(x, edges, weights=y)
-    middle = (edges[:-1] + edges[1:]) / 2
-    means = np.interp(middle, x, y)
-    filled = number > 0
-    means[filled] = total[filled] / number[filled]
-    return means
+    means = np.interp((edges[:-1] + edges[1:]) / 2, x, y)
+    return np.divide(total, number, out=means, where=number > 0)
+
+
+def value_range(heights, val_x, val_y, edges):
+    """Returns the losses at the bottom and the top of the picture: all but those of the START."""
+    first = int(START * len(heights))
+    later = np.concatenate([heights[first:], val_y[val_x >= edges[first]]])
+    bottom, top = later.min(), later.max()
+    if not top > bottom:
+        return bottom - 0.5, top + 0.5
+    margin = 0.1 * (top - bottom)
+    return bottom - margin, top + margin
+
+
+def block(eighths):
+    """Returns the character that is filled so far from below."""
+    return BLOCKS[int(min(8, max(0, eighths)))]
+
+
+def labelled(rows, bottom, top):
+    """Returns the rows as lines, the highest first, the loss at the top edge of every fourth before it."""
+    lines = []
+    for number in reversed(range(ROWS)):
+        label = ""
+        if number % 4 == 1:
+            label = f"{bottom + (number + 1) * (top - bottom) / ROWS:.3f}"
+        lines.append(f"{label:>{LABEL}} ┤" + "".join(rows[number]).rstrip())
+    return lines
+
+
+def x_axis(edges):
+    """Returns the two lines below the picture."""
+    columns = len(edges) - 1
+    middle, right = short(edges[columns // 2]), short(edges[-1])
+    numbers = "0".ljust(columns // 2 - len(middle) // 2) + middle
+    return [
+        " " * LABEL + " └" + "─" * columns,
+        " " * LABEL + "  " + numbers + right.rjust(columns - len(numbers)),
+    ]

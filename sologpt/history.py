@@ -17,11 +17,13 @@ CHUNK = 4096  # rows that a Series reduces at a time
 LINE = 2**20  # characters; what is longer is no line of ours
 MOMENTS = 200  # most events of a kind that are kept, and most samples
 TEXT = 2000  # characters of a prompt or sample that are kept
+LARGEST = 1e30  # no figure of ours is larger: damage, and it would overflow
 
 # figures of an `iter` line and of an `eval` line, after the three that say when
 ITER = ("loss", "norm", "lr", "mfu", "peak_memory", "tokens_per_s")
 EVAL = ("train_loss", "val_loss", "val_bpb")
 WHEN = ("iterations", "tokens", "hours")
+SIZES = ("batch_size", "gradient_accumulation_steps", "block_size")  # their product: tokens per iteration
 # kinds of lines that are marked in a picture, and what they are called there
 EVENTS = dict(
     resume="resumed",
@@ -64,8 +66,7 @@ class Series:
             self.halve()
 
     def halve(self):
-        odd = self.groups.shape[1] % 2
-        if odd:  # a group without values, to go with the last one
+        if self.groups.shape[1] % 2:  # a group without values, to go with the last one
             empty = grouped(np.full((1, 1, len(self.columns)), math.nan))
             self.groups = np.concatenate([self.groups, empty], axis=1)
         first, second = self.groups[:, 0::2], self.groups[:, 1::2]
@@ -101,6 +102,23 @@ class Series:
     def high(self, column):
         return self.groups[3, :, self.columns.index(column)]
 
+    def points(self, x_column, y_column):
+        """Returns the means of two columns, (points,) each, without groups that lack one of them."""
+        return both_finite(self.mean(x_column), self.mean(y_column))
+
+    def lows_and_highs(self, x_column, y_column):
+        """Returns x and y, (points,) each, of a line from the lowest to the highest value of each group and
+        on to the next group: on a screen it looks as a line through all values would."""
+        x, low, high = self.mean(x_column), self.low(y_column), self.high(y_column)
+        if self.stride == 1:
+            return both_finite(x, low)
+        return both_finite(np.repeat(x, 2), np.stack([low, high], axis=1).ravel())
+
+
+def both_finite(x, y):
+    there = np.isfinite(x) & np.isfinite(y)
+    return x[there], y[there]
+
 
 def as_numbers(rows):
     """Returns rows of what JSON gave for figures as an array; NaN for null and for what is no number."""
@@ -112,7 +130,8 @@ def as_numbers(rows):
 
 def grouped(table):
     """Returns sums, numbers, minima and maxima of the finite values of table (groups, rows, columns)."""
-    finite = np.isfinite(table)
+    with np.errstate(invalid="ignore"):
+        finite = np.abs(table) < LARGEST
     table = np.where(finite, table, math.nan)
     return np.stack(
         [
@@ -163,8 +182,11 @@ class Moment:
 
 @dataclass
 class History:
-    """A run, as far as its metrics.jsonl tells. The loss of iteration n stands where n updates are done, so that
-    training and validation losses at one place are of the same weights."""
+    """A run, as far as its metrics.jsonl tells.
+
+    The loss of iteration n stands where n updates are done, so that training and validation losses at one
+    place are of the same weights.
+    """
 
     name: str
     config: dict = field(default_factory=dict)  # the newest one
@@ -177,18 +199,12 @@ class History:
     best_val_loss: float = math.inf
     best_iter: int = 0
     last: Moment = None
-    exact_hours: bool = (
-        True  # False: summed up from the times of iterations, without evaluations and the like
-    )
+    exact_hours: bool = True  # False: the sum over iterations, without evaluations, checkpoints and so on
     skipped: int = 0  # lines that could not be read, or are of an unknown kind
 
     @property
     def tokens_per_iter(self):
-        sizes = [number(self.config.get(key)) for key in SIZES]
-        return math.prod(sizes)
-
-
-SIZES = ("batch_size", "gradient_accumulation_steps", "block_size")
+        return math.prod(number(self.config.get(key)) for key in SIZES)
 
 
 def number(value):
@@ -213,7 +229,7 @@ def printable(text):
 
 
 def find_metrics(folder):
-    """Returns the path of a run folder's metrics.jsonl; folder may itself be such a file. Raises UserError."""
+    """Returns the path of the metrics.jsonl in folder, which may itself be such a file. Raises UserError."""
     if os.path.isfile(folder):
         return folder
     path = os.path.join(folder, "metrics.jsonl")
@@ -253,8 +269,11 @@ def read_history(folder):
 
 
 class Reader:
-    """Fills a History line by line. Remembers how far the run was at the last `iter` line, from which it works
-    out how far it was at lines that do not say so."""
+    """Fills a History line by line.
+
+    Remembers how far the run was at the last `iter` line, to work out how far it was at lines that do not
+    say so.
+    """
 
     def __init__(self, history):
         self.history = history
@@ -271,7 +290,7 @@ class Reader:
         except (ValueError, KeyError, TypeError, RecursionError):
             self.history.skipped += 1
             return
-        if type(iteration) is not int or not 0 <= iteration < 2**53:
+        if type(iteration) is not int or type(kind) is not str or not 0 <= iteration < 2**53:
             self.history.skipped += 1
         elif kind == "iter":
             self.read_iteration(iteration, figures)
@@ -305,7 +324,7 @@ class Reader:
         if kind in ("config", "resume"):
             self.read_config(n, figures)
         elif kind == "smaller_batch":
-            h.config.update({key: figures[key] for key in SIZES if key in figures})
+            h.config.update({key: value for key, value in plain(figures).items() if key in SIZES})
         moment = self.moment(n, figures)
         h.last = moment
         if kind == "eval":
@@ -314,7 +333,7 @@ class Reader:
             moment.samples = samples_of(figures)
             h.samples.append(moment)
         elif kind == "done":
-            h.final = {name: value for name, value in figures.items() if name not in ("kind", "iter")}
+            h.final = plain(figures)
         elif kind in h.events:
             moment.text = in_words(figures)
             h.events[kind].append(moment)
@@ -324,8 +343,8 @@ class Reader:
     def read_config(self, n, figures):
         h = self.history
         if type(figures.get("config")) is dict:
-            h.config = figures["config"]
-            h.torch = str(figures.get("torch", ""))
+            h.config = plain(figures["config"])
+            h.torch = str(figures.get("torch", ""))[:TEXT]
             self.tokens_per_iter = h.tokens_per_iter
         if not self.updates:  # the lines before this one are not here
             self.updates, self.tokens = n, n * self.tokens_per_iter
@@ -361,9 +380,20 @@ def samples_of(figures):
     return [(printable(str(prompt)[:TEXT]), printable(str(text)[:TEXT])) for prompt, text in pairs]
 
 
+def plain(figures):
+    """Returns what a line says that is text, a number or a bool, apart from its kind and iteration."""
+    wanted = {name: value for name, value in figures.items() if name not in ("kind", "iter")}
+    return {name: value for name, value in wanted.items() if type(value) in (str, int, float, bool)}
+
+
 def in_words(figures):
     """Returns the figures of a line as text: `loss 3.21, norm 15`."""
-    named = {name: value for name, value in figures.items() if type(value) in (int, float)}
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value:.6g}" for name, value in named.items() if name != "iter"
-    )
+    return ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in plain(figures).items())
+
+
+def shown(value):
+    """Returns a figure or setting as text, cut short."""
+    text = str(value)
+    if type(value) is float:
+        text = f"{value:.6g}"
+    return printable(text[:200])

@@ -12,7 +12,7 @@ import numpy as np
 
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
-from sologpt.history import EVENTS, printable, read_history
+from sologpt.history import EVENTS, read_history, shown
 from sologpt.panels import make_panels, references
 
 SYMBOLS = dict(
@@ -30,6 +30,9 @@ HOVER = {  # how the values of a unit are written, in d3's format
     "norm": ".4~g",
     "rate": ".4~g",
     "GB": ".2f",
+    "tokens": ",.0f",
+    "iterations": ",.0f",
+    "hours": ".2f",
 }
 BUTTONS = ["toImage", "zoom2d", "pan2d", "autoScale2d", "resetScale2d"]
 NO_SETTINGS = ("out_dir", "init_from", "wandb_run_name")  # differ between any two runs
@@ -115,14 +118,16 @@ def interactive(panels, x_range, over):
         horizontal_spacing=0.07,
     )
     for i, panel in enumerate(panels):
-        row, column = (1, 1) if i == 0 else (2 + (i - 1) // 2, 1 + (i - 1) % 2)
+        row, column = 2 + (i - 1) // 2, 1 + (i - 1) % 2
+        if i == 0:
+            row, column = 1, 1
         for trace in traces(panel, graph_objects):
             figure.add_trace(trace, row, column)
         figure.update_xaxes(title=over, range=x_range, row=row, col=column)
-        axis = dict(type="log" if panel.log else "linear")
+        if panel.log:
+            figure.update_yaxes(type="log", row=row, col=column)
         if panel.y_range:
-            axis["range"] = panel.y_range
-        figure.update_yaxes(axis, row=row, col=column)
+            figure.update_yaxes(range=panel.y_range, row=row, col=column)
     figure.update_layout(
         template="plotly_white",
         height=pixels,
@@ -130,9 +135,7 @@ def interactive(panels, x_range, over):
         margin=dict(l=60, r=20, t=70, b=50),
         legend=dict(orientation="h", x=0, y=1 + 35 / pixels, yanchor="bottom"),
     )
-    figure.update_xaxes(
-        exponentformat="B", ticks="outside", hoverformat=",.2f" if over == "hours" else ",.0f"
-    )
+    figure.update_xaxes(exponentformat="B", ticks="outside", hoverformat=HOVER[over])
     figure.update_yaxes(exponentformat="B")
     options = dict(responsive=True, displaylogo=False, modeBarButtons=[BUTTONS])
     return figure.to_html(full_html=False, include_plotlyjs=True, config=options, div_id="panels")
@@ -141,18 +144,21 @@ def interactive(panels, x_range, over):
 def traces(panel, graph_objects):
     """Yields plotly's traces of a Panel. Names are escaped: plotly takes them for HTML."""
     for curve in panel.curves:
-        yield graph_objects.Scatter(
+        trace = graph_objects.Scatter(
             x=curve.x,
             y=curve.y.astype(np.float32),
             yhoverformat=HOVER[panel.unit],
             name=html.escape(curve.name),
             showlegend=curve.legend,
-            mode="lines+markers" if curve.markers else "lines",
+            mode="lines",
             line=dict(color=curve.color, width=curve.width, dash=curve.dash),
-            marker=dict(size=5),
             opacity=curve.opacity,
-            hoverinfo="skip" if curve.raw else "all",
         )
+        if curve.markers:
+            trace.update(mode="lines+markers", marker_size=5)
+        if curve.raw:
+            trace.update(hoverinfo="skip")
+        yield trace
     named = set()
     for marks in panel.marks:
         border = dict(width=1.5, color=marks.color)
@@ -220,8 +226,7 @@ def results(history):
 
 def at_the_end(final):
     """Returns the figures that train.py itself gave at the end, as text."""
-    figures = {name: value for name, value in final.items() if type(value) in (str, int, float)}
-    return {f"{name.replace('_', ' ')}, at the end": shown(value) for name, value in figures.items()}
+    return {f"{name.replace('_', ' ')}, at the end": shown(value) for name, value in final.items()}
 
 
 def figure(value, form):
@@ -265,12 +270,6 @@ def table(histories, columns, same):
         return "<p>none</p>"
     heads = "".join(f"<th>{html.escape(history.name)}</th>" for history in histories)
     return f"<table><thead><tr><th></th>{heads}</tr></thead>{''.join(rows)}</table>"
-
-
-def shown(value):
-    """Returns a setting as text, cut short."""
-    text = f"{value:.6g}" if type(value) is float else str(value)
-    return printable(text[:200])
 
 
 def all_samples(history):

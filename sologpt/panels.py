@@ -82,8 +82,7 @@ def make_panels(histories, over, reference=""):
         if curves:
             found.append(Panel(title, unit, curves))
     if not found:
-        others = "iterations" if over != "iterations" else "tokens"
-        raise UserError(f"these files do not say how many {over} they are about; try --over={others}")
+        raise UserError(f"nothing in these files says over how many {over} to draw it; try another --over=")
     margin = 0.03
     for panel in found:
         if panel.unit == "nats per token":
@@ -113,35 +112,31 @@ class Drawn:
         ends = [series.high(over) for series in (history.iters, history.evals) if len(series)]
         self.right = max((float(np.nanmax(end)) for end in ends if np.isfinite(end).any()), default=0.0)
 
-    def points(self, series, column, values):
-        """Returns x and y without the points that lack one of them."""
-        x, y = series.mean(self.over), values(column)
-        there = np.isfinite(x) & np.isfinite(y)
-        return x[there], y[there]
-
     def curves(self, column, alone):
         """Returns the Curves of a column: the values, and a smoother one if there are many of them.
         alone: this is the only run, so colours tell training from validation."""
         history = self.history
         if column in history.evals.columns:
             return self.evaluations(column, alone)
-        scale = 1e-9 if column == "peak_memory" else 1
-        x, y = self.points(history.iters, column, history.iters.mean)
+        x, y = history.iters.points(self.over, column)
         if not len(x):
             return []
-        line = Curve(self.name(column, alone), x, scale * y, self.color, dash=self.dash)
+        if column == "peak_memory":
+            y = y / 1e9
+        line = Curve(self.name(column, alone), x, y, self.color, dash=self.dash)
         line.legend = column == "loss"
         if column == "loss" and not alone:
             line.width, line.opacity = 1.2, 0.7  # the validation loss stands out
         window = len(x) // 30
         if window < 2 or column in ("lr", "peak_memory"):
             return [line]
-        line.y = smoothed(line.y, window)
-        raw = Curve("every value", *self.lows_and_highs(column), self.color, width=0.6, opacity=0.3, raw=True)
+        line.y = smoothed(y, window)
+        x, y = history.iters.lows_and_highs(self.over, column)
+        raw = Curve("every value", x, y, self.color, width=0.6, opacity=0.3, raw=True)
         return [raw, line]
 
     def evaluations(self, column, alone):
-        x, y = self.points(self.history.evals, column, self.history.evals.mean)
+        x, y = self.history.evals.points(self.over, column)
         if not len(x):
             return []
         curve = Curve(self.name(column, alone), x, y, self.color, dash=self.dash, markers=len(x) <= 60)
@@ -160,22 +155,11 @@ class Drawn:
             return f"{self.history.name}, {names[column]}"
         return self.history.name
 
-    def lows_and_highs(self, column):
-        """Returns x and y of a line from the lowest to the highest value of each group and on to the next one,
-        which looks as a line through all values would."""
-        iters = self.history.iters
-        x = np.repeat(iters.mean(self.over), 2)
-        y = np.stack([iters.low(column), iters.high(column)], axis=1).ravel()
-        if iters.stride == 1:
-            x, y = x[::2], y[::2]
-        there = np.isfinite(x) & np.isfinite(y)
-        return x[there], y[there]
-
     def marks(self):
         """Returns Marks for the events, on the curve of the training loss."""
-        x, y = self.points(self.history.iters, "loss", self.history.iters.mean)
+        x, y = self.history.iters.points(self.over, "loss")
         if not len(x):
-            x, y = self.points(self.history.evals, "val_loss", self.history.evals.mean)
+            x, y = self.history.evals.points(self.over, "val_loss")
         found = []
         for kind, moments in self.history.events.items():
             places = np.array([getattr(moment, self.over) for moment in moments], dtype=float)
@@ -187,8 +171,10 @@ class Drawn:
 
 
 def smoothed(y, window):
-    """Returns the median of the `window` values around each one, of fewer at the ends; (points,). With a mean,
-    one spike would lift the curve around it."""
+    """Returns the median of the `window` values around each one, of fewer at the ends; (points,).
+
+    With a mean, one spike would lift the curve around it.
+    """
     if window < 2:
         return y
     before = window // 2
@@ -256,6 +242,4 @@ def short(value):
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.4g}{unit}"
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "-"
     return f"{value:.4g}"
