@@ -11,7 +11,7 @@ import numpy as np
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
 from sologpt.history import EVENTS
-from sologpt.panels import GREY, START, highest, make_panels, short, smoothed
+from sologpt.panels import GREY, START, highest, make_panels, short
 
 FORMATS = (".png", ".svg")
 MARKERS = dict(resume=">", checkpoint="|", bad_step="x", spike="^", smaller_batch="v")
@@ -112,7 +112,7 @@ def terminal_text(history, over, width, color):
         raise UserError(f"{history.name} has no loss over {over}; try another --over=")
     columns = max(20, width - LABEL - 2)
     edges = np.linspace(0, max(x.max(), 1e-9), columns + 1)
-    heights = by_column(x, smoothed(y, len(y) // 100), edges)
+    heights = by_column(x, y, edges)
     bottom, top = value_range(heights, val_x, val_y, edges)
 
     eighths = np.clip((heights - bottom) / (top - bottom), 0, 1) * ROWS * 8

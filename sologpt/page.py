@@ -132,6 +132,7 @@ def interactive(panels, x_range, over):
         template="plotly_white",
         height=pixels,
         hovermode="x unified",
+        hoverlabel_namelength=-1,  # names in full
         margin=dict(l=60, r=20, t=70, b=50),
         legend=dict(orientation="h", x=0, y=1 + 35 / pixels, yanchor="bottom"),
     )
@@ -142,13 +143,14 @@ def interactive(panels, x_range, over):
 
 
 def traces(panel, graph_objects):
-    """Yields plotly's traces of a Panel. Names are escaped: plotly takes them for HTML."""
+    """Yields plotly's traces of a Panel. Names are escaped, as plotly takes them for HTML, but not their
+    quotes, which it would show as &quot;"""
     for curve in panel.curves:
         trace = graph_objects.Scatter(
             x=curve.x,
             y=curve.y.astype(np.float32),
             yhoverformat=HOVER[panel.unit],
-            name=html.escape(curve.name),
+            name=html.escape(curve.name, quote=False),
             showlegend=curve.legend,
             mode="lines",
             line=dict(color=curve.color, width=curve.width, dash=curve.dash),
@@ -170,7 +172,7 @@ def traces(panel, graph_objects):
             showlegend=marks.kind not in named,
             mode="markers",
             marker=dict(symbol=SYMBOLS[marks.kind], size=10, color=marks.color, line=border),
-            text=[html.escape(text) for text in marks.texts],
+            text=[html.escape(text, quote=False) for text in marks.texts],
             hovertemplate="%{text}",
         )
         named.add(marks.kind)

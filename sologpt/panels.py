@@ -16,6 +16,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#666666"
 GREYS = ("#333333", "#777777", "#999999")  # of published results
 DASHES = ("dash", "dot", "dashdot")  # of the references, and of the runs when the colours are used up
+FEW = 60  # with fewer points a curve is not smoothed
 START = 0.1  # first part of a run, in which the loss falls so fast that the rest would be a flat line
 REFERENCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "references.json")
 PANELS = (  # title, unit, columns of a History
@@ -127,10 +128,9 @@ class Drawn:
         line.legend = column == "loss"
         if column == "loss" and not alone:
             line.width, line.opacity = 1.2, 0.7  # the validation loss stands out
-        window = len(x) // 30
-        if window < 2 or column in ("lr", "peak_memory"):
+        if len(x) < FEW or column in ("lr", "peak_memory"):
             return [line]
-        line.y = smoothed(y, window)
+        line.y = smoothed(y)
         x, y = history.iters.lows_and_highs(self.over, column)
         raw = Curve("every value", x, y, self.color, width=0.6, opacity=0.3, raw=True)
         return [raw, line]
@@ -164,22 +164,18 @@ class Drawn:
         for kind, moments in self.history.events.items():
             places = np.array([getattr(moment, self.over) for moment in moments], dtype=float)
             if len(places) and len(x):
-                heights = np.interp(places, x, smoothed(y, len(y) // 30))
+                heights = np.interp(places, x, smoothed(y))
                 texts = [f"{self.history.name}, iteration {m.iterations:,}: {m.text}" for m in moments]
                 found.append(Marks(kind, places, heights, texts, self.color))
         return found
 
 
-def smoothed(y, window):
-    """Returns the median of the `window` values around each one, of fewer at the ends; (points,).
-
-    With a mean, one spike would lift the curve around it.
-    """
-    if window < 2:
-        return y
-    before = window // 2
-    padded = np.pad(y, (before, window - 1 - before), constant_values=math.nan)
-    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
+def smoothed(y):
+    """Returns the median of each value and of a sixtieth of all values on either side of it, of fewer at the
+    ends; (points,). With a mean, one spike would lift the curve around it."""
+    beside = len(y) // FEW
+    padded = np.pad(y, beside, constant_values=math.nan)
+    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * beside + 1), axis=1)
 
 
 def after_the_start(panel, right):
