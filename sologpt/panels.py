@@ -95,8 +95,8 @@ def make_panels(histories, over, reference=""):
             panel.y_range = after_the_start(panel, right)
         elif panel.unit == "norm":
             panel.log = spans_decades(panel)
-        elif panel.unit != "rate":
-            panel.y_range = 0, 1.08 * max(curve.y.max() for curve in panel.curves)
+        elif panel.unit != "rate" and highest(panel) > 0:
+            panel.y_range = 0, 1.08 * highest(panel)
     return found, (0, right * (1 + margin) or 1)
 
 
@@ -171,11 +171,17 @@ class Drawn:
 
 
 def smoothed(y):
-    """Returns the median of each value and of a sixtieth of all values on either side of it, of fewer at the
-    ends; (points,). With a mean, one spike would lift the curve around it."""
+    """Returns the running mean of the running median of y, (points,): a spike does not lift the median."""
+    medians = np.nanmedian(windows(y), axis=1)
+    return np.nanmean(windows(medians), axis=1)
+
+
+def windows(y):
+    """Returns each value with a sixtieth of all values on either side of it, (points, window); NaN for those
+    beyond the ends."""
     beside = len(y) // FEW
     padded = np.pad(y, beside, constant_values=math.nan)
-    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * beside + 1), axis=1)
+    return np.lib.stride_tricks.sliding_window_view(padded, 2 * beside + 1)
 
 
 def after_the_start(panel, right):
@@ -187,7 +193,7 @@ def after_the_start(panel, right):
     if len(later) < 3:
         return None
     bottom, top = later.min(), later.max()
-    if highest(panel) < top + 0.3 * (top - bottom):
+    if not bottom < top < highest(panel) - 0.3 * (top - bottom):
         return None
     margin = 0.08 * (top - bottom)
     if len(firm) < len(panel.curves):
