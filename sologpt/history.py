@@ -199,9 +199,10 @@ class History:
     events: dict = field(default_factory=lambda: {kind: Sparse() for kind in EVENTS})
     samples: Sparse = field(default_factory=Sparse)
     final: dict = field(default_factory=dict)  # the figures of a line `done`
+    losses: list = None  # of the last evaluation, in the order of EVAL
     best_val_loss: float = math.inf
-    best_iter: int = 0
-    last: Moment = None
+    best_iter: float = math.nan
+    last: Moment = None  # of a line that is not an iteration's
     exact_hours: bool = True  # False: the sum over iterations, without evaluations, checkpoints and so on
     skipped: int = 0  # lines that could not be read, or are of an unknown kind
 
@@ -327,8 +328,9 @@ class Reader:
         h = self.history
         if kind in ("config", "resume"):
             self.read_config(n, figures)
-        elif kind == "smaller_batch":
-            h.config.update({key: value for key, value in plain(figures).items() if key in SIZES})
+        elif kind == "done":
+            h.final = plain(figures)
+            figures["elapsed"] = figures.get("seconds")
         moment = self.moment(n, figures)
         h.last = moment
         if kind == "eval":
@@ -336,12 +338,10 @@ class Reader:
         elif kind == "sample":
             moment.samples = samples_of(figures)
             h.samples.append(moment)
-        elif kind == "done":
-            h.final = plain(figures)
         elif kind in h.events:
             moment.text = in_words(figures)
             h.events[kind].append(moment)
-        elif kind not in ("config", "compiled"):
+        elif kind not in ("config", "compiled", "done"):
             h.skipped += 1
 
     def read_config(self, n, figures):
@@ -355,10 +355,9 @@ class Reader:
 
     def read_evaluation(self, moment, figures):
         h = self.history
-        row = [moment.iterations, moment.tokens, moment.hours]
-        row += [number(figures.get(name)) for name in EVAL]
-        h.evals.add(row)
-        val_loss = row[-2]
+        h.losses = [number(figures.get(name)) for name in EVAL]
+        h.evals.add([moment.iterations, moment.tokens, moment.hours, *h.losses])
+        val_loss = h.losses[1]
         if val_loss < h.best_val_loss:
             h.best_val_loss, h.best_iter = val_loss, moment.iterations
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
-from sologpt.history import EVENTS, read_history, shown
+from sologpt.history import EVENTS, number, read_history, shown
 from sologpt.panels import make_panels, references
 
 SYMBOLS = dict(
@@ -199,40 +199,38 @@ def results_table(histories):
 
 
 def results(history):
-    """Returns the final figures of a run as text, by their names."""
-    h, iters, evals = history, history.iters, history.evals
-    found = {}
-    ends = [series.groups[3, -1, :3] for series in (evals, iters) if len(series)]
-    if h.last:
-        ends.append((h.last.iterations, h.last.tokens, h.last.hours))
-    for i, name in enumerate(("iterations", "tokens", "hours")):
-        furthest = max((end[i] for end in ends if math.isfinite(end[i])), default=math.nan)
-        found[name] = f"{furthest:,.2f}" if name == "hours" else f"{furthest:,.0f}"
-    if not h.exact_hours:
-        found["hours"] += ", without evaluations"
-    if len(evals):
-        found["last training loss"] = figure(evals.mean("train_loss")[-1], ".4f")
-        found["last validation loss"] = figure(evals.mean("val_loss")[-1], ".4f")
-        found["best validation loss"] = f"{figure(h.best_val_loss, '.4f')} at iteration {h.best_iter:,}"
-        found["last bits per byte"] = figure(evals.mean("val_bpb")[-1], ".4f")
-    found["tokens per second, median"] = figure(median(iters.mean("tokens_per_s")), ",.0f")
-    found["MFU, median"] = figure(median(iters.mean("mfu")), ".1f") + " %"
-    found["peak memory"] = figure(largest(iters.high("peak_memory")) / 1e9, ".2f") + " GB"
+    """Returns the final figures of a run as text, by their names; those that are not known are left out."""
+    h, iters = history, history.iters
+    hours = "hours" if h.exact_hours else "hours, without evaluations"
+    train_loss, val_loss, val_bpb = h.losses or (math.nan, math.nan, math.nan)
+    figures = [
+        ("iterations", furthest(h, "iterations"), ",.0f"),
+        ("tokens", furthest(h, "tokens"), ",.0f"),
+        (hours, furthest(h, "hours"), ",.2f"),
+        ("last training loss", train_loss, ".4f"),
+        ("last validation loss", val_loss, ".4f"),
+        ("last bits per byte", val_bpb, ".4f"),
+        ("best validation loss", h.best_val_loss, ".4f"),
+        ("its iteration", h.best_iter, ","),
+        ("tokens per second, mean", number(h.final.get("tokens_per_s")), ",.0f"),
+        ("tokens per second, median", median(iters.mean("tokens_per_s")), ",.0f"),
+        ("MFU in %, median", median(iters.mean("mfu")), ".1f"),
+        ("peak memory in GB", largest(iters.high("peak_memory")) / 1e9, ".2f"),
+    ]
     for kind, name in EVENTS.items():
-        if h.events[kind].count:
-            found[f"{name}, times"] = f"{h.events[kind].count:,}"
-    if h.skipped:
-        found["lines left out"] = f"{h.skipped:,}"
-    return {name: text for name, text in found.items() if not text.startswith("-")} | at_the_end(h.final)
+        figures.append((f"{name}, times", h.events[kind].count or math.nan, ","))
+    figures.append(("lines left out", h.skipped or math.nan, ","))
+    found = {name: format(value, form) for name, value, form in figures if math.isfinite(value)}
+    found["finished"] = "yes" if h.final else "no"
+    return found
 
 
-def at_the_end(final):
-    """Returns the figures that train.py itself gave at the end, as text."""
-    return {f"{name.replace('_', ' ')}, at the end": shown(value) for name, value in final.items()}
-
-
-def figure(value, form):
-    return format(value, form) if math.isfinite(value) else "-"
+def furthest(history, over):
+    """Returns how far a run came; NaN if unknown."""
+    ends = [largest(series.high(over)) for series in (history.iters, history.evals)]
+    if history.last:
+        ends.append(getattr(history.last, over))
+    return largest(np.array(ends))
 
 
 def median(values):

@@ -65,6 +65,7 @@ EVENTS = [
     line("spike", 25, loss=30.5, norm=99.0, first_sequence=250, last_sequence=259),
     line("smaller_batch", 12, batch_size=1, gradient_accumulation_steps=10),
 ]
+DONE = line("done", 60, seconds=3600.0, tokens=6000, tokens_per_s=190.0, val_loss=6.3)
 
 
 # -----------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def test_a_real_run_is_drawn_as_its_log_says(trained, tmp_path):
     assert history.evals.mean("val_loss") == pytest.approx(losses, abs=6e-5)
     assert (history.skipped, history.events["resume"].count) == (0, 1)
     trained("plot.py", "real", "--out=a.png", "--html=a.html")
-    assert "at iteration 40" in (tmp_path / "a.html").read_text()
+    assert "<th>its iteration</th><td>40</td>" in (tmp_path / "a.html").read_text()
 
 
 BLOCKED = (
@@ -544,7 +545,7 @@ def hostile_run(folder, **config):
     lines = falling(60, arch=HOSTILE, **config)
     lines.append(line("sample", 30, samples=[dict(prompt="early", text=" text")]))
     lines.append(line("sample", 60, samples=[sample]))
-    lines.append(line("done", 60, note=HOSTILE, best_val_loss=5.5))
+    lines.append(line("done", 60, note=HOSTILE, seconds=HOSTILE, tokens_per_s=HOSTILE))
     return write(folder, [*lines, *EVENTS])
 
 
@@ -573,20 +574,17 @@ def scripts(page):
 
 def test_the_page_says_how_runs_differ_and_ended(run, tmp_path):
     write(tmp_path / "a", falling(40, n_layer=2, out_dir="a", dataset="same"))
-    write(tmp_path / "b", [*falling(60, n_layer=3, out_dir="b", dataset="same"), *EVENTS[1:]])
+    write(tmp_path / "b", [*falling(60, n_layer=3, out_dir="b", dataset="same"), *EVENTS[1:], DONE])
     run("plot.py", "a", "b", "--html=a.html", "--reference=gpt2_124m")
     page = (tmp_path / "a.html").read_text()
     differ = page.partition("Settings that differ")[2].partition("<details>")[0]
     rows = re.findall(r"<tr><th>(\w+)</th><td>(.*?)</td><td>(.*?)</td></tr>", differ)
-    assert rows == [
-        ("batch_size", "2", "1"),
-        ("gradient_accumulation_steps", "5", "10"),
-        ("n_layer", "2", "3"),
-    ]
-    results = dict(re.findall(r"<tr><th>([\w ,]+)</th><td>.*?</td><td>(.*?)</td></tr>", page))
-    assert results["iterations"] == "59" and results["hours"] == "0.01"
-    assert results["best validation loss"] == f"{10.5 - 5 * 50 / 60:.4f} at iteration 50"
-    assert (results["peak memory"], results["MFU, median"]) == ("3.00 GB", "40.0 %")
+    assert rows == [("n_layer", "2", "3")]
+    results = dict(re.findall(r"<tr><th>([\w ,%]+)</th><td>.*?</td><td>(.*?)</td></tr>", page))
+    assert (results["iterations"], results["tokens"], results["hours"]) == ("60", "6,000", "1.00")
+    assert (results["best validation loss"], results["its iteration"]) == (f"{10.5 - 5 * 50 / 60:.4f}", "50")
+    assert (results["peak memory in GB"], results["MFU in %, median"]) == ("3.00", "40.0")
+    assert (results["tokens per second, mean"], results["finished"]) == ("190", "yes")
     assert (results["tokens per second, median"], results["checkpoint, times"]) == ("200", "2")
     for result in references("gpt2_124m"):
         assert result["source"] in page
