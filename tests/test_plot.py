@@ -6,6 +6,7 @@ Run: pytest tests/test_plot.py
 
 import base64
 import contextlib
+import html
 import io
 import json
 import math
@@ -26,7 +27,7 @@ from conftest import ENV, ROOT
 
 from plot import PlotConfig, split_arguments
 from sologpt.figures import terminal_text
-from sologpt.history import POINTS, Series, Sparse, newest_run, read_history
+from sologpt.history import POINTS, Series, Sparse, newest_run, printable, read_history
 from sologpt.page import page_of_run
 from sologpt.panels import make_panels, references, short, smoothed
 
@@ -439,7 +440,7 @@ def test_a_real_run_is_drawn_as_its_log_says(trained, tmp_path):
     """Stopped and resumed: the picture shows each iteration once."""
     keys = """--dataset=toy --device=cpu --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=16
         --batch_size=4 --gradient_accumulation_steps=2 --warmup_iters=2 --lr_decay_iters=40 --eval_interval=10
-        --eval_iters=1 --out_dir=real""".split()
+        --eval_iters=1 --sample_interval=20 --out_dir=real""".split()
     log = trained("train.py", *keys, "--max_iters=20").stdout
     log += trained("train.py", *keys, "--max_iters=40", "--init_from=resume").stdout
     history = read_history(str(tmp_path / "real"))
@@ -451,9 +452,18 @@ def test_a_real_run_is_drawn_as_its_log_says(trained, tmp_path):
     assert history.evals.mean("iterations").tolist() == [0, 10, 20, 30, 40] == [int(n) for n in evaluated]
     losses = [float(loss) for loss in evaluated.values()]
     assert history.evals.mean("val_loss") == pytest.approx(losses, abs=6e-5)
-    assert (history.skipped, history.events["resume"].count) == (0, 1)
-    trained("plot.py", "real", "--out=a.png", "--html=a.html")
-    assert "<th>its iteration</th><td>40</td>" in (tmp_path / "a.html").read_text()
+    assert (history.skipped, history.events["resume"].count, history.exact_hours) == (0, 1, True)
+    hours = history.iters.mean("hours")
+    assert (np.diff(hours) > 0).all() and 0 < hours[-1] < history.evals.mean("hours")[-1] < 0.1
+
+    assert trained("plot.py", "real", "--out=a.png", "--html=a.html").stderr == ""
+    page = (tmp_path / "a.html").read_text()
+    assert "<th>its iteration</th><td>40</td>" in page and "<th>finished</th><td>yes</td>" in page
+    shown = [html.unescape(re.sub("<.*?>", "", text)) for text in re.findall(r"<pre>(.*?)</pre>", page, re.S)]
+    printed = dict.fromkeys(re.findall(r"^sample (\d+): (\".*\") -> (\".*\")$", log, re.M))
+    texts = [(int(n), json.loads(prompt) + json.loads(text)) for n, prompt, text in printed]
+    assert [n for n, _ in texts] == [0] * 3 + [20] * 3 + [40] * 3
+    assert sorted(shown) == sorted(printable(text) for _, text in texts)
 
 
 BLOCKED = (
