@@ -33,6 +33,7 @@ EVENTS = dict(
     smaller_batch="smaller micro-batch",
 )
 
+OTHERS = ("config", "compiled", "eval", "sample", "done")
 
 decode = json.JSONDecoder().raw_decode  # a fifth faster than json.loads
 
@@ -299,8 +300,10 @@ class Reader:
             self.history.skipped += 1
         elif kind == "iter":
             self.read_iteration(iteration, figures)
-        else:
+        elif kind in OTHERS or kind in EVENTS:
             self.read_other(iteration, kind, figures)
+        else:
+            self.history.skipped += 1
 
     def read_iteration(self, n, figures):
         h = self.history
@@ -338,17 +341,15 @@ class Reader:
         elif kind == "sample":
             moment.samples = samples_of(figures)
             h.samples.append(moment)
-        elif kind in h.events:
+        elif kind in EVENTS:
             moment.text = in_words(figures)
             h.events[kind].append(moment)
-        elif kind not in ("config", "compiled", "done"):
-            h.skipped += 1
 
     def read_config(self, n, figures):
         h = self.history
         if type(figures.get("config")) is dict:
             h.config = plain(figures["config"])
-            h.torch = str(figures.get("torch", ""))[:TEXT]
+            h.torch = printable(str(figures.get("torch", ""))[:TEXT])
             self.tokens_per_iter = h.tokens_per_iter
         if not self.updates:  # the lines before this one are not here
             self.updates, self.tokens = n, n * self.tokens_per_iter
