@@ -46,6 +46,7 @@ class Config:
     given = frozenset()
     base = ""  # the script whose keys this one takes too; --help then names it instead of listing them
     synonyms = {}  # other programs' names of keys, to suggest ours
+    arguments = "[FILE.py ...]"  # what may stand before the keys, for --help
 
     def problems(self):
         """Returns messages about conflicting values; overridden by each script's class."""
@@ -281,7 +282,7 @@ def configure(cls, argv):
 
 def usage(cls, doc, script):
     """Returns the --help text: the script's docstring, and every key's type, default, limits and meaning."""
-    lines = [doc.strip(), "", f"usage: python {script} [FILE.py ...] [--key=value ...]", "", "keys:"]
+    lines = [doc.strip(), "", f"usage: python {script} {cls.arguments} [--key=value ...]", "", "keys:"]
     fields = dataclasses.fields(cls)
     if cls.base:
         lines[-1] = f"keys, besides those of {cls.base} (python {cls.base} --help):"

@@ -15,7 +15,7 @@ from conftest import ENV, ROOT
 from configurator import run_script
 from sologpt.errors import UserError
 
-SCRIPTS = ["train", "sample", "prepare_fineweb", "bench"]
+SCRIPTS = ["train", "sample", "prepare_fineweb", "bench", "plot"]
 TOP = [*SCRIPTS, "model", "configurator"]
 NOT_OURS_TO_IMPORT = ("__init__", "modeling_sologpt")  # the latter is text that an export copies
 PATHS = sorted(ROOT.glob("sologpt/*.py"))
@@ -47,7 +47,7 @@ def test_arrows_point_from_the_scripts_to_the_model_and_from_all_to_the_package(
     assert imports("model") & {*TOP, "sologpt"} == {"sologpt"}
     assert imports("configurator") & {*TOP, "sologpt"} == {"sologpt"}
     assert imports("bench") & {*TOP, "benchmarks"} == {"train", "model", "configurator"}
-    for module in ("train", "sample", "prepare_fineweb"):
+    for module in ("train", "sample", "prepare_fineweb", "plot"):
         assert not imports(module) & {*SCRIPTS, "benchmarks"}, module
 
 
