@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from configurator import Config, from_command_line, key, run_script
 from sologpt.figures import FORMATS, terminal_text, write_picture
-from sologpt.history import NothingYet, find_metrics, newest_run, read_history
+from sologpt.files import newest
+from sologpt.history import NothingYet, find_metrics, read_history
 from sologpt.page import write_page
 
 
@@ -102,14 +103,14 @@ def main(argv):
     folders, rest = split_arguments(argv)
     cfg = from_command_line(PlotConfig, __doc__, rest)
     if not folders:
-        folders = [newest_run()]
+        folders = [os.path.dirname(newest("metrics.jsonl"))]
         print(f"drawing {folders[0]}", file=sys.stderr)
     drawn = None
     while True:
-        newest = [os.stat(find_metrics(folder)).st_mtime_ns for folder in folders]
-        if newest != drawn:
+        changed = [os.stat(find_metrics(folder)).st_mtime_ns for folder in folders]
+        if changed != drawn:
             draw_what_there_is(folders, cfg)
-        drawn = newest
+        drawn = changed
         if not cfg.watch:
             return
         time.sleep(cfg.watch)

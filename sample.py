@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import codecs
 import dataclasses
-import glob
 import itertools
 import json
 import os
@@ -37,6 +36,7 @@ from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, sampling
 from sologpt.errors import UserError
+from sologpt.files import newest
 from sologpt.fit import check_size
 from sologpt.report import parameters
 from sologpt.tokenizer import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
@@ -109,16 +109,6 @@ def load(cfg):
     if cfg.out_dir:
         return load_checkpoint(os.path.join(cfg.out_dir, name))
     return load_checkpoint(newest(name))
-
-
-def newest(name):
-    """Returns the path of the youngest checkpoint of that name where configs put theirs: out/, out-mine/ or
-    out/mine/. Raises FileNotFoundError if there is none."""
-    found = [*glob.glob(f"out*/{name}"), *glob.glob(f"out*/*/{name}")]
-    found = [path for path in found if "earlier-" not in path]
-    if not found:
-        raise FileNotFoundError(f"no {name} in out*/ or out*/*/: train a model, or name its --out_dir=")
-    return max(found, key=os.path.getmtime)
 
 
 def load_checkpoint(path):

@@ -399,7 +399,8 @@ class RunFiles:
 
     def all(self):
         """Returns the paths of a run's files, ckpt.pt last: while it is there, a run can be resumed."""
-        return [self.metrics, self.best, self.before_cooldown, self.previous, self.ckpt]
+        drawn = [os.path.join(self.out_dir, name) for name in ("run.html", "run.png", "tensorboard")]
+        return [*drawn, self.metrics, self.best, self.before_cooldown, self.previous, self.ckpt]
 
     def set_aside(self):
         """Moves the files of an earlier run to earlier-1/, earlier-2/, ... in out_dir. Returns that folder,

@@ -82,6 +82,16 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
+def newest(name):
+    """Returns the path of the youngest file of that name where configs put their runs: out/, out-mine/ or
+    out/mine/. Raises FileNotFoundError if there is none."""
+    found = [*glob.glob(f"out*/{name}"), *glob.glob(f"out*/*/{name}")]
+    found = [path for path in found if "earlier-" not in path]
+    if not found:
+        raise FileNotFoundError(f"no {name} in out*/ or out*/*/: train a model, or name its folder")
+    return max(found, key=os.path.getmtime)
+
+
 def free_bytes(path):
     """Returns how much is free on the disk of a folder that need not be there yet."""
     folder = path

@@ -2,7 +2,6 @@
 What a run has left in metrics.jsonl, read in one pass and in memory that hardly grows with the file.
 """
 
-import glob
 import json
 import math
 import os
@@ -243,18 +242,6 @@ def find_metrics(folder):
     if not os.path.isfile(path):
         raise UserError(f"{folder} has no metrics.jsonl, which train.py writes; name the out_dir of a run")
     return path
-
-
-def newest_run():
-    """Returns the folder whose metrics.jsonl was written last, where configs put theirs: out/, out-mine/ or
-    out/mine/. Raises UserError if there is none."""
-    found = [*glob.glob("out*/metrics.jsonl"), *glob.glob("out*/*/metrics.jsonl")]
-    found = [path for path in found if "earlier-" not in path]
-    if not found:
-        raise UserError(
-            "no metrics.jsonl in out*/ or out*/*/: train a model, or name a folder: plot.py FOLDER"
-        )
-    return os.path.dirname(max(found, key=os.path.getmtime))
 
 
 def read_history(folder):

@@ -6,10 +6,10 @@ in a single HTML file that asks no network for anything.
 import html
 import math
 import os
-import sys
 
 import numpy as np
 
+from sologpt.display import warn
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
 from sologpt.history import EVENTS, number, read_history, shown
@@ -65,7 +65,7 @@ def page_of_run(out_dir):
     try:
         write_page([read_history(out_dir)], path)
     except Exception as e:
-        print(f"warning: no {path}: {str(e) or type(e).__name__}".partition("\n")[0], file=sys.stderr)
+        warn(f"no {path}: {str(e) or type(e).__name__}".partition("\n")[0])
         return None
     return path
 

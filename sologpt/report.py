@@ -14,6 +14,7 @@ from sologpt.files import free_bytes
 from sologpt.hardware import attention_backend, peak_memory
 from sologpt.log import elapsed
 from sologpt.memory import checkpoint_bytes, memory_line
+from sologpt.page import page_of_run
 
 
 def notes(cfg):
@@ -182,7 +183,12 @@ def sum_up(run):
         f"done: iteration {at.iter_num:,} after {duration(figures['seconds'])}, {at.tokens_seen:,} tokens, "
         f"best val loss {at.best_val_loss:.4f}"
     )
-    print_aligned(final_lines(run, figures))
+    lines = final_lines(run, figures)
+    if page := page_of_run(cfg.out_dir):
+        lines.append(f"page: {page}")
+    if at.iter_num:  # else there is nothing to sample
+        lines.append(f"next: python sample.py {shlex.join([f'--out_dir={cfg.out_dir}'])}")
+    print_aligned(lines)
 
 
 def final_lines(run, figures):
@@ -206,8 +212,6 @@ def final_lines(run, figures):
         lines.append(f"memory: {figures['peak_memory'] / 1e9:.2f} GB at most")
     if figures["bad_steps"] or figures["resumed"]:
         lines.append(f"trouble: {figures['bad_steps']} updates skipped, resumed {figures['resumed']} times")
-    if run.at.iter_num:  # else there is nothing to sample
-        lines.append(f"next: python sample.py {shlex.join([f'--out_dir={cfg.out_dir}'])}")
     return lines
 
 

@@ -200,7 +200,7 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
 
 
 def test_metrics_that_cannot_be_written_are_written_later(tmp_path, capsys):
-    metrics = log.Metrics(tmp_path / "metrics.jsonl")
+    metrics = log.Metrics(tmp_path / "metrics.jsonl", None)
     metrics.write("1\n")
     good, metrics.file = metrics.file, open("/dev/full", "ab", buffering=0)
     metrics.write("2\n"), metrics.write("3\n")

@@ -27,7 +27,8 @@ from conftest import ENV, ROOT
 
 from plot import PlotConfig, split_arguments
 from sologpt.figures import terminal_text
-from sologpt.history import POINTS, Series, Sparse, newest_run, printable, read_history
+from sologpt.files import newest
+from sologpt.history import POINTS, Series, Sparse, printable, read_history
 from sologpt.page import page_of_run
 from sologpt.panels import make_panels, references, short, smoothed
 
@@ -420,7 +421,7 @@ def test_the_newest_run_is_drawn_into_its_folder(run, tmp_path, monkeypatch):
         write(tmp_path / name, falling(20))
         os.utime(tmp_path / name / "metrics.jsonl", (10**9 - age, 10**9 - age))
     monkeypatch.chdir(tmp_path)
-    assert newest_run() == os.path.join("out", "a")
+    assert newest("metrics.jsonl") == os.path.join("out", "a", "metrics.jsonl")
     done = run("plot.py")
     assert done.stderr == f"drawing {os.path.join('out', 'a')}\n"
     assert (
@@ -429,7 +430,7 @@ def test_the_newest_run_is_drawn_into_its_folder(run, tmp_path, monkeypatch):
     assert (tmp_path / "out/a/run.png").read_bytes().startswith(b"\x89PNG")
     shutil.rmtree("out")
     shutil.rmtree("out-b")
-    assert "train a model, or name a folder" in run("plot.py", status=1).stderr
+    assert "train a model, or name its folder" in run("plot.py", status=1).stderr
 
 
 def size_of(path):

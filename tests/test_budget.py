@@ -1,0 +1,85 @@
+"""
+bench.py --hours: what a machine can train in a time, against arithmetic by hand and against train.py itself.
+Run: pytest tests/test_budget.py
+"""
+
+import json
+import math
+import re
+import shlex
+
+import pytest
+
+from sologpt import budget
+
+SMALL = budget.Size(2, 2, 128, params=1_000_000, flops_per_token=6e6)
+LARGE = budget.Size(4, 4, 256, params=4_000_000, flops_per_token=24e6)
+FAST = budget.Speed(batch_size=8, micro_step=0.08, update=0.01, first=10.0)
+SLOW = budget.Speed(batch_size=8, micro_step=0.32, update=0.04, first=20.0)
+
+
+@pytest.mark.parametrize("arch, head", [("gpt2", 64), ("modern", 128)])
+def test_a_shape_has_heads_that_divide_its_width(arch, head):
+    assert budget.shape(768, arch) == (12, 768 // head, 768)  # GPT-2's smallest
+    for width in budget.WIDTHS:
+        n_layer, n_head, n_embd = budget.shape(width, arch)
+        assert n_embd == width and width % n_head == 0 and n_layer >= 2
+        assert width // n_head in (32, 64, 128)
+
+
+def test_a_speed_between_two_is_on_the_power_law_through_them():
+    middle = budget.Size(3, 3, 192, params=2_000_000, flops_per_token=12e6)
+    speed = budget.interpolate(middle, [(LARGE, SLOW), (SMALL, FAST)])
+    assert speed.micro_step == pytest.approx(0.16) and speed.update == pytest.approx(0.02)
+    assert not speed.measured and speed.first == pytest.approx(10 * math.sqrt(2))
+    assert budget.interpolate(SMALL, [(LARGE, SLOW), (SMALL, FAST)]).micro_step == pytest.approx(0.08)
+
+
+def test_a_plan_by_hand():
+    """1,015 s: 15 are for compiling, 3 % of 1,000 for eleven evaluations of 2 * 12 windows, at a third of
+    10 ms each: 0.08 s."""
+    plan = budget.plan(SMALL, FAST, 1015, block_size=100, most_sequences=512, most_eval_iters=200)
+    # 100,000 sequences in 1,000 s are 2,000 iterations of 50: 6 micro-batches of 8
+    assert (plan.keys["batch_size"], plan.keys["gradient_accumulation_steps"]) == (8, 6)
+    assert plan.keys["eval_iters"] == int(30 / 11 / 0.08)
+    evaluating = 11 * plan.keys["eval_iters"] * 0.08
+    iters = int((1000 - evaluating) / (6 * 0.08 + 0.01))
+    assert plan.tokens == iters * 48 * 100 and plan.ratio == plan.tokens / 1e6
+    assert plan.rate == pytest.approx(48 * 100 / 0.49)
+    assert plan.keys["eval_interval"] == math.ceil(iters / 10)
+    # with more time iterations become as large as they may
+    plan = budget.plan(SMALL, FAST, 1e6, block_size=100, most_sequences=512, most_eval_iters=200)
+    assert (plan.keys["batch_size"], plan.keys["gradient_accumulation_steps"]) == (8, 64)
+    # with little time, smaller than the micro-batch that was measured
+    plan = budget.plan(SMALL, FAST, 75, block_size=100, most_sequences=512, most_eval_iters=200)
+    assert (plan.keys["batch_size"], plan.keys["gradient_accumulation_steps"]) == (3, 1)
+
+
+def test_the_width_with_twenty_tokens_for_each_parameter():
+    """At 6 * N FLOPs a token, 1,000 s of 1.2e12 FLOP/s are 20 tokens for each of N parameters where
+    120 * N**2 = 1.2e15, so N = 3.2M; with N = 12 * width**3 / 64 that is a width of 257."""
+
+    def size_of(width):
+        params = 12 * width**3 / 64
+        return budget.Size(1, 1, width, params, 6 * params)
+
+    assert budget.WIDTHS[budget.optimal(1.2e12, 1000, size_of)] == 256
+    assert budget.optimal(1.0, 1.0, size_of) == 0
+    assert budget.WIDTHS[budget.optimal(1e25, 1000, size_of)] == budget.WIDTHS[-1]
+
+
+def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.ROW_SECONDS", 0.1)
+    monkeypatch.setattr("bench.BLOCK_SECONDS", 0.05)
+    (tmp_path / "mine.py").write_text("n_layer = 2; n_head = 2; n_embd = 32; warmup_iters = 2\n")
+    flags = [flag for flag in tiny if not flag.startswith(("--n_", "--warmup", "--max_iters", "--lr_decay"))]
+    out = run("bench.py", "mine.py", *flags, "--hours=0.002", "--json=hours.json").stdout
+    assert "in 0.002 hours, compilation and evaluations included:" in out
+    assert out.count("nearest to 20 tokens per parameter") == 1
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:3] == ["python", "train.py", "mine.py"] and "--max_minutes=0.1" in command
+    rows = json.loads((tmp_path / "hours.json").read_text())["rows"]
+    widths = [row["size"]["n_embd"] for row in rows]
+    assert widths == sorted(widths) and sum(row["speed"]["measured"] for row in rows) >= 2
+    done = run(*command[1:]).stdout
+    assert re.search(r"^done: iteration [\d,]+ after 0m\d\ds", done, re.M)
