@@ -117,6 +117,8 @@ def interactive(panels, x_range, over):
         vertical_spacing=95 / pixels,
         horizontal_spacing=0.07,
     )
+    figure.update_xaxes(exponentformat="B", ticks="outside", hoverformat=HOVER[over])
+    figure.update_yaxes(exponentformat="B")
     for i, panel in enumerate(panels):
         row, column = 2 + (i - 1) // 2, 1 + (i - 1) % 2
         if i == 0:
@@ -124,6 +126,8 @@ def interactive(panels, x_range, over):
         for trace in traces(panel, graph_objects):
             figure.add_trace(trace, row, column)
         figure.update_xaxes(title=over, range=x_range, row=row, col=column)
+        if panel.unit == "rate":
+            figure.update_yaxes(exponentformat="e", row=row, col=column)
         if panel.log:
             figure.update_yaxes(type="log", row=row, col=column)
         if panel.y_range:
@@ -136,8 +140,6 @@ def interactive(panels, x_range, over):
         margin=dict(l=60, r=20, t=70, b=50),
         legend=dict(orientation="h", x=0, y=1 + 35 / pixels, yanchor="bottom"),
     )
-    figure.update_xaxes(exponentformat="B", ticks="outside", hoverformat=HOVER[over])
-    figure.update_yaxes(exponentformat="B")
     options = dict(responsive=True, displaylogo=False, modeBarButtons=[BUTTONS])
     return figure.to_html(full_html=False, include_plotlyjs=True, config=options, div_id="panels")
 
@@ -206,7 +208,7 @@ def results(history):
     figures = [
         ("iterations", furthest(h, "iterations"), ",.0f"),
         ("tokens", furthest(h, "tokens"), ",.0f"),
-        (hours, furthest(h, "hours"), ",.2f"),
+        (hours, furthest(h, "hours"), ",.4g"),
         ("last training loss", train_loss, ".4f"),
         ("last validation loss", val_loss, ".4f"),
         ("last bits per byte", val_bpb, ".4f"),
