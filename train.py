@@ -640,7 +640,7 @@ def main(argv):
             foretell(run)
             return
         run.clock = Clock(machine)
-        bar = progress_bar(cfg.max_iters, run.at.iter_num)
+        bar = progress_bar(cfg, run.at.iter_num)
         request = StopRequest("stopping; Ctrl-C again leaves without saving")
         with contextlib.closing(open_metrics(run)) as run.metrics, request as run.stop, bar as run.bar:
             try:

@@ -20,10 +20,12 @@ from sologpt.tracker import Tracker
 PROMPT, CONTINUATION = 16, 64  # tokens of the samples while training
 
 
-def progress_bar(total, initial):
+def progress_bar(cfg, initial):
     """Returns the bar of a run, shown if stderr is a terminal; its time left is that of the last log line."""
     layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-    return tqdm(total=total, initial=initial, disable=None, dynamic_ncols=True, bar_format=layout)
+    if cfg.max_minutes:  # which iteration is the last is not known
+        layout = "{n_fmt} iterations{postfix}"
+    return tqdm(total=cfg.max_iters, initial=initial, disable=None, dynamic_ncols=True, bar_format=layout)
 
 
 class Clock:
@@ -202,7 +204,8 @@ def log_samples(run):
     length = min(CONTINUATION, block_size - prompts.size(1))
     noise = torch.rand(len(prompts), length, generator=torch.Generator().manual_seed(run.cfg.seed))
     model.eval()
-    texts = model.generate(prompts, length, temperature=0.8, noise=noise).tolist()
+    with run.stop.interrupts():
+        texts = model.generate(prompts, length, temperature=0.8, noise=noise).tolist()
     model.train()
     samples = []
     for ids in texts:
