@@ -86,6 +86,7 @@ class PrepareConfig(Config):
         "",
         f"stdlib; or files, folders, globs of {' '.join(ENDINGS)}, https://..., with commas; empty: the hub",
     )
+    endings: str = key("", "further endings of text files to read in folders, as in .md,.rst")
     repo: str = key("HuggingFaceFW/fineweb-edu", "dataset on the Hugging Face hub, or a local folder of one")
     subset: str = key("sample-10BT", "subset of the dataset; may be empty")
     split: str = key("train", "split of the dataset")
@@ -122,6 +123,9 @@ class PrepareConfig(Config):
                     f"{name} has no effect with encoding='characters', which writes nanoGPT's train.bin and "
                     f"val.bin: all text in one, its last tenth for validation; omit it"
                 )
+        for ending in filter(None, self.endings.split(",")):
+            if not ending.strip().startswith("."):
+                found.append(f"endings begin with a dot, as in .md,.rst; not {ending!r}")
         return found
 
     @property
@@ -715,14 +719,16 @@ def plan(cfg):
         settings[name] = getattr(cfg, name)
     if not cfg.input:
         return Job(cfg, out_dir, settings, [], 0, "")
-    files = find_and_say(cfg.input)
+    files = find_and_say(cfg)
     return Job(cfg, out_dir, settings, files, sum(map(text_bytes, files)), times_of(files))
 
 
-def find_and_say(source):
-    """Returns the files of a source, and says how many there are and what was passed over."""
-    files, passed_over = find_files(source)
-    others = ", ".join(f"{count:,} {reason}" for reason, count in passed_over.items() if count)
+def find_and_say(cfg):
+    """Returns the files of the input, and says how many there are and what was passed over, by frequency."""
+    more = tuple(ending.strip().lower() for ending in cfg.endings.split(",") if ending.strip())
+    files, passed_over = find_files(cfg.input, ENDINGS + more)
+    common = [(reason, count) for reason, count in passed_over.most_common(8) if count]
+    others = ", ".join(f"{count:,} {reason}" for reason, count in common)
     print(f"source: {len(files):,} files{f'; passed over: {others}' if others else ''}")
     return files
 
@@ -890,7 +896,7 @@ def is_done(job):
 
 def prepare_characters(cfg):
     """Prepares nanoGPT's data by characters."""
-    sources = find_and_say(cfg.input)
+    sources = find_and_say(cfg)
     if cfg.dry_run:
         foretell(cfg, sum(map(text_bytes, sources)), 2, "seconds")
         return

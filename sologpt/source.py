@@ -24,9 +24,10 @@ ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", "
 TIMEOUT = 60  # seconds that a server may be silent
 
 
-def find_files(source):
+def find_files(source, endings=ENDINGS):
     """Returns (files, passed over) of `source`, the --input of prepare_fineweb.py: paths in a fixed order,
-    each real file once, and how many were not taken, a Counter by reason.
+    each real file once, and how many were not taken, a Counter by reason. endings: those that count in a
+    folder.
 
     Raises FileNotFoundError if a part of the source has no file, UserError for an address that cannot be
     reached, and OSError for a folder that cannot be read.
@@ -40,33 +41,32 @@ def find_files(source):
             status_of(part)
             matching = [part]
         elif os.path.isdir(part):
-            matching = files_below(part, passed_over)
+            matching = files_below(part, endings, passed_over)
         elif os.path.isfile(part):
             matching = [part]
         else:
             matching = matches(part)
         if not matching:
-            raise FileNotFoundError(f"--input={part}: {nothing_found(part)}")
+            raise FileNotFoundError(f"--input={part}: {nothing_found(part, endings)}")
         found += sorted(matching)
     return each_once(found, passed_over), passed_over
 
 
-def nothing_found(part):
+def nothing_found(part, endings):
     """Returns why a part of the source has no files, and what would help."""
     if not os.path.isdir(part):
-        return f"no such file or folder with {', '.join(ENDINGS)} files"
-    endings = collections.Counter()
+        return f"no such file or folder with {', '.join(endings)} files"
+    others = collections.Counter()
     for _, folders, names in os.walk(part):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        endings.update(os.path.splitext(name)[1] for name in names if not is_hidden(name))
-    endings.pop("", None)
-    if not endings:
-        return f"the folder has no {', '.join(ENDINGS)} files"
-    common = [ending for ending, _ in endings.most_common(5)]
-    pattern = os.path.join(part, "**", "*" + common[0])
+        others.update(os.path.splitext(name)[1] for name in names if not is_hidden(name))
+    others.pop("", None)
+    if not others:
+        return f"the folder has no {', '.join(endings)} files"
+    common = [ending for ending, _ in others.most_common(5)]
     return (
-        f"the folder has no {', '.join(ENDINGS)} files, but {', '.join(common)}; text of any other ending is "
-        f"read if you name it: --input='{pattern}'"
+        f"the folder has no {', '.join(endings)} files, but {', '.join(common)}; to read such files as text: "
+        f"--endings={common[0]}"
     )
 
 
@@ -103,8 +103,8 @@ def standard_library():
     return sorted(found)
 
 
-def files_below(folder, passed_over):
-    """Returns the files below a folder that have one of ENDINGS, in upper or lower case. Links are followed,
+def files_below(folder, endings, passed_over):
+    """Returns the files below a folder that have one of the endings, in any case. Links are followed,
     but into each real folder once, so that links in a circle end."""
     found, seen = [], set()
     for root, folders, names in os.walk(folder, onerror=raise_error, followlinks=True):
@@ -118,10 +118,10 @@ def files_below(folder, passed_over):
         folders[:] = sorted(set(folders) - hidden)
         for name in sorted(set(names) - hidden):
             path = os.path.join(root, name)
-            if name.lower().endswith(ENDINGS) and os.path.isfile(path):
+            if name.lower().endswith(endings) and os.path.isfile(path):
                 found.append(path)
             else:
-                passed_over["with other endings"] += 1
+                passed_over[os.path.splitext(name)[1] or "without an ending"] += 1
     return found
 
 

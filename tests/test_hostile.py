@@ -296,7 +296,7 @@ def test_what_is_passed_over_is_counted_and_endings_may_be_in_capitals(run, tmp_
     (tmp_path / "in/code.py").write_text("no text")
     (tmp_path / "in/A.JSONL").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)))
     out = run("prepare_fineweb.py", "--encoding=bytes", "--input=in", "--out_dir=out").stdout
-    assert "source: 1 files; passed over: 2 hidden, 1 with other endings\n" in out
+    assert "source: 1 files; passed over: 2 hidden, 1 .py\n" in out
     assert json.loads((tmp_path / "out/meta.json").read_text())["train"]["documents"] > 40
 
 

@@ -153,10 +153,14 @@ def test_a_folder_without_known_endings_says_which_it_has(run, tmp_path):
     (tmp_path / "notes/b.md").write_text("# two")
     (tmp_path / "notes/c.rst").write_text("three")
     error = run("prepare_fineweb.py", "--input=notes", "--encoding=bytes", status=1).stderr
-    assert (
-        "files, but .md, .rst; text of any other ending is read if you name it: --input='notes/**/*.md'"
-        in error
-    )
+    assert "files, but .md, .rst; to read such files as text: --endings=.md\n" in error
+    (tmp_path / "notes/picture.PNG").write_bytes(b"PNG")
+    options = ["--encoding=bytes", "--val_tokens=2", "--out_dir=both"]
+    out = run("prepare_fineweb.py", "--input=notes", "--endings=.md, .RST", *options).stdout
+    assert "source: 3 files; passed over: 1 .PNG\n" in out
+    wrong = run("prepare_fineweb.py", "--input=notes", "--endings=md", status=2).stderr
+    assert "endings begin with a dot, as in .md,.rst; not 'md'" in wrong
+    (tmp_path / "notes/picture.PNG").unlink()
     out = run("prepare_fineweb.py", "--input=notes/**/*.*", "--encoding=bytes", "--val_tokens=2").stdout
     assert "source: 3 files" in out and (tmp_path / "data/notes/notes_val_000000.bin").exists()
 
