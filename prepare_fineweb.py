@@ -77,6 +77,7 @@ CONFIGS = ((3e6, "text_1m"), (30e6, "text_10m"), (1e9, "text_100m"))
 DATASETS = dict(
     quickstart="data/stdlib", shakespeare_char="data/shakespeare_char", fineweb_125m_fast="data/fineweb"
 )
+REPO = "HuggingFaceFW/fineweb-edu"  # its folder and shards are called fineweb
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
 
@@ -87,7 +88,7 @@ class PrepareConfig(Config):
         f"stdlib; or files, folders, globs of {' '.join(ENDINGS)}, https://..., with commas; empty: the hub",
     )
     endings: str = key("", "further endings of text files to read in folders, as in .md,.rst")
-    repo: str = key("HuggingFaceFW/fineweb-edu", "dataset on the Hugging Face hub, or a local folder of one")
+    repo: str = key(REPO, "dataset on the Hugging Face hub, or a local folder of one")
     subset: str = key("sample-10BT", "subset of the dataset; may be empty")
     split: str = key("train", "split of the dataset")
     text_key: str = key("text", "name of the text: key of .jsonl objects or .parquet column")
@@ -99,7 +100,9 @@ class PrepareConfig(Config):
     encoding: str = key(
         "gpt2", "bytes (no download), characters (nanoGPT's files), or tiktoken's: gpt2, cl100k_base, ..."
     )
-    out_dir: str = key("", "folder to write; empty: data/fineweb, or data/NAME of --input=path/to/NAME")
+    out_dir: str = key(
+        "", "folder to write; empty: data/fineweb, or data/NAME of --input=path/to/NAME or --repo=OWNER/NAME"
+    )
     shard_tokens: int = key(100_000_000, "tokens in one shard", low=1000, below=2**31)
     val_tokens: int = key(
         1_000_000, "minimum tokens for validation; a source below ten times that gives a tenth", low=1
@@ -129,8 +132,15 @@ class PrepareConfig(Config):
         return found
 
     @property
+    def name(self):
+        """What folder and shards are named after: the input, or the dataset on the hub."""
+        if self.input or self.repo == REPO:
+            return name_of(self.input)
+        return name_of(self.repo)
+
+    @property
     def folder(self):
-        return self.out_dir or os.path.join("data", name_of(self.input))
+        return self.out_dir or os.path.join("data", self.name)
 
 
 # -----------------------------------------------------------------------------
@@ -853,7 +863,7 @@ def prepare(job, stop):
     progress, kept = begin(job)
     before = progress.counts["tokens"]
     start = time.perf_counter()
-    prefix = name_of(job.cfg.input)
+    prefix = job.cfg.name
     shard_tokens = job.cfg.shard_tokens
     with (
         ending_well(job.progress_path),

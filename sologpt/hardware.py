@@ -7,6 +7,7 @@ cool case clocks up to 10 % above its rating, so a good run may read over 80 % t
 
 import contextlib
 import gc
+import importlib.util
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
+from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 
 # One line a GPU: words of torch.cuda.get_device_name() that identify it, number of SMs (CUs on AMD), then
@@ -190,6 +192,11 @@ def find_machine(cfg):
     peak, peak_reason = device_peak(device, dtype)
     if cfg.peak_flops:
         peak, peak_reason = cfg.peak_flops, f"{cfg.peak_flops / 1e12:g} TFLOP/s as given by peak_flops"
+    if cfg.compile and sys.platform == "win32" and (obstacle := windows_obstacle(device)):
+        warn(f"{obstacle}; training without torch.compile, more slowly")
+        cfg.compile = False
+        for problem in cfg.problems():  # keys that need it
+            raise UserError(problem)
     if cfg.compile:
         check_compiler(device)
     if device.type == "cuda":
@@ -322,7 +329,7 @@ def check_compiler(device):
 
 def compile_obstacle(device, include=None):
     """Returns why torch.compile cannot work here and what to install, or None. include: the folder of
-    Python.h. On Windows, torch itself has to find out."""
+    Python.h. On Windows windows_obstacle says so."""
     if sys.platform == "win32" or device.type == "mps":
         return None
     if device.type == "cuda":
@@ -340,6 +347,16 @@ def compile_obstacle(device, include=None):
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
         text = f"torch.compile needs Python's header files, and {include} has no Python.h"
         return f"{text} (apt install {package})"
+    return None
+
+
+def windows_obstacle(device):
+    """Returns why torch.compile cannot work on Windows, where torch brings no Triton, and what to install; or
+    None."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton: pip install triton-windows"
+    if device.type == "cpu" and not shutil.which("cl"):
+        return "torch.compile needs a C++ compiler, cl of Visual Studio's Build Tools, on the PATH"
     return None
 
 

@@ -6,6 +6,7 @@ Run: pytest tests/test_hardware.py
 """
 
 import contextlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
+from configurator import configure
 from model import GPTConfig, make_gpt
 from sologpt import hardware, memory
+from sologpt.errors import UserError
 from sologpt.hardware import PEAKS, peak_flops
+from train import TrainConfig
 
 
 def tflops(name, sm_count, dtype="bfloat16"):
@@ -206,6 +210,24 @@ def test_what_compile_lacks_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert "g++ is not on the PATH (apt install g++)" in hardware.compile_obstacle(cpu, tmp_path)
     assert "gcc or clang is not on the PATH" in hardware.compile_obstacle(torch.device("cuda"), tmp_path)
+
+
+def test_windows_without_triton_trains_uncompiled_and_says_why(monkeypatch, capsys):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
+    assert "pip install triton-windows" in hardware.windows_obstacle(cuda)
+    assert "cl of Visual Studio's Build Tools" in hardware.windows_obstacle(cpu)
+    monkeypatch.setattr(hardware.sys, "platform", "win32")
+    cfg = configure(TrainConfig, ["--device=cpu"])
+    hardware.find_machine(cfg)
+    assert not cfg.compile and capsys.readouterr().err.count("training without torch.compile") == 1
+    cfg = configure(TrainConfig, ["--device=cpu", "--activation_memory=0.5"])
+    with pytest.raises(UserError, match="activation_memory=0.5 acts through torch.compile only"):
+        hardware.find_machine(cfg)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name)
+    assert hardware.windows_obstacle(cuda) is None and hardware.windows_obstacle(cpu) is None
 
 
 BATCH = 16

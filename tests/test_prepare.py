@@ -580,6 +580,8 @@ README = b"""---
 configs:
 - config_name: sample-10BT
   data_files: [{split: train, path: sample/10BT/*}]
+- config_name: finer
+  data_files: [{split: train, path: finer/train/*}, {split: test, path: finer/test/*}]
 ---
 """
 
@@ -664,6 +666,22 @@ def test_the_hub_is_read_where_HF_ENDPOINT_says_and_into_the_same_shards(spawn, 
     prepare(spawn, "--input=001.parquet,002.parquet", "--out_dir=local")
     assert tokens_in(tmp_path / "out", "train").tolist() == tokens_in(tmp_path / "local", "train").tolist()
     assert len(documents_in(tmp_path / "out")["train"]) + len(documents_in(tmp_path / "out")["val"]) == 200
+
+
+def test_of_several_subsets_and_splits_the_one_that_is_asked_for_is_read(spawn, tmp_path, hub):
+    texts = [f"of the finer kind {i}" for i in range(100)]
+    for split, part in (("train", texts), ("test", TEXTS[:50])):
+        datasets.Dataset.from_dict({"words": part}).to_parquet(tmp_path / "part.parquet")
+        Hub.files[f"finer/{split}/0.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    flags = ["--encoding=bytes", "--repo=owner/name", "--subset=finer", "--text_key=words"]
+    spawn("prepare_fineweb.py", *flags, **hub)
+    documents = documents_in(tmp_path / "data/name")
+    assert sorted(documents["train"] + documents["val"]) == sorted(list(text.encode()) for text in texts)
+    assert (tmp_path / "data/name/name_train_000001.bin").exists()
+    spawn("prepare_fineweb.py", *flags, "--split=test", "--out_dir=test", **hub)
+    assert len(documents_in(tmp_path / "test")["train"]) == 45
+    wrong = spawn("prepare_fineweb.py", *flags, "--split=val", "--out_dir=wrong", status=1, **hub).stderr
+    assert "has no split 'val' (--split); it has train, test" in wrong
 
 
 def test_a_network_that_fails_for_a_while_is_asked_again(spawn, tmp_path, hub):

@@ -91,3 +91,16 @@ def test_the_page_of_costs_by_hand(monkeypatch):
     assert cost.cell(cards["RTX 4070"], need, {"NVIDIA GeForce RTX 4070": 1e12}) == "1245 h m"
     # 25.5 TFLOP/s at 55 to 82 % of it
     assert cost.cell(cards["RTX 3060"], need, {}) == "59 h to 89 h e"
+
+
+def test_the_cells_of_the_notebook_page_are_commands_of_ours(run):
+    text = (ROOT / "docs/notebook.md").read_text()
+    assert text.count("```python") == 6
+    commands = [shlex.split(line) for line in re.findall(r"^!python (.*)$", text, re.M)]
+    assert [command[0] for command in commands] == ["prepare_fineweb.py", "train.py", "plot.py", "sample.py"]
+    run(*commands[0])
+    train = [ROOT / arg if arg.startswith("config/") else arg for arg in commands[1]]
+    out = run(*train, "--max_iters=6", "--eval_iters=1", "--eval_interval=3").stdout
+    assert "page:       out-quickstart/run.html" in out
+    assert run(*commands[2]).stdout.startswith("out-quickstart/run.png")
+    assert run(*commands[3], "--max_new_tokens=5").stdout.count("---------------") == 3
