@@ -41,7 +41,7 @@ from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
 from sologpt.fit import check_size, no_room, nothing_half_done, smaller_batch, start_with_what_fits
 from sologpt.fp8 import use_fp8
-from sologpt.health import check_bad_steps, count_bad_steps
+from sologpt.health import Recent, check_bad_steps, count_bad_steps
 from sologpt.log import (
     Clock,
     Metrics,
@@ -341,6 +341,8 @@ class Run:
     first_iter: int = 0  # of this process
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
+    norms: Recent = dataclasses.field(default_factory=Recent)
+    logged_losses: Recent = dataclasses.field(default_factory=Recent)
     eval_seconds: float = 0.0  # of that evaluation
     done: bool = False
     rng: dict = None  # torch's random state at the beginning of the iteration

@@ -1,11 +1,34 @@
 """
-Updates that are not finite: counted, skipped, and too many of them in a row end the run.
+What goes wrong in a run without ending it at once: updates that are not finite, which are skipped, and too
+many of them in a row; spikes, which are only pointed out.
 """
 
 import math
+import statistics
+from collections import deque
 
-from sologpt.display import warn
+from sologpt.display import say, warn
 from sologpt.errors import UserError
+
+RECENT = 100  # values that a spike is compared with
+FAR = 20  # how many times as far above their median as their ninth decile is
+
+
+class Recent:
+    """The last values of a figure."""
+
+    def __init__(self):
+        self.values = deque(maxlen=RECENT)
+
+    def spikes(self, value):
+        """Returns whether a value is far above the recent ones, of which it is one from then on."""
+        far = False
+        if len(self.values) == RECENT:
+            middle = statistics.median(self.values)
+            spread = statistics.quantiles(self.values, n=10)[-1] - middle
+            far = value > middle + FAR * spread and value > 2 * middle
+        self.values.append(value)
+        return far
 
 
 def count_bad_steps(run, step_loss, norm):
@@ -14,6 +37,8 @@ def count_bad_steps(run, step_loss, norm):
     at = run.at
     if math.isfinite(step_loss.item() if run.scaler.is_enabled() else norm):
         at.bad_in_row = 0
+        if math.isfinite(norm) and run.norms.spikes(norm):
+            point_out_spike(run, "gradient norm", norm, run.norms, loss=step_loss.item(), norm=norm)
         return
     at.bad_steps += 1
     at.bad_in_row += 1
@@ -31,3 +56,19 @@ def check_bad_steps(run):
             f"{at.iter_num}; {run.files.kept}. Try a lower --learning_rate, --grad_clip=1.0 or "
             f"--dtype=float32 from there"
         )
+
+
+def watch_loss(run, loss, norm):
+    """Points out a loss far above those logged before. Others are not looked at: reading one means to wait
+    for the GPU."""
+    if math.isfinite(loss) and run.logged_losses.spikes(loss):
+        point_out_spike(run, "loss", loss, run.logged_losses, loss=loss, norm=norm)
+
+
+def point_out_spike(run, name, value, recent, **figures):
+    """Says which sequences of the run were in an iteration with a spike; nothing else changes."""
+    it, S = run.at.iter_num, run.cfg.sequences_per_iter
+    middle = statistics.median(recent.values)
+    first, last = it * S, (it + 1) * S - 1
+    say(f"spike in iteration {it}: {name} {value:.4g}, recently {middle:.4g}; sequences {first} to {last}")
+    run.metrics.record("spike", it, **figures, first_sequence=first, last_sequence=last)

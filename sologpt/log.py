@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sologpt.display import duration, say, warn
 from sologpt.files import atomic_file
 from sologpt.hardware import peak_memory
+from sologpt.health import watch_loss
 from sologpt.tracker import Tracker
 
 PROMPT, CONTINUATION = 16, 64  # tokens of the samples while training
@@ -192,6 +193,7 @@ def log_iteration(run, step_loss, norm, lr):
     figures = dict(loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm, lr=lr, tokens=at.tokens_seen)
     figures["peak_memory"] = peak_memory(run.machine.device)
     run.metrics.record("iter", at.iter_num, **figures, elapsed=elapsed(run))
+    watch_loss(run, loss, norm)
 
 
 def log_samples(run):
