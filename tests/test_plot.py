@@ -592,7 +592,7 @@ def test_the_page_says_how_runs_differ_and_ended(run, tmp_path):
     rows = re.findall(r"<tr><th>(\w+)</th><td>(.*?)</td><td>(.*?)</td></tr>", differ)
     assert rows == [("n_layer", "2", "3")]
     results = dict(re.findall(r"<tr><th>([\w ,%]+)</th><td>.*?</td><td>(.*?)</td></tr>", page))
-    assert (results["iterations"], results["tokens"], results["hours"]) == ("60", "6,000", "1.00")
+    assert (results["iterations"], results["tokens"], results["hours"]) == ("60", "6,000", "1")
     assert (results["best validation loss"], results["its iteration"]) == (f"{10.5 - 5 * 50 / 60:.4f}", "50")
     assert (results["peak memory in GB"], results["MFU in %, median"]) == ("3.00", "40.0")
     assert (results["tokens per second, mean"], results["finished"]) == ("190", "yes")

@@ -84,7 +84,7 @@ def test_without_a_known_peak_there_is_no_mfu(run, byte_data, tiny, tmp_path):
     out = run("train.py", *tiny, "--max_iters=1")
     assert "; mfu n/a, no peak is known for cpu\n" in out.stdout
     assert re.search(
-        r"^iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, \d+\.\d\d TFLOP/s, ", out.stdout, re.M
+        r"^iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, 0\.000\d+ TFLOP/s, ", out.stdout, re.M
     )
     assert metrics(tmp_path / "out", "iter")[0]["mfu"] is None
 
@@ -1063,7 +1063,7 @@ def test_at_most_eight_lines_come_before_the_first_evaluation(run, byte_data, ti
 
 def test_a_finished_run_says_what_to_do_next(run, byte_data, tiny):
     out = run("train.py", *tiny, "--out_dir=my run").stdout
-    assert out.endswith("next: python sample.py '--out_dir=my run'\n")
+    assert out.endswith("\nnext:       python sample.py '--out_dir=my run'\n")
 
 
 def test_init_from_best_is_explained(run, byte_data, tiny):
@@ -1205,6 +1205,6 @@ def test_a_run_ends_with_a_summary_which_is_in_metrics_too(run, byte_data, tiny,
     assert done["tokens_per_s"] == pytest.approx(128 * len(iters) / sum(row["dt"] for row in iters))
     tail = out[out.index("done: ") :].splitlines()
     assert [line.partition(":")[0] for line in tail] == [
-        "done", "model", "data", "at the end", "speed", "trouble", "next",
+        "done", "model", "data", "at the end", "speed", "trouble", "page", "next",
     ]  # fmt: skip
     assert f"val loss {last['val_loss']:.4f}" in tail[3] and "resumed 1 times" in tail[5]
