@@ -485,6 +485,7 @@ def speed_of(cfg, size, tell):
     while batch_size:
         changes = sizes | dict(batch_size=batch_size, gradient_accumulation_steps=1)
         status, row = run_row(dataclasses.replace(cfg, **changes), tell)
+        print(f"n_embd={size.n_embd}, batch_size={batch_size}: {status}")
         if status == "measured":
             seconds = [row[name] / 1e3 for name in ("micro_step_ms", "update_ms")]
             return budget.Speed(batch_size, *seconds, row["first_micro_step_s"], row["peak_memory"])
