@@ -6,6 +6,7 @@ Run: pytest tests/test_plot.py
 
 import base64
 import contextlib
+import functools
 import html
 import io
 import json
@@ -521,7 +522,9 @@ def test_watching_redraws_until_ctrl_c(tmp_path):
         "--watch=0.1",
         "--over=iterations",
     ]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's & makes it ignored
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, preexec_fn=heard, **pipes)
     try:
         assert process.stderr.readline().endswith(b"has no iteration yet that could be drawn; waiting\n")
         for count in (21, len(lines)):
