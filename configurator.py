@@ -196,7 +196,7 @@ def read_source(path):
         near = similar_file(path)
         hint = f"; did you mean {near}?" if near else ""
         if NANOGPTS.fullmatch(os.path.basename(path)):
-            hint += "; nanoGPT's own configs run here: copy the file from github.com/karpathy/nanoGPT"
+            hint += " (nanoGPT's own configs run here: copy the file from github.com/karpathy/nanoGPT)"
         raise ConfigError(f"cannot read the config file {path}: {e.strerror}{hint}") from None
 
 

@@ -250,7 +250,7 @@ def test_help_of_bench_lists_its_own_keys_and_names_train():
     [
         (
             "config/train_shakespeare_char.py",
-            "did you mean config/shakespeare_char.py?; nanoGPT's own configs",
+            "did you mean config/shakespeare_char.py? (nanoGPT's own configs",
         ),
         (
             "config/train_gpt2.py",
