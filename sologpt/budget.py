@@ -106,7 +106,7 @@ def plan(size, speed, seconds, block_size, most_sequences, most_eval_iters):
     keys |= dict(batch_size=batch_size, gradient_accumulation_steps=accumulation)
     keys |= dict(warmup_iters=iters // 20, eval_iters=eval_iters)
     keys |= dict(eval_interval=math.ceil(iters / (evaluations - 1)))
-    keys |= dict(max_minutes=round(seconds / 60, 1), max_iters=10 * iters, lr_decay_iters=10 * iters)
+    keys |= dict(max_minutes=round(seconds / 60, 3), max_iters=10 * iters, lr_decay_iters=10 * iters)
     tokens = batch_size * accumulation * block_size
     return Plan(size, speed, keys, tokens / iteration, iters * tokens)
 

@@ -77,7 +77,7 @@ def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, m
     assert "in 0.002 hours, compilation and evaluations included:" in out
     assert out.count("nearest to 20 tokens per parameter") == 1
     command = shlex.split(out.splitlines()[-1])
-    assert command[:3] == ["python", "train.py", "mine.py"] and "--max_minutes=0.1" in command
+    assert command[:3] == ["python", "train.py", "mine.py"] and "--max_minutes=0.12" in command
     rows = json.loads((tmp_path / "hours.json").read_text())["rows"]
     widths = [row["size"]["n_embd"] for row in rows]
     assert widths == sorted(widths) and sum(row["speed"]["measured"] for row in rows) >= 2
