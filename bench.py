@@ -76,7 +76,7 @@ class BenchConfig(TrainConfig):
     sweep_loss_chunks: str = key("", "values of loss_chunks to try; empty: the one that is set")
     real_data: bool = key(False, "read the batches from the dataset; False: random tokens")
     profile: bool = key(False, "instead of a sweep, list the slowest operations at batch_size")
-    hours: float = key(0.0, "instead of a sweep, what can be trained in so many hours, at which size", low=0)
+    hours: float = key(0.0, "instead of a sweep, what can be trained in so many hours; 0: a sweep", low=0)
     json: str = key("", "file to write all figures to")
 
     def problems(self):
@@ -87,6 +87,10 @@ class BenchConfig(TrainConfig):
                 self.sweep(name)
             except UserError as e:
                 found.append(f"sweep_{name}: {e}")
+            if self.hours and getattr(self, f"sweep_{name}"):
+                found.append(f"hours has its own sizes: leave sweep_{name} out")
+        if self.hours and self.profile:
+            found.append("hours and profile exclude each other; leave one of them out")
         return found
 
     def sweep(self, name):
@@ -422,7 +426,8 @@ def sweep(cfg, tell):
 
 
 def what_can_be_trained(cfg, argv, tell):
-    """Prints what sizes would see in cfg.hours, and the command for the one that suits. Returns the rows."""
+    """Prints what sizes would see in cfg.hours, and the command for the one that suits. Returns the rows and
+    that one."""
     seconds = 3600 * cfg.hours
     folder, tokenizer, _ = find_data(cfg)
     train_tokens = None
@@ -449,7 +454,7 @@ def what_can_be_trained(cfg, argv, tell):
     print(f"in {cfg.hours:g} hours, compilation and evaluations included:")
     print("\n".join(budget.table(plans, best, train_tokens)))
     print(f"train it with:\n{training_command(argv, best.keys)}")
-    return [dataclasses.asdict(p) for p in plans]
+    return [dataclasses.asdict(p) for p in plans], dataclasses.asdict(best)
 
 
 def measure_around_optimum(cfg, seconds, size_of, tell):
@@ -473,8 +478,8 @@ def measure_around_optimum(cfg, seconds, size_of, tell):
     low, high = max(0, position - 2), min(len(budget.WIDTHS) - 1, position + 2)
     measure(budget.WIDTHS[low])
     measure(budget.WIDTHS[high])
-    high = max(width for width in budget.WIDTHS[low : high + 1] if width <= max(measured))
-    return measured, [width for width in budget.WIDTHS[low:] if width <= high]
+    fitting = [width for width in budget.WIDTHS[low : high + 1] if width <= max(measured)]
+    return measured, fitting or sorted(measured)
 
 
 def speed_of(cfg, size, tell):
@@ -504,9 +509,10 @@ def write_json(path, cfg, argv, headers, rows, best):
 
 
 def main(argv):
-    if any(arg.startswith("--hours=") for arg in argv) and not any(arg.endswith(".py") for arg in argv):
-        argv = [RECIPE, *argv]
     cfg = from_command_line(BenchConfig, __doc__, argv)
+    if cfg.hours and not any(arg.endswith(".py") for arg in argv):
+        argv = [RECIPE, *argv]
+        cfg = from_command_line(BenchConfig, __doc__, argv)
     headers = {}
 
     def tell(found):
@@ -528,13 +534,13 @@ def main(argv):
             raise UserError(f"batch_size={cfg.batch_size}: {status}; try a smaller one")
         print("\n".join(lines))
         return
-    best = None
     if cfg.hours:
-        rows = what_can_be_trained(cfg, argv, tell)
+        rows, best = what_can_be_trained(cfg, argv, tell)
         if cfg.json:
             write_json(cfg.json, cfg, argv, headers, rows, best)
         return
     rows = sweep(cfg, tell)
+    best = None
     if any(row["status"] == "measured" for row in rows):
         best = recommend(rows)
         flags = ["batch_size", "gradient_accumulation_steps"]

@@ -306,7 +306,10 @@ def from_command_line(cls, doc, argv):
     try:
         return configure(cls, argv)
     except ConfigError as e:
-        print(f"{e}\npython {script} --help lists every key", file=sys.stderr)
+        scripts = f"python {script} --help lists every key"
+        if cls.base:
+            scripts = f"python {script} --help and python {cls.base} --help list every key"
+        print(f"{e}\n{scripts}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 
 from configurator import Config, from_command_line, key, run_script
+from sologpt.errors import UserError
 from sologpt.figures import FORMATS, terminal_text, write_picture
 from sologpt.files import newest
 from sologpt.history import NothingYet, find_metrics, read_history
@@ -103,17 +104,28 @@ def main(argv):
     folders, rest = split_arguments(argv)
     cfg = from_command_line(PlotConfig, __doc__, rest)
     if not folders:
-        folders = [os.path.dirname(newest("metrics.jsonl"))]
+        folders = [os.path.dirname(newest("metrics.jsonl", "name its folder"))]
         print(f"drawing {folders[0]}", file=sys.stderr)
     drawn = None
     while True:
-        changed = [os.stat(find_metrics(folder)).st_mtime_ns for folder in folders]
-        if changed != drawn:
+        changed = times_of_change(folders, cfg)
+        if changed and changed != drawn:
             draw_what_there_is(folders, cfg)
         drawn = changed
         if not cfg.watch:
             return
         time.sleep(cfg.watch)
+
+
+def times_of_change(folders, cfg):
+    """Returns when the runs were written last. While one that is watched has no file, says so instead."""
+    try:
+        return [os.stat(find_metrics(folder)).st_mtime_ns for folder in folders]
+    except (UserError, FileNotFoundError) as e:
+        if not cfg.watch:
+            raise
+        print(f"{e}; waiting", file=sys.stderr)
+        return None
 
 
 def draw_what_there_is(folders, cfg):

@@ -11,7 +11,8 @@ Turn text into token shards that train.py reads.
     python prepare_fineweb.py --encoding=characters --out_dir=data/shakespeare_char \
         --input=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 
-Writes fineweb_val_000000.bin, fineweb_train_000001.bin, ... in llm.c's format, and meta.json last. A document
+Writes NAME_val_000000.bin, NAME_train_000001.bin, ... in llm.c's format, NAME being fineweb or that of the
+input, and meta.json last. A document
 is the end-of-text token followed by the tokens of its text; it may run on into the next shard. Validation
 takes whole documents from all over the source, by a hash of their text: the same text gives the same split.
 
@@ -666,7 +667,7 @@ def expected_tokens(job, counts):
     elif job.text_size:
         expected = job.text_size / (1 if cfg.encoding == "bytes" else 4.4)
     # FineWeb's samples: sample-10BT has 10 billion GPT-2 tokens
-    elif named := re.search(r"(\d+)BT$", cfg.subset):
+    elif not cfg.input and (named := re.search(r"(\d+)BT$", cfg.subset)):
         expected = int(named[1]) * 1e9
     return int(min(expected or cfg.max_tokens, cfg.max_tokens or expected))
 
@@ -925,7 +926,8 @@ def texts_in(sources, cfg):
     before = ""
     for _, parts in read_chunks(sources, cfg, Position()):
         for part in parts:
-            yield before * part.begins + without_surrogates(part.text)
+            text = without_surrogates(part.text).replace("\r\n", "\n").replace("\r", "\n")  # as nanoGPT reads
+            yield before * part.begins + text
             before = "\n"
 
 
@@ -953,6 +955,9 @@ def foretell(cfg, tokens, itemsize, time_text):
     tokens = min(tokens, cfg.max_tokens or tokens)
     needed = tokens * itemsize / 1e9
     free = free_bytes(cfg.folder) / 1e9
+    if not tokens:
+        print("how many tokens that gives is not known: the source does not say how long it is")
+        return
     lines = [f"tokens: about {tokens:,}"]
     lines.append(f"disk: {needed:,.3f} GB in {cfg.folder}, where {free:,.1f} GB are free")
     lines.append(f"time: {time_text}")

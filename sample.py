@@ -108,7 +108,7 @@ def load(cfg):
     name = names[cfg.init_from]
     if cfg.out_dir:
         return load_checkpoint(os.path.join(cfg.out_dir, name))
-    return load_checkpoint(newest(name))
+    return load_checkpoint(newest(name, "name its --out_dir="))
 
 
 def load_checkpoint(path):

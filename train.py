@@ -98,7 +98,7 @@ class TrainConfig(Config):
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
-    max_minutes: float = key(0.0, "minutes of the whole run, if max_iters do not end it first; 0: any", low=0)
+    max_minutes: float = key(0.0, "end after so many minutes, with the schedule done; 0: no limit", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
@@ -165,8 +165,8 @@ class TrainConfig(Config):
             found.append(
                 "keep_before_cooldown=True needs schedule='wsd': a cosine has no constant part to branch from"
             )
-        if self.keep_before_cooldown and self.max_minutes:
-            found.append("keep_before_cooldown=True needs max_minutes=0: a clock decides when it cools down")
+        if self.wandb_log and self.tracker not in ("", "wandb"):
+            found.append(f"wandb_log=True means tracker='wandb', not {self.tracker!r}; leave one of them out")
         for name, off in (("compile_mode", "default"), ("activation_memory", 1.0)):
             value = getattr(self, name)
             if not self.compile and value != off:
@@ -197,8 +197,8 @@ def get_lr(it, cfg, time_used=0.0):
     """
     if not cfg.decay_lr:
         return cfg.learning_rate
-    if it < cfg.warmup_iters:
-        return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    if it < cfg.warmup_iters and time_used < 0.1:  # the warmup takes a tenth of the time at most
+        return cfg.learning_rate * max((it + 1) / (cfg.warmup_iters + 1), 10 * time_used)
     if cfg.schedule == "wsd":
         left = (cfg.max_iters - it) / max(1, cfg.max_iters - cfg.cooldown_start)
         if cfg.cooldown_frac:
@@ -318,6 +318,7 @@ class Progress:
     tokens_seen: int = 0
     bad_steps: int = 0  # skipped updates, in all
     bad_in_row: int = 0
+    resumed: int = 0  # times
 
 
 @dataclass
@@ -392,7 +393,7 @@ def train(run):
             if improved or run.files.saved_iter != at.iter_num:
                 with clock.paused():
                     save_checkpoint(run)
-        if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start:
+        if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start and not cfg.max_minutes:
             with clock.paused():
                 save_before_cooldown(run)
         if run.done:

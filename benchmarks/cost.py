@@ -9,6 +9,7 @@ benchmarks/results, those that somebody has published for the card, or a share o
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -116,17 +117,19 @@ def needs(cfg):
         flops_per_token=model.flops_per_token(),
         tokens=cfg.max_iters * cfg.tokens_per_iter,
         memory=sum(memory.values()),
-        checkpoints=checkpoint_bytes(memory),
+        checkpoints=checkpoint_bytes(memory, cfg.keep_before_cooldown),
     )
 
 
 def measured_rates():
-    """Returns {device: FLOP/s} of the reports that bench.py has written on a GPU."""
+    """Returns {(device, config): FLOP/s} of the reports that bench.py has written on a GPU."""
     found = {}
     for path in (ROOT / "benchmarks/results").glob("*.json"):
         report = json.loads(path.read_text())
         if isinstance(report, dict) and report.get("driver") and report.get("recommended"):
-            found[report["device"]] = report["recommended"]["tflops"] * 1e12
+            config = re.search(r"config/(\w+\.py)", report["command"])
+            if config and "tflops" in report["recommended"]:
+                found[report["device"], config[1]] = report["recommended"]["tflops"] * 1e12
     return found
 
 
@@ -137,11 +140,12 @@ def shares():
     return min(found), max(found)
 
 
-def cell(card, need, measured):
-    """Returns the hours of a run on a card, as text with the mark of where they are from."""
+def cell(card, name, need, measured):
+    """Returns the hours of a config's run on a card, as text with the mark of where they are from."""
     flops = need["flops_per_token"] * need["tokens"]
-    for device, rate in measured.items():
-        if set(card.name.lower().split()) <= set(device.lower().split()):
+    for (device, config), rate in measured.items():
+        words = set(re.findall(r"\w+", device)) - {"NVIDIA", "GeForce", "SXM4", "40GB", "80GB"}
+        if config == name and words == set(card.name.split()):
             return f"{hours(flops / rate)} m"
     known = [rate for rate in RATES if rate.card == card.name]
     if not known:
@@ -178,7 +182,7 @@ def page():
         "|---" * (len(CARDS) + 2) + "|",
     ]
     for name, need in needed.items():
-        cells = " | ".join(cell(card, need, measured) for card in CARDS)
+        cells = " | ".join(cell(card, name, need, measured) for card in CARDS)
         lines.append(f"| `{name}` | {need['memory'] / 1e9:.1f} GB | {cells} |")
     lines += [
         "",
@@ -197,7 +201,7 @@ def page():
         "has, train.py takes a smaller micro-batch: the same iteration, somewhat slower. Evaluations,",
         "compilation and checkpoints come on top; `python bench.py config/NAME.py` measures your own card.",
         "",
-        "| config | disk for checkpoints | tokens in all |",
+        "| config | disk for checkpoints, at most | tokens in all |",
         "|---|---|---|",
     ]
     for name, need in needed.items():

@@ -82,13 +82,13 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def newest(name):
+def newest(name, hint):
     """Returns the path of the youngest file of that name where configs put their runs: out/, out-mine/ or
     out/mine/. Raises FileNotFoundError if there is none."""
     found = [*glob.glob(f"out*/{name}"), *glob.glob(f"out*/*/{name}")]
     found = [path for path in found if "earlier-" not in path]
     if not found:
-        raise FileNotFoundError(f"no {name} in out*/ or out*/*/: train a model, or name its folder")
+        raise FileNotFoundError(f"no {name} in out*/ or out*/*/: train a model, or {hint}")
     return max(found, key=os.path.getmtime)
 
 

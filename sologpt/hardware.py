@@ -193,10 +193,10 @@ def find_machine(cfg):
     if cfg.peak_flops:
         peak, peak_reason = cfg.peak_flops, f"{cfg.peak_flops / 1e12:g} TFLOP/s as given by peak_flops"
     if cfg.compile and sys.platform == "win32" and (obstacle := windows_obstacle(device)):
-        warn(f"{obstacle}; training without torch.compile, more slowly")
+        warn(f"{obstacle}; going on without torch.compile, more slowly")
         cfg.compile = False
-        for problem in cfg.problems():  # keys that need it
-            raise UserError(problem)
+        if problems := cfg.problems():  # keys that need it
+            raise UserError(f"{obstacle}, and so do these keys: {'; '.join(problems)}")
     if cfg.compile:
         check_compiler(device)
     if device.type == "cuda":

@@ -71,4 +71,4 @@ def point_out_spike(run, name, value, recent, **figures):
     middle = statistics.median(recent.values)
     first, last = it * S, (it + 1) * S - 1
     say(f"spike in iteration {it}: {name} {value:.4g}, recently {middle:.4g}; sequences {first} to {last}")
-    run.metrics.record("spike", it, **figures, first_sequence=first, last_sequence=last)
+    run.metrics.record("spike", it, figure=name, **figures, first_sequence=first, last_sequence=last)

@@ -36,6 +36,7 @@ class Clock:
         self.machine = machine
         self.all_seconds = 0.0
         self.all_iters = 0
+        self.last = 0.0  # seconds of an iteration, at the last lap
         self.restart()
 
     def restart(self):
@@ -54,7 +55,8 @@ class Clock:
         seconds = time.perf_counter() - self.start
         self.all_seconds += seconds
         self.all_iters += self.iters
-        return seconds / self.iters
+        self.last = seconds / self.iters
+        return self.last
 
 
 def elapsed(run):
@@ -63,11 +65,12 @@ def elapsed(run):
 
 
 def share_of_time(run):
-    """Returns the share of max_minutes that a Run has used, up to 1; the last evaluation needs its part. 0
-    without a limit."""
+    """Returns the share of max_minutes that a Run has used, up to 1, when the next iteration and the last
+    evaluation are done. 0 without a limit."""
     if not run.cfg.max_minutes:
         return 0.0
-    return min(1.0, (elapsed(run) + run.eval_seconds) / (60 * run.cfg.max_minutes))
+    seconds = elapsed(run) + run.clock.last + run.eval_seconds
+    return min(1.0, seconds / (60 * run.cfg.max_minutes))
 
 
 def rewind_metrics(path, iter_num):
@@ -178,7 +181,7 @@ def log_iteration(run, step_loss, norm, lr):
     evaluations = (cfg.max_iters - 1) // cfg.eval_interval - at.iter_num // cfg.eval_interval + 1
     eta = left * dt + evaluations * run.eval_seconds
     if cfg.max_minutes:
-        eta = min(eta, 60 * cfg.max_minutes - elapsed(run))
+        eta = max(0, min(eta, 60 * cfg.max_minutes - elapsed(run)))
     tflops = run.model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12
     mfu, mfu_text = None, "n/a"
     if run.machine.peak:
@@ -202,7 +205,7 @@ def log_samples(run):
     alone."""
     model, block_size = run.model, run.cfg.block_size
     windows = torch.from_numpy(run.val_data.read(run.val_data.spread(3)))
-    prompts = windows[:, : min(PROMPT, block_size // 2)].to(run.machine.device)
+    prompts = windows[:, : min(PROMPT, max(1, block_size // 2))].to(run.machine.device)
     length = min(CONTINUATION, block_size - prompts.size(1))
     noise = torch.rand(len(prompts), length, generator=torch.Generator().manual_seed(run.cfg.seed))
     model.eval()

@@ -39,10 +39,12 @@ def memory_needed(
     return {name: round(bytes) for name, bytes in sizes.items()}
 
 
-def checkpoint_bytes(memory):
-    """Returns the bytes of ckpt.pt, ckpt_prev.pt and best.pt of a run with this memory_estimate."""
+def checkpoint_bytes(memory, keep_before_cooldown):
+    """Returns the most bytes of checkpoints of a run with this memory_estimate: ckpt.pt, ckpt_prev.pt, a
+    third one that is being written, best.pt, and before_cooldown.pt."""
     state = memory["weights"] + memory["optimizer"]
-    return 2 * state + memory["weights"]
+    states = 3 + keep_before_cooldown
+    return states * state + memory["weights"]
 
 
 # numbers, times n_embd, that the blocks keep for each token and layer until the backward pass

@@ -20,6 +20,8 @@ from sologpt.page import page_of_run
 def notes(cfg):
     """Returns lines about values of train.py's keys that are allowed but perhaps not meant."""
     found = schedule_notes(cfg)
+    if cfg.keep_before_cooldown and cfg.max_minutes:
+        found.append("note: keep_before_cooldown=True has no effect with max_minutes")
     if "backend" in cfg.given:
         found.append(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
     return found
@@ -120,7 +122,7 @@ def data_notes(run):
 # what decides how long an iteration takes
 SPEED = (
     "arch n_layer n_head n_embd block_size batch_size gradient_accumulation_steps optimizer device dtype "
-    "matmul compile compile_mode activation_memory loss_chunks"
+    "matmul compile compile_mode activation_memory loss_chunks dataset dropout"
 ).split()
 
 
@@ -133,13 +135,13 @@ def foretell(run):
         shown = f"the {dt:.3g} s each that {cfg.out_dir} shows"
         time_text = f"{duration(left * dt)} for {left:,} iterations of {shown}, without evaluations"
     if cfg.max_minutes:
-        time_text = f"{cfg.max_minutes:g} minutes at most, evaluations included"
-    written = checkpoint_bytes(run.memory) / 1e9
+        time_text = f"about {cfg.max_minutes:g} minutes at most, evaluations included"
+    written = checkpoint_bytes(run.memory, cfg.keep_before_cooldown) / 1e9
     free = free_bytes(cfg.out_dir) / 1e9
     print_aligned(
         [
             f"time: {time_text}",
-            f"disk: {written:,.2f} GB for three checkpoints in {cfg.out_dir}, where {free:,.1f} GB are free",
+            f"disk: at most {written:,.2f} GB of checkpoints in {cfg.out_dir}, {free:,.1f} GB are free",
             "dry run: nothing was written",
         ]
     )
@@ -171,7 +173,7 @@ def sum_up(run):
     """Says what a finished Run of train.py has done, and records it."""
     cfg, at, clock = run.cfg, run.at, run.clock
     figures = dict(seconds=elapsed(run), tokens=at.tokens_seen, best_val_loss=at.best_val_loss, **run.losses)
-    figures |= dict(bad_steps=at.bad_steps, resumed=count_resumes(run.files.metrics))
+    figures |= dict(bad_steps=at.bad_steps, resumed=at.resumed)
     figures |= dict(tokens_per_s=None, mfu=None, peak_memory=peak_memory(run.machine.device))
     if clock.all_iters:
         dt = clock.all_seconds / clock.all_iters
@@ -213,9 +215,3 @@ def final_lines(run, figures):
     if figures["bad_steps"] or figures["resumed"]:
         lines.append(f"trouble: {figures['bad_steps']} updates skipped, resumed {figures['resumed']} times")
     return lines
-
-
-def count_resumes(path):
-    """Returns how often the run of a metrics.jsonl was resumed."""
-    with open(path, "rb") as f:
-        return sum(line.startswith(b'{"kind": "resume"') for line in f)

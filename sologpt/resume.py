@@ -106,6 +106,7 @@ def restore(run, state, data_changed):
     at.tokens_seen = state.get("tokens_seen", iter_num * run.cfg.tokens_per_iter)
     at.bad_steps = state.get("bad_steps", 0)
     at.bad_in_row = state.get("bad_in_row", 0)
+    at.resumed = state.get("resumed", 0) + 1
     run.started = time.perf_counter() - state.get("seconds", 0.0)
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
     if iter_num == run.cfg.max_iters:
@@ -138,7 +139,9 @@ def warn_of_changes(cfg, machine, state, get_lr):
         return
     it = state["iter_num"]
     before = settings_before(cfg, state)
-    lr, lr_before = get_lr(it, cfg), get_lr(it, before)
+    seconds = state.get("seconds", 0.0)
+    lr = get_lr(it, cfg, share_of(cfg, seconds))
+    lr_before = get_lr(it, before, share_of(before, seconds))
     if abs(lr - lr_before) > 0.01 * lr_before:
         expected = f"the schedule so far has {lr_before:.3e}"
         warn(f"the learning rate of iteration {it} is {lr:.3e}, {expected}")
@@ -154,6 +157,13 @@ def warn_of_changes(cfg, machine, state, get_lr):
             f"from here on the data comes in another order, parts of it twice or never: "
             f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
         )
+
+
+def share_of(cfg, seconds):
+    """Returns the share of max_minutes that so many seconds are; 0 without a limit."""
+    if not cfg.max_minutes:
+        return 0.0
+    return min(1.0, seconds / (60 * cfg.max_minutes))
 
 
 def settings_before(cfg, state):

@@ -4,8 +4,10 @@ local, or each has an address like https://...
 """
 
 import collections
+import errno
 import glob
 import hashlib
+import http.client
 import json
 import os
 import pathlib
@@ -164,7 +166,7 @@ def status_of(path):
     try:
         with urllib.request.urlopen(path, timeout=TIMEOUT) as response:
             about = response.headers
-    except (OSError, ValueError) as e:  # no network, no such file, no such protocol
+    except (OSError, ValueError, http.client.HTTPException) as e:  # no network, no such file or protocol
         raise UserError(f"--input={path} cannot be reached: {getattr(e, 'reason', e)}") from None
     return path, int(about.get("Content-Length", 0)), about.get("ETag") or about.get("Last-Modified", "")
 
@@ -183,8 +185,10 @@ def download(address):
         if size and file.tell() != size:  # urllib does not notice
             raise ConnectionError(f"the connection ended after {file.tell():,} of {size:,} bytes")
         file.seek(0)
-    except BaseException:
+    except BaseException as e:
         file.close()
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no room for it in {tempfile.gettempdir()}; set TMPDIR to another folder") from e
         raise
     return file
 

@@ -55,6 +55,8 @@ class Tracker:
         if cfg.wandb_log and not self.name:
             self.name = "wandb"
         self.sink = None
+        if self.name == "tensorboard" and cfg.eval_only:
+            return  # a run may be writing there
         with self.guarded("started"):
             if self.name == "tensorboard":
                 self.sink = TensorBoard(cfg, iter_num)
@@ -79,6 +81,7 @@ class Tracker:
         try:
             yield
         except ImportError as e:
+            self.sink = None
             warn(f"no {self.name} ({e}): pip install {self.name}; metrics.jsonl has all figures")
         except Exception as e:  # each has errors of its own
             self.sink = None

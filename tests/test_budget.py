@@ -9,8 +9,12 @@ import re
 import shlex
 
 import pytest
+from conftest import ROOT
 
+import bench
+from configurator import ConfigError, configure
 from sologpt import budget
+from train import TrainConfig
 
 SMALL = budget.Size(2, 2, 128, params=1_000_000, flops_per_token=6e6)
 LARGE = budget.Size(4, 4, 256, params=4_000_000, flops_per_token=24e6)
@@ -83,3 +87,24 @@ def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, m
     assert widths == sorted(widths) and sum(row["speed"]["measured"] for row in rows) >= 2
     done = run(*command[1:]).stdout
     assert re.search(r"^done: iteration [\d,]+ after 0m\d\ds", done, re.M)
+
+
+def test_the_command_for_the_recommended_recipe_is_one_that_train_takes():
+    cfg = configure(TrainConfig, [str(ROOT / "config/fineweb_125m_fast.py")])
+    plan = budget.plan(SMALL, FAST, 3600, cfg.block_size, cfg.sequences_per_iter, cfg.eval_iters)
+    flags = [f"--{name}={value}" for name, value in plan.keys.items()]
+    assert configure(TrainConfig, [str(ROOT / "config/fineweb_125m_fast.py"), *flags]).max_minutes == 60
+
+
+def test_widths_that_do_not_fit_leave_those_that_do(monkeypatch):
+    cfg = configure(bench.BenchConfig, ["--hours=300", "--device=cpu"])
+    monkeypatch.setattr(bench, "speed_of", lambda cfg, size, tell: FAST if size.n_embd <= 128 else None)
+
+    def size_of(width):
+        return budget.Size(1, 1, width, 12 * width**3 / 64, 72 * width**3 / 64)
+
+    measured, widths = bench.measure_around_optimum(cfg, 3600 * 300, size_of, None)
+    assert widths == [128] and list(measured) == [128]
+    wrong = ["--hours=1", "--profile=True", "--sweep_batch_size=1"]
+    with pytest.raises(ConfigError, match="leave sweep_batch_size out\nhours and profile exclude each other"):
+        configure(bench.BenchConfig, wrong)

@@ -221,7 +221,7 @@ def test_windows_without_triton_trains_uncompiled_and_says_why(monkeypatch, caps
     monkeypatch.setattr(hardware.sys, "platform", "win32")
     cfg = configure(TrainConfig, ["--device=cpu"])
     hardware.find_machine(cfg)
-    assert not cfg.compile and capsys.readouterr().err.count("training without torch.compile") == 1
+    assert not cfg.compile and capsys.readouterr().err.count("going on without torch.compile") == 1
     cfg = configure(TrainConfig, ["--device=cpu", "--activation_memory=0.5"])
     with pytest.raises(UserError, match="activation_memory=0.5 acts through torch.compile only"):
         hardware.find_machine(cfg)

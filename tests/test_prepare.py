@@ -430,6 +430,13 @@ def nanogpts_files(text):
     return np.array(ids[:cut], np.uint16), np.array(ids[cut:], np.uint16), meta
 
 
+def test_line_ends_by_characters_are_as_python_reads_a_text_file(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n" * 9)
+    prepare(run, "--input=a.txt", "--encoding=characters")
+    train, _, meta = nanogpts_files((tmp_path / "a.txt").read_text())
+    assert (tmp_path / "out/train.bin").read_bytes() == train.tobytes() and "\r" not in meta["stoi"]
+
+
 @pytest.mark.parametrize("text", ["To be, or not to be. " * 9, "häßlich 漢字 \U0001f600\n\tx" * 5])
 def test_characters_are_nanogpts_files(run, tmp_path, text):
     (tmp_path / "a.txt").write_text(text, newline="")
@@ -485,7 +492,7 @@ def test_too_many_characters_for_uint16_are_refused():
 class Files(http.server.BaseHTTPRequestHandler):
     """Serves `content` under every name; the first `cut` answers break off in the middle."""
 
-    content, cut = b"", 0
+    content, cut, told = b"", 0, True
 
     def log_message(self, *args):
         pass
@@ -494,7 +501,8 @@ class Files(http.server.BaseHTTPRequestHandler):
         if "missing" in self.path:
             return self.send_error(404)
         self.send_response(200)
-        self.send_header("Content-Length", str(len(self.content)))
+        if self.told:
+            self.send_header("Content-Length", str(len(self.content)))
         self.send_header("ETag", str(zlib.crc32(self.content)))
         self.end_headers()
         end = len(self.content)
@@ -543,7 +551,8 @@ def test_a_connection_that_breaks_off_is_asked_again(address, monkeypatch, capsy
 
 
 def test_an_address_that_is_wrong_is_one_line(run, address):
-    for name in (f"{address}/missing.txt", "http://127.0.0.1:9/a.txt", "ftps://example.org/a.txt"):
+    odd = "http://127.0.0.1:9/a b.txt"
+    for name in (f"{address}/missing.txt", "http://127.0.0.1:9/a.txt", "ftps://example.org/a.txt", odd):
         error = prepare(run, f"--input={name}", status=1).stderr
         assert f"error: --input={name} cannot be reached: " in error and error.count("\n") == 1
 
@@ -563,6 +572,13 @@ def test_a_dry_run_foretells_what_is_written(run, tmp_path):
     again = prepare(run, "--input=a.jsonl", "--dry_run=True", "--max_tokens=1000").stdout
     assert "tokens:     about 1,000\n" in again and "out has been prepared already" in again
     assert "next:       python train.py config/text_1m.py --dataset=out\n" in again
+
+
+def test_a_server_that_does_not_say_how_long_a_file_is(run, tmp_path, address, monkeypatch):
+    Files.content = b'{"text": "some words"}\n' * 200_000
+    monkeypatch.setattr(Files, "told", False)
+    out = prepare(run, f"--input={address}/a.jsonl", "--dry_run=True").stdout
+    assert "how many tokens that gives is not known" in out
 
 
 def test_a_dry_run_asks_no_network(run, tmp_path):

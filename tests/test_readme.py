@@ -84,13 +84,17 @@ def test_the_page_of_costs_by_hand(monkeypatch):
 
     need = cost.needs(cost.settings_of(ROOT / "config/fineweb_125m.py"))
     assert need["tokens"] == 10_000 * 524_288
-    # weights three times and two moments twice, of 4 bytes
-    assert need["checkpoints"] == pytest.approx(7 * 4 * 124_373_760, rel=1e-6)
+    # weights four times, best.pt's among them, and two moments three times, of 4 bytes
+    assert need["checkpoints"] == pytest.approx(10 * 4 * 124_373_760, rel=1e-6)
     cards = {card.name: card for card in cost.CARDS}
-    assert cost.cell(cards["RTX 4070"], need, {}) == "26 h p"
-    assert cost.cell(cards["RTX 4070"], need, {"NVIDIA GeForce RTX 4070": 1e12}) == "1245 h m"
+    assert cost.cell(cards["RTX 4070"], "fineweb_125m.py", need, {}) == "26 h p"
+    measured = {("NVIDIA GeForce RTX 4070", "fineweb_125m.py"): 1e12}
+    assert cost.cell(cards["RTX 4070"], "fineweb_125m.py", need, measured) == "1245 h m"
+    for device, config in (("NVIDIA GeForce RTX 4070 Ti", "fineweb_125m.py"), ("RTX 4070", "fineweb_40m.py")):
+        measured = {(device, config): 1e12}
+        assert cost.cell(cards["RTX 4070"], "fineweb_125m.py", need, measured) == "26 h p"
     # 25.5 TFLOP/s at 55 to 82 % of it
-    assert cost.cell(cards["RTX 3060"], need, {}) == "59 h to 89 h e"
+    assert cost.cell(cards["RTX 3060"], "fineweb_125m.py", need, {}) == "59 h to 89 h e"
 
 
 def test_the_cells_of_the_notebook_page_are_commands_of_ours(run):

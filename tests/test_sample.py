@@ -277,4 +277,4 @@ def test_without_out_dir_it_takes_the_newest_run(trained, tmp_path):
 
 def test_without_any_run_it_says_so(run, tmp_path):
     error = run("sample.py", status=1).stderr
-    assert error == "error: no ckpt.pt in out*/ or out*/*/: train a model, or name its folder\n"
+    assert error == "error: no ckpt.pt in out*/ or out*/*/: train a model, or name its --out_dir=\n"

@@ -1084,7 +1084,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, byte_data, tiny
     )
     assert "not known" in run("train.py", *tiny, "--n_embd=64", "--dry_run=True").stdout
     written = sum(len(before[name]) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt"))
-    told = re.search(r"disk: +([\d.]+) GB for three checkpoints in out, where", again)
+    told = re.search(r"disk: +at most ([\d.]+) GB of checkpoints in out, ", again)
     assert float(told[1]) == round(written / 1e9, 2) and again.endswith("dry run:    nothing was written\n")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
@@ -1208,3 +1208,35 @@ def test_a_run_ends_with_a_summary_which_is_in_metrics_too(run, byte_data, tiny,
         "done", "model", "data", "at the end", "speed", "trouble", "page", "next",
     ]  # fmt: skip
     assert f"val loss {last['val_loss']:.4f}" in tail[3] and "resumed 1 times" in tail[5]
+
+
+def test_the_warmup_takes_a_tenth_of_the_time_at_most():
+    cfg = configure(
+        TrainConfig, ["--schedule=wsd", "--warmup_iters=99", "--max_iters=1000", "--max_minutes=1"]
+    )
+    assert get_lr(49, cfg) == pytest.approx(6e-4 * 0.5) == get_lr(9, cfg, 0.05)
+    assert get_lr(9, cfg, 0.1) == 6e-4 and get_lr(9, cfg, 0.0) == pytest.approx(6e-4 * 0.1)
+    cosine = configure(TrainConfig, ["--warmup_iters=99", "--lr_decay_iters=1000", "--max_minutes=1"])
+    assert get_lr(0, cosine, 0.5) == pytest.approx((6e-4 + 6e-5) / 2)
+
+
+def test_keys_that_a_time_limit_or_another_tracker_rules_out(run, byte_data, tiny, tmp_path):
+    flags = ["--schedule=wsd", "--keep_before_cooldown=True", "--max_minutes=60"]
+    out = run("train.py", *tiny, *flags).stdout
+    assert "note: keep_before_cooldown=True has no effect with max_minutes" in out
+    assert not (tmp_path / "out/before_cooldown.pt").exists()
+    both = run("train.py", *tiny, "--wandb_log=True", "--tracker=tensorboard", status=2).stderr
+    assert "wandb_log=True means tracker='wandb', not 'tensorboard'" in both
+
+
+def test_every_resume_is_counted_and_another_time_limit_is_pointed_out(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=6")
+    run("train.py", *tiny, "--max_iters=8", "--init_from=resume", "--lr_decay_iters=12")
+    run("train.py", *tiny, "--max_iters=9", "--init_from=resume", "--lr_decay_iters=12")
+    [done] = metrics(tmp_path / "out", "done")
+    assert done["resumed"] == 2
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["seconds"] = 55.0
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    resumed = run("train.py", *tiny, "--init_from=resume", "--max_minutes=1")
+    assert "warning: the learning rate of iteration 9 is " in resumed.stderr
