@@ -305,9 +305,9 @@ def get_rng(device):
 
 
 def rng_of_iteration(run):
-    """Returns the random state in which a Run of train.py begins an iteration. Of several processes, the first
-    one's goes on from iteration to iteration and is saved; the others seed theirs anew, so that their dropout
-    differs, and is the same in a resumed run."""
+    """Returns the random state in which a Run of train.py begins an iteration. That of process 0 goes on from
+    iteration to iteration, and is saved; other processes seed theirs anew, so that their dropout differs, and
+    is the same in a resumed run."""
     if parallel.rank():
         seed = np.random.SeedSequence([run.cfg.seed, parallel.rank(), run.at.iter_num])
         torch.manual_seed(int(seed.generate_state(1)[0]))

@@ -229,7 +229,10 @@ def join(cfg, machine):
         raise UserError(f"several processes on {machine.device.type} need --device=cpu and --backend=gloo")
     if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise UserError(f"WORLD_SIZE={count} is set: start that many processes with torchrun")
-    torch.distributed.init_process_group(backend, timeout=parallel.TIMEOUT)
+    try:
+        torch.distributed.init_process_group(backend, timeout=parallel.TIMEOUT)
+    except RuntimeError as e:
+        raise UserError(f"the {count} processes cannot reach each other: {e}") from None
     parallel.combine([torch.zeros(1, device=machine.device)], parallel.SUM)  # takes the memory for it now
     peak = max(0.0, parallel.over_all([machine.peak or -math.inf], parallel.SUM)[0])
     return dataclasses.replace(machine, peak=peak, line=f"{machine.line}; {count} processes")

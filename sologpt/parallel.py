@@ -49,6 +49,7 @@ def one_voice():
             sys.stderr = sys.__stderr__
         raise
     if dist.is_initialized():
+        over_all([0.0], SUM)
         dist.destroy_process_group()
 
 
@@ -76,14 +77,16 @@ def agree(stop, time_used=0.0, error=None):
     full = out_of_memory(error) and not isinstance(error, UserError)
     failed = error is not None and not full and not isinstance(error, Stopped)
     one_failed, number, one_full, time_used = over_all([failed, stop.number, full, time_used], MAX)
-    stop.number, stop.agreed = int(number), bool(one_failed or number or one_full)
+    stop.agreed = bool(one_failed or number or one_full)
     if one_failed:
         errors = [None] * processes()
         dist.all_gather_object(errors, failed and str(error))
         if failed:
             return None  # the caller raises its own error
         raise Lost(f"another process has failed: {next(text for text in errors if text is not False)}")
-    stop.check()
+    if number:  # not stop.number, as a signal that has just come is for the next agreement
+        stop.number = int(number)
+        raise Stopped
     if one_full:
         raise torch.OutOfMemoryError("another process is out of memory")
     return time_used
