@@ -1,5 +1,6 @@
 """
-Several processes that train one model, each on a GPU of its own; docs/several_gpus.md says how and why so.
+Several processes that train one model, each on a GPU of its own; docs/several_gpus.md says how, and why it is
+not done by DistributedDataParallel. With one process, nothing here has any effect.
 """
 
 import contextlib
@@ -33,13 +34,13 @@ def rank():
 
 @contextlib.contextmanager
 def one_voice():
-    """Returns a context in which process 0 speaks for all, unless it has nothing to say about an error."""
+    """Returns a context in which only process 0 is heard, and at whose end they wait for each other."""
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     try:
         yield
     except BaseException as e:
-        # when one process has ended, torchrun ends the others; process 0 may have to save, and says why
+        # torchrun ends all when one has ended, so process 0 goes first: it may have to save, and says why
         if isinstance(e, SystemExit) and dist.is_initialized():
             over_all([0.0], SUM)
             dist.destroy_process_group()
@@ -55,7 +56,7 @@ def one_voice():
 
 @contextlib.contextmanager
 def together(stop):
-    """Returns a context that all processes leave when one does, by an exception."""
+    """Returns a context that all processes leave when one does by an exception, as their next agree tells."""
     stop.agreed = False
     try:
         yield
@@ -66,28 +67,28 @@ def together(stop):
 
 
 def agree(stop, time_used=0.0, error=None):
-    """Exchanges signals, errors and the share of time used. Returns the largest share.
+    """Tells all processes of a signal, an error and the share of time used in this one. Returns the largest.
 
-    Raises Stopped or OutOfMemoryError in all processes if one says so, and Lost in the others if one fails.
-    It comes before every sum, so that nobody waits in one for a process that has left.
+    Raises Stopped or OutOfMemoryError in all if one says so, and Lost in the others if one has failed. Every
+    sum comes right after an agreement, so that nobody waits in it for a process that has left.
     """
     if processes() == 1:
         stop.check()
         return time_used
-    full = out_of_memory(error) and not isinstance(error, UserError)
-    failed = error is not None and not full and not isinstance(error, Stopped)
-    one_failed, number, one_full, time_used = over_all([failed, stop.number, full, time_used], MAX)
-    stop.agreed = bool(one_failed or number or one_full)
+    no_memory = out_of_memory(error) and not isinstance(error, UserError)
+    failed = error is not None and not no_memory and not isinstance(error, Stopped)
+    one_failed, number, no_memory, time_used = over_all([failed, stop.number, no_memory, time_used], MAX)
+    stop.agreed = bool(one_failed or number or no_memory)
     if one_failed:
         errors = [None] * processes()
         dist.all_gather_object(errors, failed and str(error))
         if failed:
-            return None  # the caller raises its own error
+            return None  # together raises its own error
         raise Lost(f"another process has failed: {next(text for text in errors if text is not False)}")
     if number:  # not stop.number, as a signal that has just come is for the next agreement
         stop.number = int(number)
         raise Stopped
-    if one_full:
+    if no_memory:
         raise torch.OutOfMemoryError("another process is out of memory")
     return time_used
 
@@ -116,6 +117,4 @@ def combine(tensors, op):
         for work in [dist.all_reduce(tensor, op, async_op=True) for tensor in tensors]:
             work.wait()
     except RuntimeError:
-        minutes = TIMEOUT.seconds / 60
-        text = f"another process of this run has ended, or has not answered for {minutes:g} minutes"
-        raise Lost(text) from None
+        raise Lost(f"another process has ended, or not answered for {TIMEOUT.seconds} s") from None
