@@ -3,6 +3,7 @@ Train a GPT on one GPU (or CPU).
 
     python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32
     python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32 --init_from=resume
+    torchrun --standalone --nproc_per_node=4 train.py config/fineweb_125m.py  # on four GPUs
 
 Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newest complete state, to resume
 from), ckpt_prev.pt (the one before it), best.pt (the weights with the lowest validation loss) and
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
-from sologpt import checkpoint, hardware, huggingface, resume, shards
+from sologpt import checkpoint, hardware, huggingface, parallel, resume, shards
 from sologpt.display import print_aligned, say, warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
@@ -53,7 +54,7 @@ from sologpt.log import (
     share_of_time,
 )
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
-from sologpt.report import describe, foretell, notes, sum_up
+from sologpt.report import describe, foretell, launcher, notes, sum_up
 from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
 from sologpt.tracker import TRACKERS
@@ -129,7 +130,7 @@ class TrainConfig(Config):
     loss_chunks: int = key(0, "head and loss in so many chunks of tokens; 0: what suits, if compiled", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
-    backend: str = key("nccl", "no effect: nanoGPT's key for several GPUs; this trainer uses one")
+    backend: str = key("nccl", "links several GPUs; a CPU takes gloo", choices=("nccl", "gloo"))
 
     @property
     def sequences_per_iter(self):
@@ -227,8 +228,9 @@ def set_learning_rate(optimizers, it, cfg, time_used=0.0):
 
 
 def micro_batches(windows, first, cfg, device):
-    """Yields the run's micro-batches from number `first` on, int64 (B, T + 1) in host memory, each read by a
-    thread while the model works on the one before. Resuming needs to know only the number."""
+    """Yields this process's micro-batches from number `first` on, int64 (B, T + 1) in host memory, each read
+    by a thread while the model works on the one before. Resuming needs to know only the number."""
+    first, step = first + parallel.rank(), parallel.processes()
 
     def load(number):
         chosen = windows.training(cfg.batch_size * number, cfg.batch_size, cfg.seed)
@@ -236,7 +238,7 @@ def micro_batches(windows, first, cfg, device):
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming = reader.submit(load, first)
-        for number in itertools.count(first + 1):
+        for number in itertools.count(first + step, step):
             tokens = upcoming.result()
             upcoming = reader.submit(load, number)
             yield tokens
@@ -288,9 +290,10 @@ def update(model, optimizers, scaler, grad_clip):
 
 @torch.no_grad()
 def estimate_loss(model, windows, count, batch_size, machine):
-    """Returns the mean loss, a float, over count windows of a split: the same ones each time, whatever the
-    batch_size, without touching any random state. One sync, at the end."""
-    chosen = windows.spread(count)
+    """Returns this process's part of the mean loss, a float, over count windows of a split: the same ones
+    each time, whatever the batch_size, without touching any random state. One sync, at the end."""
+    count = len(windows.spread(count))
+    chosen = windows.spread(count)[parallel.rank() :: parallel.processes()]
     total = torch.zeros((), device=machine.device)
     model.eval()
     for first in tqdm(range(0, len(chosen), batch_size), "evaluating", leave=False, disable=None):
@@ -302,7 +305,7 @@ def estimate_loss(model, windows, count, batch_size, machine):
             _, loss = model(x, y)
         total += loss.float() * len(chunk)
     model.train()
-    return total.item() / len(chosen)
+    return total.item() / count
 
 
 # -----------------------------------------------------------------------------
@@ -369,9 +372,8 @@ def train(run):
     clock.restart()
 
     while True:
-        run.rng = checkpoint.get_rng(machine.device)
-        run.stop.check()
-        time_used = share_of_time(run)
+        run.rng = checkpoint.rng_of_iteration(run)
+        time_used = parallel.agree(run.stop, share_of_time(run))
         run.done = at.iter_num == cfg.max_iters or time_used == 1
 
         # evaluate
@@ -406,8 +408,9 @@ def train(run):
         lr = set_learning_rate(run.optimizers, at.iter_num, cfg, time_used)
         step_loss.zero_()
         with run.stop.interrupts():  # a large model on a CPU takes minutes for this
-            for _ in range(accumulation):
+            for _ in range(accumulation // parallel.processes()):
                 step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
+        parallel.sum_gradients(run, step_loss)
         norm = update(run.model, run.optimizers, run.scaler, cfg.grad_clip)
         count_bad_steps(run, step_loss, norm)
         at.tokens_seen += cfg.tokens_per_iter
@@ -431,7 +434,7 @@ def compile_model(run):
     cuda = [machine.device] if machine.device.type == "cuda" else []
     try:
         with run.stop.interrupts(), hardware.compiling(), torch.random.fork_rng(cuda):
-            estimate_loss(run.model, run.val_data, 1, cfg.batch_size, machine)
+            estimate_loss(run.model, run.val_data, parallel.processes(), cfg.batch_size, machine)
             micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
     except UserError:
         run.stop.check()  # Ctrl-C ends the compiler, a process of its own, too
@@ -455,6 +458,7 @@ def evaluate(run):
     with run.stop.interrupts():
         train_loss = estimate_loss(run.model, run.train_data, cfg.eval_windows, cfg.batch_size, run.machine)
         val_loss = estimate_loss(run.model, run.val_data, cfg.eval_windows, cfg.batch_size, run.machine)
+    train_loss, val_loss = parallel.over_all([train_loss, val_loss], parallel.SUM, run.stop)
     text = f"step {at.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     val_bpb = None
     if tokens_per_byte := shards.tokens_per_byte(run.folder, "val"):
@@ -498,8 +502,9 @@ def train_until_it_fits(run):
     """Calls train, with ever smaller micro-batches while memory runs out. Saves if it is stopped."""
     while True:
         try:
-            return train(run)
-        except shards.DataError as e:
+            with parallel.together(run.stop):
+                return train(run)
+        except (shards.DataError, parallel.Lost) as e:
             save_progress(run)  # nothing of the iteration has been applied yet
             raise UserError(f"{e} ({run.files.kept})") from None
         except Stopped:
@@ -517,7 +522,7 @@ def train_until_it_fits(run):
 
 def save_progress(run):
     """Saves the state at the beginning of an iteration that cannot be finished, unless that is saved."""
-    if run.at.iter_num > run.first_iter and run.files.saved_iter != run.at.iter_num:
+    if run.at.iter_num > run.first_iter and run.files.saved_iter != run.at.iter_num and not parallel.rank():
         save_checkpoint(run)
 
 
@@ -605,6 +610,7 @@ def set_up(cfg, machine):
     else:
         allocate_moments(optimizers)
     run.memory = start_with_what_fits(model, optimizers, cfg, machine)
+    resume.check_alike(run)
     return run
 
 
@@ -619,22 +625,21 @@ def finish(run, argv):
         raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.kept}")
     if not run.done or run.evaluated_iter != at.iter_num:
         kept = [arg for arg in argv if not arg.startswith("--init_from=")]
-        command = shlex.join(["python", sys.argv[0], *kept, "--init_from=resume"])
+        command = shlex.join([*launcher(), sys.argv[0], *kept, "--init_from=resume"])
         say(f"stopped at iteration {at.iter_num}; continue with: {command}")
         sys.exit(128 + run.stop.number)
     sum_up(run)
 
 
+@parallel.one_voice()
 def main(argv):
     cfg = from_command_line(TrainConfig, __doc__, argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("this trainer uses one GPU; start it with python train.py, not with torchrun")
-    machine = hardware.find_machine(cfg)
+    machine = hardware.join(cfg, hardware.find_machine(cfg))
     for note in notes(cfg):
         print(note)
     print_aligned([machine.line])
     out_dir = contextlib.nullcontext()
-    if not (cfg.eval_only or cfg.dry_run):  # these leave it alone
+    if not (cfg.eval_only or cfg.dry_run or parallel.rank()):  # these leave it alone
         out_dir = sole_use(cfg.out_dir)
     with out_dir:
         run = set_up(cfg, machine)

@@ -16,8 +16,10 @@ import shutil
 import time
 import zipfile
 
+import numpy as np
 import torch
 
+from sologpt import parallel
 from sologpt.display import warn
 from sologpt.errors import UserError
 from sologpt.files import atomic_file, remove, remove_temporary
@@ -302,6 +304,16 @@ def get_rng(device):
     return rng
 
 
+def rng_of_iteration(run):
+    """Returns the random state in which a Run of train.py begins an iteration. That of process 0 goes on from
+    iteration to iteration, and is saved; other processes seed theirs anew, so that their dropout differs, and
+    is the same in a resumed run."""
+    if parallel.rank():
+        seed = np.random.SeedSequence([run.cfg.seed, parallel.rank(), run.at.iter_num])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+    return get_rng(run.machine.device)
+
+
 def set_rng(rng, device):
     """Sets torch's random state to what get_rng returned."""
     torch.set_rng_state(rng["cpu"])
@@ -375,7 +387,10 @@ class RunFiles:
 
     def write(self, path, state, previous=None):
         """Writes a state to path. Returns whether that was possible; if not, for example on a full disk, it
-        warns, and the file that was there stays: the run can continue and try again."""
+        warns, and the file that was there stays: the run can continue and try again. Of several processes the
+        first one writes."""
+        if parallel.rank():
+            return True
         try:
             save(path, state, previous)
         except OSError as e:

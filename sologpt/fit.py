@@ -4,9 +4,11 @@ What to do where memory is not enough: before a run, when it runs out, and what 
 
 import contextlib
 import dataclasses
+import os
 
 import torch
 
+from sologpt import parallel
 from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, total_memory
@@ -25,6 +27,9 @@ def start_with_what_fits(model, optimizers, cfg, machine):
     needed = memory_estimate(model, optimizers, cfg, machine.dtype)
     if has is None:
         return needed
+    if on_cpu:
+        has /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share it
+    has = parallel.over_all([has], parallel.MIN)[0]
     limit = 0.8 * has if on_cpu else 1.1 * has
     asked, first_estimate = cfg.batch_size, sum(needed.values())
     while sum(needed.values()) > limit and cfg.batch_size > 1 and cfg.auto_fit:
@@ -46,8 +51,9 @@ def start_with_what_fits(model, optimizers, cfg, machine):
 
 def smaller_batch(batch_size, sequences):
     """Returns (batch_size, gradient_accumulation_steps) for as many sequences per iteration as before: half
-    of batch_size, which must be at least 2, or the next smaller number that divides the sequences."""
-    smaller = next(b for b in range(batch_size // 2, 0, -1) if sequences % b == 0)
+    of batch_size, which must be at least 2, or the next smaller number that divides those of each process."""
+    shares = sequences // parallel.processes()
+    smaller = next(b for b in range(batch_size // 2, 0, -1) if shares % b == 0)
     return smaller, sequences // smaller
 
 

@@ -6,8 +6,10 @@ cool case clocks up to 10 % above its rating, so a good run may read over 80 % t
 """
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
+from sologpt import parallel
 from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 
@@ -188,6 +191,8 @@ def find_machine(cfg):
     """
     use_expandable_segments()
     device, device_reason = pick_device(cfg.device)
+    if parallel.processes() > 1 and device.type == "cuda":
+        device = own_gpu(device)
     dtype, dtype_reason = pick_dtype(cfg.dtype, device)
     peak, peak_reason = device_peak(device, dtype)
     if cfg.peak_flops:
@@ -204,6 +209,33 @@ def find_machine(cfg):
     mfu = f"mfu {'of' if peak else 'n/a,'} {peak_reason}"
     line = f"device: {device_name(device)} ({device_reason}), {dtype} ({dtype_reason}); {mfu}"
     return Machine(device, dtype, peak, line)
+
+
+def join(cfg, machine):
+    """Connects the processes of a run of train.py. Returns the Machine of all: its peak is the sum of theirs,
+    0 if one is unknown. Raises UserError if they cannot share the run."""
+    count, steps = parallel.processes(), cfg.gradient_accumulation_steps
+    if count == 1:
+        return machine
+    if steps % count:
+        raise UserError(
+            f"gradient_accumulation_steps={steps} counts the micro-batches of all {count} processes, so it "
+            f"must be a multiple of {count}: --gradient_accumulation_steps={steps + count - steps % count}"
+        )
+    backend = "gloo"
+    if machine.device.type == "cuda":
+        backend = f"cpu:gloo,cuda:{cfg.backend}"  # what the processes agree on does not wait for the GPU
+    elif machine.device.type != "cpu" or ("backend" in cfg.given and cfg.backend != "gloo"):
+        raise UserError(f"several processes on {machine.device.type} need --device=cpu and --backend=gloo")
+    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        raise UserError(f"WORLD_SIZE={count} is set: start that many processes with torchrun")
+    try:
+        torch.distributed.init_process_group(backend, timeout=parallel.TIMEOUT)
+    except RuntimeError as e:
+        raise UserError(f"the {count} processes cannot reach each other: {e}") from None
+    parallel.combine([torch.zeros(1, device=machine.device)], parallel.SUM)  # takes the memory for it now
+    peak = max(0.0, parallel.over_all([machine.peak or -math.inf], parallel.SUM)[0])
+    return dataclasses.replace(machine, peak=peak, line=f"{machine.line}; {count} processes")
 
 
 def use_expandable_segments():
@@ -237,6 +269,18 @@ def pick_device(asked):
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device='mps', but torch sees no Apple GPU; leave --device out for the best device")
     return device, "as asked"
+
+
+def own_gpu(device):
+    """Returns the GPU of this process of several. Raises UserError if there are not as many as processes."""
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device.index is not None or number >= count:
+        raise UserError(
+            f"each process takes a GPU of its own, and torch sees {count}: leave --device out, and start "
+            f"--nproc_per_node={count} processes or fewer"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def pick_dtype(asked, device):

@@ -12,6 +12,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from sologpt import parallel
 from sologpt.display import duration, say, warn
 from sologpt.files import atomic_file
 from sologpt.hardware import peak_memory
@@ -152,7 +153,7 @@ def open_metrics(run):
     """Returns the Metrics of a Run of train.py, with its first line, and prepares its out_dir."""
     cfg, iter_num = run.cfg, run.at.iter_num
     path = os.devnull  # eval_only leaves out_dir alone: a run may be writing there
-    if not cfg.eval_only:
+    if not (cfg.eval_only or parallel.rank()):
         path = run.files.metrics
         run.files.remove_partial()
         if run.files.newest is None:
@@ -160,7 +161,8 @@ def open_metrics(run):
         rewind_metrics(path, iter_num)
     metrics = Metrics(path, Tracker(cfg, iter_num))
     kind = "resume" if iter_num else "config"
-    metrics.record(kind, iter_num, config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
+    facts = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
+    metrics.record(kind, iter_num, **facts, processes=parallel.processes())
     return metrics
 
 
@@ -188,6 +190,8 @@ def log_iteration(run, step_loss, norm, lr):
         mfu = 100 * run.model.estimate_mfu(cfg.sequences_per_iter, dt, run.machine.peak)
         mfu_text = f"{mfu:.2f}%"
     speed = f"{cfg.tokens_per_iter / dt:,.0f} tok/s"
+    if parallel.processes() > 1:
+        speed += f" of {parallel.processes()} processes"
     say(
         f"iter {at.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.3g} TFLOP/s, "
         f"{speed}, norm {norm:.3f}, lr {lr:.2e}, eta {duration(eta)}"

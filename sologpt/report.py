@@ -9,6 +9,7 @@ import statistics
 
 import torch
 
+from sologpt import parallel
 from sologpt.display import duration, print_aligned, say
 from sologpt.files import free_bytes
 from sologpt.hardware import attention_backend, peak_memory
@@ -22,8 +23,8 @@ def notes(cfg):
     found = schedule_notes(cfg)
     if cfg.keep_before_cooldown and cfg.max_minutes:
         found.append("note: keep_before_cooldown=True has no effect with max_minutes")
-    if "backend" in cfg.given:
-        found.append(f"backend={cfg.backend!r} has no effect: training runs on one GPU")
+    if "backend" in cfg.given and parallel.processes() == 1:
+        found.append(f"backend={cfg.backend!r} has no effect: it is for several processes")
     return found
 
 
@@ -73,6 +74,9 @@ def describe(run):
         f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = "
         f"{cfg.tokens_per_iter:,} tokens (batch_size * gradient_accumulation_steps * block_size)"
     )
+    if parallel.processes() > 1:
+        share = cfg.gradient_accumulation_steps // parallel.processes()
+        lines[-1] += f", {share} micro-batches on each of {parallel.processes()} processes"
     lines.append(f"run: {whole_run(cfg, len(run.train_data))}")
     lines.append(
         f"evaluation: every {cfg.eval_interval:,} iterations, 12 * {cfg.eval_iters} = {cfg.eval_windows:,} "
@@ -159,6 +163,7 @@ def seconds_of_earlier_run(path, cfg):
                 row = json.loads(line)
                 if "config" in row:
                     same = all(row["config"].get(name) == getattr(cfg, name) for name in SPEED)
+                    same = same and row.get("processes", 1) == parallel.processes()
                     seconds = []
                 if row["kind"] == "iter":
                     seconds.append(row["dt"])
@@ -169,8 +174,22 @@ def seconds_of_earlier_run(path, cfg):
     return statistics.median(seconds[-50:])
 
 
+def launcher():
+    """Returns the words before train.py in a command that starts this run."""
+    if parallel.processes() == 1:
+        return ["python"]
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    machines = parallel.processes() // int(here)
+    where = "--standalone"
+    if machines > 1:
+        where = f"--nnodes={machines}"
+    return ["torchrun", where, f"--nproc_per_node={here}"]
+
+
 def sum_up(run):
     """Says what a finished Run of train.py has done, and records it."""
+    if parallel.rank():
+        return
     cfg, at, clock = run.cfg, run.at, run.clock
     figures = dict(seconds=elapsed(run), tokens=at.tokens_seen, best_val_loss=at.best_val_loss, **run.losses)
     figures |= dict(bad_steps=at.bad_steps, resumed=at.resumed)

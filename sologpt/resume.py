@@ -5,10 +5,11 @@ Resuming from a checkpoint: what has to match, how this run will differ, and whe
 import dataclasses
 import math
 import time
+import zlib
 
 import torch
 
-from sologpt import checkpoint, huggingface, shards
+from sologpt import checkpoint, huggingface, parallel, shards
 from sologpt.display import warn
 from sologpt.errors import UserError
 
@@ -91,6 +92,17 @@ def data_changes(state, data):
     if len(differing) > 4:
         phrases.append(f"and {len(differing) - 4} more")
     return "; ".join(phrases)
+
+
+def check_alike(run):
+    """Raises UserError if the processes of a Run of train.py would not do the same: those of several machines
+    may see other files."""
+    start = repr((dataclasses.asdict(run.cfg), run.machine.dtype, run.fingerprint, run.at))
+    number = float(zlib.crc32(start.encode()))
+    if parallel.over_all([number, -number], parallel.MAX) != [number, -number]:
+        raise UserError(
+            "not all processes have the same command, data and out_dir, or they see it differently"
+        )
 
 
 def restore(run, state, data_changed):

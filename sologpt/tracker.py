@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import os
 
+from sologpt import parallel
 from sologpt.display import warn
 
 TRACKERS = ("wandb", "trackio", "tensorboard")
@@ -54,6 +55,8 @@ class Tracker:
         self.name = cfg.tracker
         if cfg.wandb_log and not self.name:
             self.name = "wandb"
+        if parallel.rank():
+            self.name = ""
         self.sink = None
         if self.name == "tensorboard" and cfg.eval_only:
             return  # a run may be writing there

@@ -899,10 +899,9 @@ def test_a_missing_compiler_is_explained(run, byte_data, tiny):
     assert "g++ is not on the PATH (apt install g++); or run without it: --compile=False" in out.stderr
 
 
-def test_several_gpus_are_not_taken_silently(run, byte_data, tiny):
-    assert "this trainer uses one GPU" in run("train.py", *tiny, status=1, WORLD_SIZE="2").stderr
+def test_backend_is_for_several_processes(run, byte_data, tiny):
     out = run("train.py", *tiny, "--backend=gloo", "--max_iters=0", RANK="0", WORLD_SIZE="1")
-    assert "backend='gloo' has no effect" in out.stdout
+    assert "backend='gloo' has no effect: it is for several processes" in out.stdout
 
 
 def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tiny):

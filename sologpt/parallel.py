@@ -1,0 +1,120 @@
+"""
+Several processes that train one model, each on a GPU of its own; docs/several_gpus.md says how, and why it is
+not done by DistributedDataParallel. With one process, nothing here has any effect.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sologpt.errors import UserError, out_of_memory
+from sologpt.stop import Stopped
+
+TIMEOUT = timedelta(minutes=10)  # for a process that does not answer; it may be saving, or compiling
+MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
+
+
+class Lost(UserError):
+    """Another process has failed or does not answer: this one cannot go on."""
+
+
+def processes():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Returns the number of this process, from 0 on. Process 0 writes the log and all files."""
+    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
+
+
+@contextlib.contextmanager
+def one_voice():
+    """Returns a context in which only process 0 is heard, and at whose end they wait for each other."""
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    try:
+        yield
+    except BaseException as e:
+        # torchrun ends all when one has ended, so process 0 goes first: it may have to save, and says why
+        if isinstance(e, SystemExit) and dist.is_initialized():
+            over_all([0.0], SUM)
+            dist.destroy_process_group()
+        elif rank() and isinstance(e, (UserError, OSError, SystemExit)):
+            time.sleep(5 + rank())
+        if rank():
+            sys.stderr = sys.__stderr__
+        raise
+    if dist.is_initialized():
+        over_all([0.0], SUM)
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together(stop):
+    """Returns a context that all processes leave when one does by an exception, as their next agree tells."""
+    stop.agreed = False
+    try:
+        yield
+    except BaseException as e:
+        if processes() > 1 and not stop.agreed:
+            agree(stop, error=e)
+        raise
+
+
+def agree(stop, time_used=0.0, error=None):
+    """Tells all processes of a signal, an error and the share of time used in this one. Returns the largest.
+
+    Raises Stopped or OutOfMemoryError in all if one says so, and Lost in the others if one has failed. Every
+    sum comes right after an agreement, so that nobody waits in it for a process that has left.
+    """
+    if processes() == 1:
+        stop.check()
+        return time_used
+    no_memory = out_of_memory(error) and not isinstance(error, UserError)
+    failed = error is not None and not no_memory and not isinstance(error, Stopped)
+    one_failed, number, no_memory, time_used = over_all([failed, stop.number, no_memory, time_used], MAX)
+    stop.agreed = bool(one_failed or number or no_memory)
+    if one_failed:
+        errors = [None] * processes()
+        dist.all_gather_object(errors, failed and str(error))
+        if failed:
+            return None  # together raises its own error
+        raise Lost(f"another process has failed: {next(text for text in errors if text is not False)}")
+    if number:  # not stop.number, as a signal that has just come is for the next agreement
+        stop.number = int(number)
+        raise Stopped
+    if no_memory:
+        raise torch.OutOfMemoryError("another process is out of memory")
+    return time_used
+
+
+def sum_gradients(run, step_loss):
+    """Sums the gradients and step_loss, a tensor, of all processes, in place."""
+    if processes() > 1:
+        agree(run.stop)
+        combine([step_loss] + [p.grad for p in run.model.parameters() if p.grad is not None], SUM)
+
+
+def over_all(numbers, op, stop=None):
+    """Returns floats combined with those of the other processes; given stop, these agree first."""
+    if processes() == 1:
+        return numbers
+    if stop:
+        agree(stop)
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    combine([tensor], op)
+    return tensor.tolist()
+
+
+def combine(tensors, op):
+    """Combines tensors with those of the other processes, in place. Raises Lost if one does not answer."""
+    try:
+        for work in [dist.all_reduce(tensor, op, async_op=True) for tensor in tensors]:
+            work.wait()
+    except RuntimeError:
+        raise Lost(f"another process has ended, or not answered for {TIMEOUT.seconds} s") from None
