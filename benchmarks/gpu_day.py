@@ -11,6 +11,7 @@ and the same command goes on with the stages that are missing there. Without --d
 own library as bytes. docs/measuring.md says how to read the results.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -38,7 +39,7 @@ ITER = re.compile(
     r"^iter (\d+): loss ([\d.]+|nan|inf), time ([\d.]+)ms, mfu (?:([\d.]+)%|n/a),.* ([\d,]+) tok/s"
 )
 VAL = re.compile(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)")
-SMALLER = re.compile(r"from iteration \d+ on batch_size=(\d+)")
+SMALLER = re.compile(r"(?:from iteration \d+ on|starts with) batch_size=(\d+)")
 
 
 @dataclass
@@ -65,6 +66,7 @@ class DayConfig(Config):
     minutes: float = key(9.0, "time for all stages; one that would begin later is left out", above=0)
     dataset: str = key("", "folder of token files: one under data/, or a path; empty: Python's own library")
     nanogpt: str = key("", "checkout of nanoGPT to compare with; empty: leave it out")
+    batch_sizes: str = key("", "micro-batches of the speed stage, as in 16,64; empty: 8,16,32,64")
     stages: str = key("smoke,tests,speed,learning,sampling,profile", "which, with commas between them")
     size: str = key("124m", "124m, or tiny to try this file without a GPU", choices=tuple(SIZES))
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
@@ -72,8 +74,13 @@ class DayConfig(Config):
     json: str = key("", "file of the figures; empty: benchmarks/results/gpu_day_NAME_OF_THE_CARD.json")
 
     def problems(self):
+        found = []
         unknown = set(self.stages.split(",")) - STAGES.keys()
-        return [f"stages has {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}"] if unknown else []
+        if unknown:
+            found.append(f"stages has {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+        if not re.fullmatch(r"(\d+(,\d+)*)?", self.batch_sizes):
+            found.append(f"batch_sizes={self.batch_sizes!r} must be numbers with commas between them")
+        return found
 
 
 class Failed(Exception):
@@ -87,6 +94,8 @@ class Day:
         self.cfg = cfg
         self.device = device
         self.size = SIZES[cfg.size]
+        if cfg.batch_sizes:
+            self.size = dataclasses.replace(self.size, batch_sizes=tuple(map(int, cfg.batch_sizes.split(","))))
         self.end = time.monotonic() + 60 * cfg.minutes
         self.dataset = os.path.abspath(os.path.join(cfg.out_dir, "data"))
 
@@ -152,7 +161,7 @@ def figures_of_a_run(out, err):
     iters = [match for match in map(ITER.match, out.splitlines()) if match]
     evals = [match for match in map(VAL.match, out.splitlines()) if match]
     settled = iters[3:] or iters
-    peak = re.search(r"peak memory ([\d.]+) GB", out)
+    peak = re.search(r"^memory: +([\d.]+) GB at most", out, re.M)
     attention = re.search(r"^model: .*, ([A-Z_]+)$", out, re.M)
     return dict(
         losses={int(match[1]): float(match[2]) for match in iters},
@@ -176,26 +185,26 @@ def median(texts):
 
 
 # -----------------------------------------------------------------------------
-# stages: each returns (figures, sentences for the table)
+# stages: each fills figures, a dict, and sentences for the table, so that a failure loses nothing of them
 
 
 def percent(mfu):
     return f"MFU {mfu:.1f} %" if mfu else "MFU n/a"
 
 
-def smoke(day):
+def smoke(day, figures, sentences):
     bf16 = day.train("bf16", day.size.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
+    figures["bf16"] = bf16
     losses = list(bf16["losses"].values())
-    sentences = [
+    sentences.append(
         f"bf16, 30 iterations: loss {losses[0]:.2f} to {losses[-1]:.2f}, "
-        f"{bf16['tokens_per_s']:,.0f} tokens/s, {percent(bf16['mfu'])}, peak {bf16['peak_gb']} GB, "
+        f"{bf16['tokens_per_s']:,.0f} tokens/s, {percent(bf16['mfu'])}, peak {bf16['peak_gb'] or 'n/a'} GB, "
         f"attention {bf16['attention']}, "
         f"{bf16['recompiles']} recompiles, {bf16['graph_breaks']} graph breaks, "
         f"{len(bf16['warnings'])} warnings"
-    ]
+    )
     if not losses[-1] < losses[0]:
         sentences.append("THE LOSS DOES NOT FALL")
-    figures = dict(bf16=bf16)
     if day.device.startswith("cuda"):
         fp16 = day.train("fp16", day.size.gpt2, 30, "--dtype=float16", "--gradient_accumulation_steps=4")
         figures["fp16"] = fp16
@@ -212,19 +221,18 @@ def smoke(day):
     figures["too_large"] = day.train("large", day.size.gpt2, 2, *large)
     sizes = figures["too_large"]["batch_sizes"]
     sentences.append(f"batch_size={day.size.too_large}: {f'fits as {sizes[-1]}' if sizes else 'fits'}")
-    return figures, sentences
 
 
-def tests(day):
+def tests(day, figures, sentences):
     # in one process, with or without pytest-xdist; torch 2.11 gives warnings that later ones do not
-    argv = "-o addopts= -W ignore::DeprecationWarning -m gpu -q -rs tests/test_gpu.py".split()
-    out, err, status = day.run("-m pytest", *argv)
+    argv = "-o addopts= -W ignore::DeprecationWarning -m gpu -q -ra --tb=short --show-capture=no".split()
+    out, err, status = day.run("-m pytest", *argv, "tests/test_gpu.py")
+    figures |= dict(status=status, output=out[-20000:])
     last = (out.strip() or err.strip()).splitlines()[-1]
-    return dict(status=status, output=out[-5000:]), [f"pytest -m gpu: {last}"]
+    sentences.append(f"pytest -m gpu: {last}")
 
 
-def speed(day):
-    figures, sentences = {}, []
+def speed(day, figures, sentences):
     swept = f"--sweep_batch_size={','.join(map(str, day.size.batch_sizes))}"
     for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
         path = os.path.join(day.cfg.out_dir, f"bench_{name}.json")
@@ -244,7 +252,6 @@ def speed(day):
         for batch_size in day.size.batch_sizes:
             figures[f"nanogpt_{batch_size}"], sentence = beside_nanogpt(day, batch_size)
             sentences.append(sentence)
-    return figures, sentences
 
 
 def beside_nanogpt(day, batch_size):
@@ -261,25 +268,21 @@ def beside_nanogpt(day, batch_size):
     return found, f"batch_size={batch_size}: {ratio:.2f} times nanoGPT's tokens/s, peaks {peaks} GB"
 
 
-def learning(day):
+def learning(day, figures, sentences):
     """Both recipes on the same tokens, as many as two fifths of the time that is left allow for each."""
-    figures = {}
     tokens_per_iter = ("--batch_size=32", "--gradient_accumulation_steps=4")
     for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
         trial = day.train(f"trial_{name}", config, 20, *tokens_per_iter)
         figures[f"trial_{name}"] = trial
     slowest = max(figures[name]["ms_per_iter"] for name in figures) / 1e3
     iters = max(20, min(1000, int(0.4 * day.seconds_left() / slowest)))
-    sentences = []
     for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
         figures[name] = day.train(f"learn_{name}", config, iters, *tokens_per_iter)
         loss = list(figures[name]["val_losses"].values())[-1]
         sentences.append(f"{name}: val loss {loss:.4f} after {iters} iterations of the same data")
-    return figures, sentences
 
 
-def sampling(day):
-    figures, sentences = {}, []
+def sampling(day, figures, sentences):
     for batch_size in day.size.sampled:
         for compile in (False, True):
             path = os.path.join(day.cfg.out_dir, f"sampling_{batch_size}_{compile}.json")
@@ -294,15 +297,15 @@ def sampling(day):
                 figures[f"{batch_size}_{compile}"] = json.load(f)
             rows = [line.strip("| ") for line in out.splitlines() if "soloGPT" in line]
             sentences += [f"batch {batch_size}, compile={compile}: {row.replace(' |', ',')}" for row in rows]
-    return figures, sentences
 
 
-def profile(day):
+def profile(day, figures, sentences):
     argv = [day.size.gpt2, *day.size.flags, "--profile=True", f"--device={day.device}", "--batch_size=16"]
     out, _ = day.checked("bench.py", *argv, "--gradient_accumulation_steps=1")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     after = next(i for i, line in enumerate(lines) if "micro-steps in" in line) + 1
-    return dict(output=lines), lines[after : after + 6]
+    figures["output"] = lines
+    sentences += lines[after : after + 6]
 
 
 STAGES = dict(smoke=smoke, tests=tests, speed=speed, learning=learning, sampling=sampling, profile=profile)
@@ -324,11 +327,12 @@ def prepare_data(day):
 def try_stage(day, name):
     """Returns a stage's entry in the JSON file."""
     start = time.monotonic()
+    entry = dict(status="done", figures={}, sentences=[])
     try:
-        figures, sentences = STAGES[name](day)
-        entry = dict(status="done", figures=figures, sentences=sentences)
+        STAGES[name](day, entry["figures"], entry["sentences"])
     except (Failed, KeyError, ValueError, OSError) as e:  # also figures that are not as expected
-        entry = dict(status="failed", sentences=[f"{type(e).__name__}: {e}"])
+        entry["status"] = "failed"
+        entry["sentences"].append(f"{type(e).__name__}: {e}")
     return entry | dict(seconds=time.monotonic() - start)
 
 

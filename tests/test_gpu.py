@@ -19,6 +19,7 @@ from train import TrainConfig
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # torch would like it on; see exact_matmuls
 ]
 TINY = dict(block_size=64, vocab_size=320, n_layer=3, n_head=2, n_embd=128)
 ARCHS = pytest.mark.parametrize("arch", ["gpt2", "modern"])
