@@ -95,7 +95,8 @@ class Day:
         self.device = device
         self.size = SIZES[cfg.size]
         if cfg.batch_sizes:
-            self.size = dataclasses.replace(self.size, batch_sizes=tuple(map(int, cfg.batch_sizes.split(","))))
+            batch_sizes = tuple(int(size) for size in cfg.batch_sizes.split(","))
+            self.size = dataclasses.replace(self.size, batch_sizes=batch_sizes)
         self.end = time.monotonic() + 60 * cfg.minutes
         self.dataset = os.path.abspath(os.path.join(cfg.out_dir, "data"))
 
