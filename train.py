@@ -233,8 +233,8 @@ def micro_batches(windows, first, cfg, device):
     first, step = first + parallel.rank(), parallel.processes()
 
     def load(number):
-        chosen = windows.training(cfg.batch_size * number, cfg.batch_size, cfg.seed)
-        return host_tensor(windows.read(chosen), device)
+        sequences = (cfg.batch_size * number, cfg.batch_size, cfg.seed)
+        return host_tensor(windows.read(windows.training(*sequences), windows.shifts(*sequences)), device)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming = reader.submit(load, first)
@@ -596,6 +596,7 @@ def set_up(cfg, machine):
     train_data, val_data = shards.open_splits(folder, cfg.block_size, tokenizer.vocab_size)
     fingerprint = shards.fingerprint(train_data.shards + val_data.shards, tokenizer)
     changed = state and resume.check_data(cfg, state, fingerprint, folder, source)
+    train_data.shifting = not state or state.get("shifting", False)
 
     # model and optimizers
     config = model_config(cfg, tokenizer, vocab_size, fields.get("gelu", "none"))

@@ -47,6 +47,7 @@ TYPES = dict(
     seconds=NUMBER,
     bad_steps=int,
     bad_in_row=int,
+    shifting=bool,
 )
 # and of its model_args: the fields of GPTConfig that nanoGPT has too
 MODEL_ARGS = dict(
@@ -225,7 +226,8 @@ def weights_state(run):
 def whole_state(run):
     """Returns what ckpt.pt holds: everything that resuming needs."""
     moments = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
-    return weights_state(run) | moments | dict(scaler=run.scaler.state_dict(), rng=run.rng)
+    rest = dict(scaler=run.scaler.state_dict(), rng=run.rng, shifting=run.train_data.shifting)
+    return weights_state(run) | moments | rest
 
 
 def model_fields(state, tokenizer):

@@ -289,6 +289,15 @@ def epoch_order(n, seed, epoch):
     return order
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_shift(block_size, seed, epoch):
+    """Returns by how many tokens the windows of an epoch begin later than those of the first: in each later
+    one another random number, so that repeated text is cut in other places."""
+    if epoch == 0:
+        return 0
+    return int(np.random.RandomState([seed, epoch, block_size]).randint(block_size))
+
+
 def open_splits(folder, block_size, n_ids):
     """Returns the Windows of train and of val. Raises as find_shards and Windows do."""
     splits = [find_shards(folder, split) for split in ("train", "val")]
@@ -297,6 +306,8 @@ def open_splits(folder, block_size, n_ids):
 
 class Windows:
     """The windows of one split. len() is their number; their tokens are read from disk when asked for."""
+
+    shifting = True  # in each epoch; False for a run that began before there were shifts
 
     def __init__(self, shards, block_size, n_ids):
         self.shards = shards
@@ -324,24 +335,35 @@ class Windows:
             chosen[i] = epoch_order(len(self), seed, epoch)[place]
         return chosen
 
+    def shifts(self, first, count, seed):
+        """Returns the tokens, int64 (count,), by which the windows of these sequences begin later than they
+        do in the first epoch."""
+        if not self.shifting:
+            return np.zeros(count, dtype=np.int64)
+        epochs = np.arange(first, first + count) // len(self)
+        return np.array([epoch_shift(self.block_size, seed, int(epoch)) for epoch in epochs])
+
     def spread(self, count):
         """Returns up to count windows, int64, evenly spread over the split: always the same ones."""
         count = min(count, len(self))
         return np.arange(count) * len(self) // count
 
-    def read(self, windows):
-        """Returns the tokens, int64 (len(windows), block_size + 1), of the windows with these numbers.
+    def read(self, windows, shifts=0):
+        """Returns the tokens, int64 (len(windows), block_size + 1), of the windows with these numbers, each
+        beginning so many tokens later, but not so late that it would leave its file.
 
         Raises DataError for a file that has become shorter or is gone, and for an id that the tokenizer
         lacks: the model may have no row for it, and on a GPU that would be a device-side assert.
         """
         tokens = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
+        shifts = np.broadcast_to(shifts, windows.shape)
         owners = np.searchsorted(self.ends, windows, side="right")
         for owner in np.unique(owners):
             shard = self.shards[owner]
             rows = np.flatnonzero(owners == owner)
             first = self.ends[owner - 1] if owner else 0
-            starts = (windows[rows] - first) * self.block_size
+            starts = (windows[rows] - first) * self.block_size + shifts[rows]
+            starts = np.minimum(starts, shard.count - 1 - self.block_size)
             tokens[rows] = self.read_from(shard, starts)
             self.check_ids(shard, starts, tokens[rows])
         return tokens

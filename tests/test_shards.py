@@ -205,6 +205,29 @@ def test_the_order_is_the_same_in_every_version_and_on_every_machine():
     assert shards.epoch_order(10, 1337, 1).tolist() == [0, 8, 2, 1, 3, 9, 6, 4, 5, 7]
 
 
+def test_every_later_epoch_cuts_the_text_in_other_places(tmp_path):
+    windows = windows_of(tmp_path, range(503), range(600, 814))  # the last 2 and 3 tokens are in no window
+    n, B = len(windows), windows.block_size
+    epochs = []
+    for epoch in range(3):
+        numbers, shifts = windows.training(epoch * n, n, 1), windows.shifts(epoch * n, n, 1)
+        shift = shifts[0]
+        assert shifts.tolist() == [shift] * n and 0 <= shift < B and bool(shift) == bool(epoch)
+        rows = windows.read(numbers, shifts)
+        assert all(np.array_equal(row, np.arange(row[0], row[0] + B + 1)) for row in rows)
+        # each window so much later, but the last one of a file no later than at its end
+        expected = [min(10 * i + shift, 502 - B) for i in range(50)]
+        expected += [min(600 + 10 * i + shift, 813 - B) for i in range(21)]
+        assert sorted(row[0] for row in rows) == expected
+        epochs.append(shift)
+    assert len(set(epochs)) == 3
+    # a batch across the end of an epoch
+    assert windows.shifts(n - 1, 3, 1).tolist() == [0, epochs[1], epochs[1]]
+    assert [shards.epoch_shift(1024, 1337, epoch) for epoch in range(4)] == [0, 407, 701, 289]
+    windows.shifting = False
+    assert windows.shifts(n - 1, 3, 1).tolist() == [0, 0, 0]
+
+
 def test_evaluation_windows_are_spread_evenly_and_never_too_many(tmp_path):
     windows = windows_of(tmp_path, range(1001))
     assert windows.spread(4).tolist() == [0, 25, 50, 75]

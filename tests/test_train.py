@@ -136,16 +136,31 @@ def test_the_model_is_compiled_as_the_keys_say(monkeypatch):
     assert asked == [dict(dynamic=False, mode="max-autotune-no-cudagraphs")] and model.loss_chunks == 3
 
 
-# torch.compile itself does that
-def test_a_compiled_run_that_saves_memory_gives_the_same_losses(run, byte_data, tiny, tmp_path):
+def test_a_loss_in_chunks_is_no_part_of_a_checkpoint(run, byte_data, tiny, tmp_path):
     eager = losses(run("train.py", *tiny))
     chunked = losses(run("train.py", *tiny, "--loss_chunks=3", "--out_dir=chunked"))
-    out = run("train.py", *tiny, "--compile=True", "--loss_chunks=3", "--activation_memory=0.5")
-    for found in (chunked, losses(out)):
-        assert [float(x) for x in found.values()] == pytest.approx(
-            [float(x) for x in eager.values()], abs=2e-3
-        )
+    assert [float(x) for x in chunked.values()] == pytest.approx([float(x) for x in eager.values()], abs=2e-3)
     assert "loss_chunks" not in checkpoint.load(tmp_path / "chunked/ckpt.pt")["model_args"]
+
+
+# torch.compile itself does that
+def test_a_compiled_model_that_saves_memory_has_the_same_gradients():
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+    eager, compiled = GPT(config), GPT(config)
+    compiled.load_state_dict(eager.state_dict())
+    cfg = TrainConfig(loss_chunks=3, activation_memory=0.5)
+    machine = hardware.Machine(torch.device("cpu"), "float32", None, "")
+    try:
+        train.prepare_model(compiled, cfg, machine)
+        idx, targets = torch.randint(64, (2, 4, 16))
+        found = [model(idx, targets)[1] for model in (eager, compiled)]
+        for loss in found:
+            loss.backward()
+    finally:
+        hardware.keep_activations(1.0)
+    assert found[1].item() == pytest.approx(found[0].item(), rel=1e-5)
+    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["activation_memory=0.9", "compile_mode='max-autotune-no-cudagraphs'"])
@@ -743,6 +758,27 @@ def test_a_checkpoint_of_an_older_version_goes_on_as_it_would_have_there(
     expected, val_loss = OLD[arch]
     assert [line["loss"] for line in metrics(tmp_path / "out", "iter")] == pytest.approx(expected, abs=2e-4)
     assert metrics(tmp_path / "out", "eval")[-1]["val_loss"] == pytest.approx(val_loss, abs=2e-4)
+
+
+def test_a_run_from_before_epochs_were_shifted_goes_on_unshifted(run, byte_data, tiny, tmp_path, monkeypatch):
+    """Two epochs of 84 iterations; without a shift, as then, the second one has the same windows."""
+    argv = [*tiny, "--max_iters=100", "--eval_interval=90", "--lr_decay_iters=100"]
+    shifted = losses(run("train.py", *argv, "--out_dir=shifted"))
+    monkeypatch.setattr(shards, "epoch_shift", lambda block_size, seed, epoch: 0)
+    before = losses(run("train.py", *argv))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert [it for it in before if before[it] != shifted[it]][0] in (84, 85)  # the epoch ends in iteration 84
+    state = checkpoint.load(tmp_path / "out/ckpt_prev.pt")
+    assert state["iter_num"] == 90 and state.pop("shifting") is True
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    resumed = losses(run("train.py", *argv, "--init_from=resume"))
+    assert resumed == {it: loss for it, loss in before.items() if it >= 90}
+    assert checkpoint.load(tmp_path / "out/ckpt.pt")["shifting"] is False
+    # and a new one resumes as it would have gone on
+    shutil.move(tmp_path / "shifted/ckpt_prev.pt", tmp_path / "shifted/ckpt.pt")
+    resumed = losses(run("train.py", *argv, "--out_dir=shifted", "--init_from=resume"))
+    assert resumed == {it: loss for it, loss in shifted.items() if it >= 90}
 
 
 # -----------------------------------------------------------------------------
