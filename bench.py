@@ -23,7 +23,8 @@ beside it is the estimate that train.py prints before it starts.
 
 --hours measures a few widths of the recommended model, or of the config that is given, around the one that
 would see 20 tokens for each parameter in that time, and prints what each would see, and the command. In the
-hours everything counts, compilation and evaluations too.
+hours everything counts, compilation and evaluations too. The recommended run is tried by train.py itself for
+some seconds, and its row is what that took; the others are sums of their parts, and promise a little more.
 """
 
 import signal
@@ -41,6 +42,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -59,6 +61,7 @@ from train import TrainConfig, host_tensor, micro_batches, micro_step, model_con
 
 BLOCK_SECONDS = 1.0  # for a block of micro-steps
 ROW_SECONDS = 4.0  # for all blocks of a row
+TRIAL_SECONDS = 20.0  # of train.py itself, for --hours
 MOST_REPEATS = 20  # blocks of a row
 RECIPE = os.path.join("config", "fineweb_125m_fast.py")
 SWEPT = ("batch_size", "activation_memory", "loss_chunks")
@@ -451,6 +454,12 @@ def what_can_be_trained(cfg, argv, tell):
             budget.plan(size, speed, seconds, cfg.block_size, cfg.sequences_per_iter, cfg.eval_iters)
         )
     best = budget.nearest_to_optimal(plans)
+    with tempfile.TemporaryDirectory() as scratch:
+        trial = tried(cfg, argv, best, folder or random_dataset(scratch, cfg.block_size, tokenizer), scratch)
+    if trial:
+        as_tried = budget.as_tried(best, trial, seconds)
+        plans[plans.index(best)] = as_tried
+        best = as_tried
     print(f"in {cfg.hours:g} hours, compilation and evaluations included:")
     print("\n".join(budget.table(plans, best, train_tokens)))
     print(f"train it with:\n{training_command(argv, best.keys)}")
@@ -496,6 +505,46 @@ def speed_of(cfg, size, tell):
             return budget.Speed(batch_size, *seconds, row["first_micro_step_s"], row["peak_memory"])
         batch_size //= 2
     return None
+
+
+def tried(cfg, argv, plan, dataset, scratch):
+    """Runs train.py itself, with a Plan's keys, for some seconds; its files go into scratch. Returns the
+    Trial; None if it came to no iteration in that time."""
+    enough = 3 * plan.speed.first + TRIAL_SECONDS
+    minutes = min(plan.keys["max_minutes"], enough / 60)
+    out_dir = os.path.join(scratch, "out")
+    flags = plan.keys | dict(max_minutes=minutes, max_iters=10**6, eval_interval=10**6, log_interval=1)
+    flags |= dict(init_from="scratch", tracker="", wandb_log=False, sample_interval=0, checkpoint_interval=0)
+    flags |= dict(keep_before_cooldown=False, dataset=os.path.abspath(dataset), out_dir=out_dir)
+    command = shlex.split(training_command(argv, flags))[2:]
+    print(f"n_embd={plan.size.n_embd}: train.py itself, for {60 * minutes:.0f} s")
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    done = subprocess.run([sys.executable, script, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"train.py failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+    with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    iters = [row for row in rows if row["kind"] == "iter"]
+    if not iters:
+        print("that was too short for an iteration: its row is the sum of its parts")
+        return None
+    settled = iters[len(iters) // 4 :]  # the first ones are slower
+    last_evaluation = [row for row in rows if row["kind"] == "eval"][-1]
+    return budget.Trial(
+        startup=iters[0]["elapsed"] - iters[0]["dt"],
+        iteration=statistics.mean(row["dt"] for row in settled),
+        evaluation=last_evaluation["elapsed"] - iters[-1]["elapsed"],
+    )
+
+
+def random_dataset(scratch, block_size, tokenizer):
+    """Writes a dataset of random tokens, with GPT-2's ids, into scratch. Returns its folder."""
+    folder = os.path.join(scratch, "data")
+    os.mkdir(folder)
+    ids = np.random.RandomState(0).randint(tokenizer.vocab_size, size=1000 * block_size).astype(np.uint16)
+    shards.write_shard(os.path.join(folder, "random_train_000001.bin"), ids)
+    shards.write_shard(os.path.join(folder, "random_val_000000.bin"), ids[: 100 * block_size + 1])
+    return folder
 
 
 def write_json(path, cfg, argv, headers, rows, best):

@@ -50,11 +50,22 @@ class Plan:
     speed: Speed
     keys: dict
     rate: float  # tokens per second of training
+    iters: int
+    evaluations: int
     tokens: int
 
     @property
     def ratio(self):
         return self.tokens / self.size.params
+
+
+@dataclasses.dataclass
+class Trial:
+    """What train.py itself took in a short run of a Plan, in seconds."""
+
+    startup: float  # until the first iteration: with compilation and the first evaluation
+    iteration: float
+    evaluation: float
 
 
 def shape(width, arch):
@@ -103,12 +114,29 @@ def plan(size, speed, seconds, block_size, most_sequences, most_eval_iters):
     left -= evaluations * evaluation_seconds(eval_iters, per_sequence)
     iters = max(1, int(left / iteration))
     keys = dict(n_layer=size.n_layer, n_head=size.n_head, n_embd=size.n_embd)
-    keys |= dict(batch_size=batch_size, gradient_accumulation_steps=accumulation)
-    keys |= dict(warmup_iters=iters // 20, eval_iters=eval_iters)
-    keys |= dict(eval_interval=math.ceil(iters / (evaluations - 1)))
-    keys |= dict(max_minutes=round(seconds / 60, 3), max_iters=10 * iters, lr_decay_iters=10 * iters)
+    keys |= dict(batch_size=batch_size, gradient_accumulation_steps=accumulation, eval_iters=eval_iters)
+    keys |= dict(max_minutes=round(seconds / 60, 3), **lengths(iters, evaluations))
     tokens = batch_size * accumulation * block_size
-    return Plan(size, speed, keys, tokens / iteration, iters * tokens)
+    return Plan(size, speed, keys, tokens / iteration, iters, evaluations, iters * tokens)
+
+
+def lengths(iters, evaluations):
+    """Returns the keys that depend on how many iterations there will be; the time ends the run, not they."""
+    interval = math.ceil(iters / (evaluations - 1))
+    return dict(
+        warmup_iters=iters // 20, eval_interval=interval, max_iters=10 * iters, lr_decay_iters=10 * iters
+    )
+
+
+def as_tried(plan, trial, seconds):
+    """Returns the Plan of the same run with what a Trial of it took, instead of its parts one by one."""
+    left = max(0.0, seconds - trial.startup - (plan.evaluations - 1) * trial.evaluation)
+    iters = max(1, int(left / trial.iteration))
+    tokens = plan.tokens // plan.iters
+    keys = plan.keys | lengths(iters, plan.evaluations)
+    return dataclasses.replace(
+        plan, keys=keys, rate=tokens / trial.iteration, iters=iters, tokens=iters * tokens
+    )
 
 
 def evaluating(seconds, per_sequence, most_eval_iters):

@@ -59,6 +59,15 @@ def test_a_plan_by_hand():
     assert (plan.keys["batch_size"], plan.keys["gradient_accumulation_steps"]) == (3, 1)
 
 
+def test_a_plan_that_was_tried_by_hand():
+    """1,015 s are 35 until the first iteration, ten evaluations of 2 s, and 1,600 iterations of 0.6 s."""
+    planned = budget.plan(SMALL, FAST, 1015, block_size=100, most_sequences=512, most_eval_iters=200)
+    plan = budget.as_tried(planned, budget.Trial(startup=35.0, iteration=0.6, evaluation=2.0), 1015)
+    assert plan.iters == 1600 and plan.tokens == 1600 * 48 * 100 and plan.rate == pytest.approx(8000)
+    assert plan.keys["eval_interval"] == 160 and plan.keys["warmup_iters"] == 80
+    assert plan.keys["max_minutes"] == planned.keys["max_minutes"] and plan.keys["batch_size"] == 8
+
+
 def test_the_width_with_twenty_tokens_for_each_parameter():
     """At 6 * N FLOPs a token, 1,000 s of 1.2e12 FLOP/s are 20 tokens for each of N parameters where
     120 * N**2 = 1.2e15, so N = 3.2M; with N = 12 * width**3 / 64 that is a width of 257."""
@@ -75,6 +84,7 @@ def test_the_width_with_twenty_tokens_for_each_parameter():
 def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.ROW_SECONDS", 0.1)
     monkeypatch.setattr("bench.BLOCK_SECONDS", 0.05)
+    monkeypatch.setattr("bench.TRIAL_SECONDS", 2.0)
     (tmp_path / "mine.py").write_text("n_layer = 2; n_head = 2; n_embd = 32; warmup_iters = 2\n")
     flags = [flag for flag in tiny if not flag.startswith(("--n_", "--warmup", "--max_iters", "--lr_decay"))]
     out = run("bench.py", "mine.py", *flags, "--hours=0.002", "--json=hours.json").stdout
