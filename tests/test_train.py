@@ -1032,15 +1032,15 @@ SHAKESPEARE = os.environ.get("SHAKESPEARE")
 
 @pytest.mark.skipif(not SHAKESPEARE, reason="set SHAKESPEARE to tiny Shakespeare's input.txt")
 def test_nanogpts_shakespeare_recipe_learns_as_it_does_there(run, tmp_path):
-    """nanoGPT's smaller model, for a quarter of its iterations."""
+    """nanoGPT's smaller model, for a tenth of its iterations."""
     data = [f"--input={SHAKESPEARE}", "--encoding=characters", "--out_dir=data/shakespeare_char"]
     assert "next: python train.py config/shakespeare_char.py\n" in run("prepare_fineweb.py", *data).stdout
-    smaller = """--device=cpu --compile=False --eval_iters=30 --eval_interval=500 --log_interval=100
-    --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=500 --lr_decay_iters=500
+    smaller = """--device=cpu --compile=False --eval_iters=30 --eval_interval=200 --log_interval=100
+    --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=200 --lr_decay_iters=200
     --dropout=0.0"""
     out = run("train.py", ROOT / "config/shakespeare_char.py", *smaller.split())
-    # nanoGPT itself: 2.298 to 2.306 with four seeds (benchmarks/compare_nanogpt.py)
-    assert 2.27 < float(STEP.findall(out.stdout)[-1][2]) < 2.33
+    # nanoGPT itself: 2.447 to 2.463 with three seeds (benchmarks/compare_nanogpt.py)
+    assert 2.42 < float(STEP.findall(out.stdout)[-1][2]) < 2.49
 
 
 # -----------------------------------------------------------------------------
