@@ -1,0 +1,365 @@
+"""
+What would the recipe gain from parts that others found worth their lines?
+
+    python benchmarks/candidates.py --dataset=text_100m --size=3m --jobs=2
+
+Sixteen candidates, in 32 runs: every candidate is on in 16 runs and off in 16, with every other one as often
+on as off. The difference of both means is its effect, measured with all 32 runs; effects of two candidates on
+each other do not mix into it (a folded-over Hadamard design of resolution IV: Box, Hunter and Hunter,
+Statistics for Experimenters, chapter 6). The seed of weights and data is another one in each run, so the
+standard error has the seeds' share in it. Below zero is better.
+
+What stays in the recipe is then measured by compare_modded.py. Models, sizes, data and results are as there.
+"""
+
+import collections
+import math
+import os
+import random
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import compare_modded
+from compare_modded import Results, train_as
+
+from configurator import Config, from_command_line, key, run_script
+from model import GPTConfig, ModernAttention, ModernBlock, ModernGPT, rms_norm, rotate
+from sologpt import optim
+from sologpt.errors import UserError
+from train import micro_step, set_learning_rate, update
+
+CANDIDATES = dict(
+    scale="scores times 0.12 instead of 1 / sqrt(D)",
+    normed_embedding="embedding N(0, 1), normalised, with 100 times the learning rate",
+    vectors="mixing weights with 4 times the learning rate",
+    betas="AdamW's betas 0.8, 0.95 and eps 1e-10",
+    long_cooldown="cooldown over the last 0.7",
+    no_warmup="no warmup",
+    value_embeddings="an embedding added to the values of every other block, 4 times the learning rate",
+    normuon="Muon's updates divided by the running root mean square of their rows",
+    cautious="Muon's weight decay only where it goes the way of the update",
+    polar_express="orthogonalization with other coefficients in each step",
+    gate="a gate on each head's output, from 12 components of its input",
+    smear="a gated share of the embedding of the token before",
+    backout="the last block's output less a share of the stream after two thirds",
+    half_rotary="half of the pairs not rotated, the others at base 1,024",
+    muon_rate="1.6 times the learning rate for Muon",
+    no_value_shortcut="without the shortcut from the first block's values",
+)
+GATED = 12  # components that a gate reads
+
+
+@dataclass
+class CandidatesConfig(Config):
+    dataset: str = key("text_100m", "folder of token files with GPT-2's ids: one under data/, or a path")
+    size: str = key("3m", "size of the models", choices=tuple(compare_modded.SIZES))
+    vocab: int = key(8192, "keep the most frequent ids, all others become one; 0: all", low=0)
+    iters: int = key(400, "iterations of a run", low=10)
+    eval_windows: int = key(1024, "windows of the validation split to evaluate on", low=1)
+    evaluations: int = key(1, "how often a run is evaluated, before its end", low=1)
+    jobs: int = key(1, "runs at the same time, of one thread each if there are several", low=1)
+    device: str = key("", "cuda, cuda:N or cpu; empty: the best available")
+    dtype: str = key("bfloat16", "dtype of matmuls", choices=("bfloat16", "float32"))
+    compile: bool = key(False, "compile the blocks; each run then takes some seconds more")
+    gpt2_learning_rate: float = key(2e-3, "of no effect here", above=0)
+    json: str = key("out-candidates.json", "file of the results")
+
+
+@dataclass(frozen=True)
+class Run:
+    parts: str  # names of CANDIDATES with spaces between them
+    seed: int
+    iters: int
+    model: str = "ours"
+    rate: float = 1.0
+
+
+# -----------------------------------------------------------------------------
+# the design
+
+
+def signs():
+    """Returns +1 and -1, int (32, 16): a run's candidates in each row."""
+    rows = np.array([[1]])
+    for _ in range(4):
+        rows = np.block([[rows, rows], [rows, -rows]])
+    return np.concatenate([rows, -rows])
+
+
+def all_runs(iters):
+    runs = []
+    for number, row in enumerate(signs()):
+        parts = [name for name, sign in zip(CANDIDATES, row, strict=True) if sign > 0]
+        runs.append(Run(" ".join(parts), number + 1, iters))
+    random.Random(0).shuffle(runs)  # a part of them, if they are stopped, is not one-sided
+    return runs
+
+
+def effects(entries):
+    """Returns {candidate: (effect, standard error)} by least squares, from results of most of the runs."""
+    on = np.array([[1 if name in entry["parts"].split() else -1 for name in CANDIDATES] for entry in entries])
+    losses = np.array([entry["loss"] for entry in entries])
+    design = np.column_stack([np.ones(len(on)), on / 2])
+    found, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    freedom = len(losses) - rank
+    if rank < design.shape[1] or not freedom:
+        raise UserError(f"{len(losses)} finite runs are too few to tell {len(CANDIDATES)} effects apart")
+    variance = ((losses - design @ found) ** 2).sum() / freedom
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
+    return {name: (found[i + 1], errors[i + 1]) for i, name in enumerate(CANDIDATES)}
+
+
+# -----------------------------------------------------------------------------
+# the candidates
+
+
+class Attention(ModernAttention):
+    def __init__(self, config, parts):
+        super().__init__(config)
+        self.parts = parts
+        self.gate = nn.Linear(GATED, config.n_head, bias=False)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x, first_v, cos, sin, more_v):
+        q, k, v = self.qkv(x)
+        q = rotate(rms_norm(q), cos, sin)
+        k = rotate(rms_norm(k), cos, sin)
+        mixed = v
+        if "no_value_shortcut" not in self.parts:
+            mixed = self.v_mix[0] * v + self.v_mix[1] * (v if first_v is None else first_v)
+        if more_v is not None:
+            mixed = mixed + more_v.view_as(v)
+        scale = 0.12 if "scale" in self.parts else None
+        q, k, mixed = q.transpose(1, 2), k.transpose(1, 2), mixed.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, mixed, is_causal=True, scale=scale).transpose(1, 2)
+        if "gate" in self.parts:
+            y = y * (2 * self.gate(x[..., :GATED]).sigmoid()).unsqueeze(-1)
+        return self.c_proj(y.flatten(2)), v
+
+
+class Block(ModernBlock):
+    def __init__(self, config, parts):
+        super().__init__(config)
+        self.attn = Attention(config, parts)
+
+    def forward(self, x, x0, first_v, cos, sin, more_v):
+        x = self.x_mix[0] * x + self.x_mix[1] * x0
+        y, v = self.attn(rms_norm(x), first_v, cos, sin, more_v)
+        x = x + y
+        return x + self.mlp(rms_norm(x)), v
+
+
+class Candidate(ModernGPT):
+    """The modern architecture with those of CANDIDATES that are in parts."""
+
+    def __init__(self, config, parts):
+        object.__setattr__(self, "parts", parts)  # make_layers needs it, before nn.Module is set up
+        super().__init__(config)
+
+    def make_layers(self, config):
+        super().make_layers(config)
+        self.transformer.h = nn.ModuleList([Block(config, self.parts) for _ in range(config.n_layer)])
+        self.value_tables = nn.ModuleDict()
+        if "value_embeddings" in self.parts:
+            for i in range((config.n_layer + 1) % 2, config.n_layer, 2):  # the last block has one
+                self.value_tables[str(i)] = nn.Embedding(config.vocab_size, config.n_embd)
+        self.smear_gate = nn.Linear(GATED, 1, bias=False)
+        self.smear = nn.Parameter(torch.zeros(1))
+        self.backout = nn.Parameter(torch.zeros(1))
+        if "half_rotary" in self.parts:
+            quarter = config.n_embd // config.n_head // 4
+            speeds = torch.cat([1024 ** -torch.linspace(0, 1, quarter), torch.zeros(quarter)])
+            angles = torch.arange(config.block_size)[:, None] * speeds
+            cos, sin = angles.cos(), angles.sin()
+            self.rotary = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+
+    @torch.no_grad()
+    def init_weights(self):
+        super().init_weights()
+        nn.init.zeros_(self.smear_gate.weight)
+        for block in self.transformer.h:
+            nn.init.zeros_(block.attn.gate.weight)
+        if "normed_embedding" in self.parts:
+            nn.init.normal_(self.transformer.wte.weight)
+
+    def hidden(self, idx, position, pasts=None):
+        x = self.embed(idx, position)
+        if "normed_embedding" in self.parts:
+            x = rms_norm(x)
+        if "smear" in self.parts:
+            gate = self.smear * self.smear_gate(x[:, 1:, :GATED]).sigmoid()
+            x = torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
+        x0 = x = x.to(self.matmul_dtype())
+        first_v = middle = None
+        cos, sin = self.rotary[:, position].unsqueeze(3)
+        for i, block in enumerate(self.transformer.h):
+            more_v = None
+            if str(i) in self.value_tables:
+                more_v = self.value_tables[str(i)](idx).to(x.dtype)
+            x, v = block(x, x0, first_v, cos, sin, more_v)
+            if first_v is None:
+                first_v = v
+            if i == 2 * len(self.transformer.h) // 3:
+                middle = x
+        if "backout" in self.parts:
+            x = x - self.backout * middle
+        return self.transformer.ln_f(x)
+
+
+# five odd polynomials, each the best one after those before (Amsel et al. 2025, https://arxiv.org/abs/2505.16932)
+POLAR = (
+    (8.28721, -23.59589, 17.30039),
+    (4.10706, -2.94785, 0.54484),
+    (3.94869, -2.90890, 0.55182),
+    (3.31842, -2.48849, 0.51005),
+    (2.30065, -1.66890, 0.41881),
+)
+
+
+def orthogonalized(matrices, parts):
+    """Returns matrices (N, A, B), orthogonalized as Muon does it, or as the candidate does."""
+    if "polar_express" not in parts:
+        return optim.orthogonalize(matrices)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.mT
+    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in POLAR:
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(optim.Muon):
+    """Muon with those of CANDIDATES that are in parts."""
+
+    parts = frozenset()
+
+    @torch.no_grad()
+    def step(self):
+        same_shape = collections.defaultdict(list)
+        for number, group in enumerate(self.param_groups):
+            for pair in zip(*self.moved(group), strict=True):
+                same_shape[pair[0].shape, number].append(pair)
+        for (shape, number), pairs in same_shape.items():
+            group = self.param_groups[number]
+            weights, updates = zip(*pairs, strict=True)
+            updates = orthogonalized(torch.stack(updates), self.parts).float()
+            if "normuon" in self.parts:
+                updates = self.normalized(updates, shape, number)
+            before = torch.stack(weights)
+            decay = group["lr"] * group["weight_decay"]
+            if "cautious" in self.parts:
+                decay = decay * (updates * before >= 0)
+            rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+            if "muon_rate" in self.parts:
+                rate = 1.6 * rate
+            after = before * (1 - decay) - rate * updates
+            for weight, value in zip(weights, after.unbind(), strict=True):
+                weight.copy_(value)
+
+    def normalized(self, updates, shape, number):
+        """Returns updates with each row divided by its running root mean square, as large in all as before
+        (Li et al. 2025, https://arxiv.org/abs/2510.05491); columns where there are fewer of them."""
+        along = -1 if shape[0] >= shape[1] else -2
+        squares = updates.square().mean(along, keepdim=True)
+        running = self.running.setdefault((shape, number), torch.zeros_like(squares))
+        running.lerp_(squares, 0.05)
+        size = updates.norm(dim=(1, 2), keepdim=True)
+        updates = updates * (running + 1e-10).rsqrt()
+        return updates * size / (updates.norm(dim=(1, 2), keepdim=True) + 1e-10)  # the first are zero
+
+
+class Ours(compare_modded.Ours):
+    """The recipe with some candidates, through the functions of train.py."""
+
+    def __init__(self, cfg, keys, vocab_size, run, machine):
+        self.parts = frozenset(run.parts.split())
+        sizes = {name: getattr(keys, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
+        self.model = Candidate(GPTConfig(**sizes, vocab_size=vocab_size, arch="modern"), self.parts)
+        self.model.to(machine.device)
+        if cfg.compile:  # block by block: most of the gain, in a small part of the time
+            for block in self.model.transformer.h:
+                block.compile(dynamic=False)
+        if "long_cooldown" in self.parts:
+            keys.cooldown_frac = 0.7
+        if "no_warmup" in self.parts:
+            keys.warmup_iters = 0
+        if "betas" in self.parts:
+            keys.beta1 = 0.8
+        self.optimizers = self.make_optimizers(keys, machine)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
+        self.keys = keys
+        self.machine = machine
+
+    def make_optimizers(self, keys, machine):
+        """Returns the recipe's optimizers, with learning rates by kind of parameter."""
+        optimizers = optim.make_optimizers(self.model, keys, machine.device)
+        muon = optimizers["muon"]
+        muon.__class__ = Muon
+        muon.parts, muon.running = self.parts, {}
+        gates = [p for name, p in self.model.transformer.h.named_parameters() if name.endswith("gate.weight")]
+        for group in muon.param_groups:  # make_optimizers takes gates for matrices of the blocks
+            group["params"] = [p for p in group["params"] if not any(p is gate for gate in gates)]
+        rest = [p for group in optimizers["optimizer"].param_groups for p in group["params"]]
+        groups = []
+        for p in [*rest, *gates]:
+            decay = keys.weight_decay if p.dim() == 2 and min(p.shape) > GATED else 0.0
+            groups.append(dict(params=[p], weight_decay=decay, factor=self.factor(p)))
+        eps = 1e-10 if "betas" in self.parts else 1e-8
+        betas = (keys.beta1, keys.beta2)
+        adamw = torch.optim.AdamW(groups, lr=keys.learning_rate, betas=betas, eps=eps, fused=True)
+        return dict(optimizer=adamw, muon=muon)
+
+    def factor(self, p):
+        """Returns the factor on the learning rate of a parameter that AdamW trains."""
+        if p is self.model.transformer.wte.weight and "normed_embedding" in self.parts:
+            return 100.0
+        if any(p is table.weight for table in self.model.value_tables.values()):
+            return 4.0
+        if p.dim() < 2 and "vectors" in self.parts:
+            return 4.0
+        return 1.0
+
+    def iteration(self, it, batches, accumulation):
+        set_learning_rate(self.optimizers, it, self.keys)
+        for group in self.optimizers["optimizer"].param_groups:
+            group["lr"] *= group["factor"]
+        for _ in range(accumulation):
+            micro_step(self.model, next(batches), self.scaler, self.machine, accumulation)
+        for p in self.model.parameters():
+            if p.grad is None:  # of a gate that is off
+                p.grad = torch.zeros_like(p)
+        update(self.model, self.optimizers, self.scaler, self.keys.grad_clip)
+
+
+def train(cfg, run):
+    return train_as(Ours, cfg, run)
+
+
+def main(argv):
+    cfg = from_command_line(CandidatesConfig, __doc__, argv)
+    results = Results(cfg, train)
+    runs = all_runs(cfg.iters)
+    results.make(runs)
+    entries = [results.of(run) for run in runs]
+    finite = [entry for entry in entries if math.isfinite(entry["loss"])]
+    if len(finite) < len(entries):
+        print(f"{len(entries) - len(finite)} runs diverged and are left out")
+    print("| candidate | effect on the validation loss | |\n|---|---|---|")
+    found = effects(finite)
+    for name in sorted(found, key=lambda name: found[name][0]):
+        print(f"| {name} | {found[name][0]:+.4f} ± {found[name][1]:.4f} | {CANDIDATES[name]} |")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,85 @@
+"""
+benchmarks/candidates.py: its design against the algebra that it is chosen for, and without any candidate the
+recipe itself. Run: pytest tests/test_candidates.py
+"""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import candidates
+from candidates import CANDIDATES, Run, all_runs, effects, orthogonalized, signs
+from compare_modded import Ours as Recipe
+from compare_modded import keys_of
+
+from sologpt import hardware
+
+CPU = hardware.Machine(torch.device("cpu"), "float32", None, "")
+
+
+def test_no_effect_mixes_with_another_or_with_those_of_pairs():
+    design = signs()
+    assert design.shape == (32, 16) and (design.T @ design == 32 * np.eye(16)).all()
+    assert (design.sum(0) == 0).all()
+    for a, b in itertools.combinations(range(16), 2):
+        assert (design.T @ (design[:, a] * design[:, b]) == 0).all()
+    runs = all_runs(400)
+    assert len({run.parts for run in runs}) == 32 and {run.seed for run in runs} == set(range(1, 33))
+
+
+def test_effects_are_found_again():
+    entries = []
+    for run in all_runs(400):
+        parts = run.parts.split()
+        loss = 3 - 0.02 * ("gate" in parts) + 0.05 * ("smear" in parts) + 0.001 * (run.seed % 2)
+        entries.append(dict(parts=run.parts, loss=loss))
+    for some in (entries, entries[:28]):
+        found = effects(some)
+        for name, effect in dict(gate=-0.02, smear=0.05, scale=0.0).items():
+            assert abs(found[name][0] - effect) < 3 * found[name][1] < 0.003
+
+
+class Small:
+    size, compile, dtype, gpt2_learning_rate = "tiny", False, "float32", 1e-3
+
+
+def test_without_candidates_it_is_the_recipe():
+    run = Run("", 1, 20)
+    keys = keys_of(Small, run)
+    recipe = Recipe(Small, keys, 64, run, CPU)
+    without = candidates.Ours(Small, keys, 64, run, CPU)
+    without.model.load_state_dict(recipe.model.state_dict(), strict=False)
+    for it in range(6):
+        batch = torch.randint(64, (2, 33))
+        for one in (recipe, without):
+            one.iteration(it, iter([batch]), 1)
+    for name, p in recipe.model.named_parameters():
+        torch.testing.assert_close(without.model.get_parameter(name), p, rtol=0, atol=2e-4)  # a rate of 4e-3
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_every_candidate_changes_the_run_and_learns(name):
+    batch = torch.randint(64, (4, 33))
+    losses = []
+    for parts in ("", name):
+        torch.manual_seed(0)
+        run = Run(parts, 1, 20)
+        one = candidates.Ours(Small, keys_of(Small, run), 64, run, CPU)
+        for it in range(8):
+            one.iteration(it, iter([batch]), 1)
+        losses.append(one.model(batch[:, :-1], batch[:, 1:])[1].item())
+    assert losses[0] != losses[1] < 4
+
+
+def test_other_coefficients_bring_all_singular_values_near_one():
+    matrices = torch.linalg.svd(torch.randn(2, 48, 32), full_matrices=False)
+    spread = torch.logspace(-2, 0, 32)
+    found = orthogonalized(matrices.U * spread @ matrices.Vh, {"polar_express"})
+    values = torch.linalg.svdvals(found)
+    assert 0.85 < values.min() and values.max() < 1.15
