@@ -55,12 +55,12 @@ def test_without_candidates_it_is_the_recipe():
     recipe = Recipe(Small, keys, 64, run, CPU)
     without = candidates.Ours(Small, keys, 64, run, CPU)
     without.model.load_state_dict(recipe.model.state_dict(), strict=False)
-    for it in range(6):
+    for it in range(3):  # from then on Muon, in bf16 on some CPUs, makes much of the last bit
         batch = torch.randint(64, (2, 33))
         for one in (recipe, without):
             one.iteration(it, iter([batch]), 1)
     for name, p in recipe.model.named_parameters():
-        torch.testing.assert_close(without.model.get_parameter(name), p, rtol=0, atol=2e-4)  # a rate of 4e-3
+        torch.testing.assert_close(without.model.get_parameter(name), p, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
