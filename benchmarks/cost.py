@@ -61,6 +61,7 @@ CARDS = [
     Card("RTX 4090", 24, 128),
     Card("A100", 40, 108),
     Card("H100 HBM3", 80, 132),
+    Card("H200", 141, 132),
 ]
 RATES = [
     Rate(
@@ -140,14 +141,25 @@ def shares():
     return min(found), max(found)
 
 
+def measured_on(card, measured):
+    """Returns {config: FLOP/s} of those in measured, from measured_rates, that are of a card."""
+    found = {}
+    for (device, config), rate in measured.items():
+        words = set(re.findall(r"\w+", device)) - {"NVIDIA", "GeForce", "SXM4", "40GB", "80GB"}
+        if words == set(card.name.split()):
+            found[config] = rate
+    return found
+
+
 def cell(card, name, need, measured):
     """Returns the hours of a config's run on a card, as text with the mark of where they are from."""
     flops = need["flops_per_token"] * need["tokens"]
-    for (device, config), rate in measured.items():
-        words = set(re.findall(r"\w+", device)) - {"NVIDIA", "GeForce", "SXM4", "40GB", "80GB"}
-        if config == name and words == set(card.name.split()):
-            return f"{hours(flops / rate)} m"
+    ours = measured_on(card, measured)
+    if name in ours:
+        return f"{hours(flops / ours[name])} m"
     known = [rate for rate in RATES if rate.card == card.name]
+    if ours and not known:
+        return f"{hours(flops / max(ours.values()))} e"
     if not known:
         low, high = shares()
         return f"{hours(flops / (high * card.peak))} to {hours(flops / (low * card.peak))} e"
@@ -188,8 +200,8 @@ def page():
         "",
         "* **m**: measured with this project; bench.py's report is in benchmarks/results",
         "* **p**: published for this model in another trainer; soloGPT's own time is not measured yet",
-        "* **e**: estimated, from the FLOPs of the model and the FLOP/s that a published one reaches on the",
-        f"  card; on the RTX 3060 from its peak, of which GeForce cards reach {low:.0%} to {high:.0%}",
+        "* **e**: estimated, from the FLOPs of the model and the FLOP/s that a published or measured one",
+        f"  reaches on the card; on the RTX 3060 from its peak, of which GeForce cards reach {low:.0%} to {high:.0%}",
         "",
         "Published:",
         "",
