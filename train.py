@@ -233,8 +233,10 @@ def micro_batches(windows, first, cfg, device):
     first, step = first + parallel.rank(), parallel.processes()
 
     def load(number):
-        sequences = (cfg.batch_size * number, cfg.batch_size, cfg.seed)
-        return host_tensor(windows.read(windows.training(*sequences), windows.shifts(*sequences)), device)
+        sequence = cfg.batch_size * number
+        chosen = windows.training(sequence, cfg.batch_size, cfg.seed)
+        shifts = windows.shifts(sequence, cfg.batch_size, cfg.seed)
+        return host_tensor(windows.read(chosen, shifts), device)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming = reader.submit(load, first)
