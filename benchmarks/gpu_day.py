@@ -4,11 +4,12 @@ All that is to be measured on a GPU, in the order of its worth: one command for 
     python benchmarks/gpu_day.py [--minutes=9] [--dataset=fineweb] [--nanogpt=../nanoGPT]
 
 The stages are smoke (does training work there: bf16, fp16, stop and resume, a micro-batch that does not fit),
-tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours), learning (GPT-2 with AdamW and the
-recipe on equal data), sampling, and profile. Each runs in processes of its own; one that fails or takes too
-long is a row of the table, and the next one runs. The figures are written to a JSON file after each stage,
-and the same command goes on with the stages that are missing there. Without --dataset, the text is Python's
-own library as bytes. docs/measuring.md says how to read the results.
+tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours), recipe (candidates.py, and
+compare_modded.py), learning (GPT-2 with AdamW and the recipe on equal data), sampling, and profile. Each runs
+in processes of its own; one that fails or takes too long is a row of the table, and the next one runs. The
+figures are written to a JSON file after each stage, and the same command goes on with the stages that are
+missing there. Without --dataset, the text is Python's own library as bytes. docs/measuring.md says how to
+read the results.
 """
 
 import dataclasses
@@ -48,16 +49,21 @@ class Size:
     modern: str
     flags: list  # for all runs
     batch_sizes: tuple
+    in_turn: int  # sequences of an iteration beside nanoGPT
     too_large: int  # a micro-batch that should not fit
     sampled: tuple  # sequences at once
     new_tokens: int
+    learned: list  # flags of the recipe stage
 
 
 TINY = "--n_layer=2 --n_head=1 --n_embd=128 --block_size=64 --compile=False".split()
-FAST = "config/fineweb_125m_fast.py"
+LEARNED = "--size=tiny --iters=10 --eval_windows=32".split()
+FAST, QUICK = "config/fineweb_125m_fast.py", "config/quickstart.py"
 SIZES = {
-    "124m": Size("config/fineweb_125m.py", FAST, [], (8, 16, 32, 64), 512, (8, 64), 128),
-    "tiny": Size("config/quickstart.py", "config/quickstart.py", TINY, (2, 4), 4, (2,), 4),
+    "124m": Size(
+        "config/fineweb_125m.py", FAST, [], (8, 16, 32, 64), 128, 512, (8, 64), 128, ["--compile=True"]
+    ),
+    "tiny": Size(QUICK, QUICK, TINY, (2, 4), 4, 4, (2,), 4, LEARNED),
 }
 
 
@@ -66,8 +72,9 @@ class DayConfig(Config):
     minutes: float = key(9.0, "time for all stages; one that would begin later is left out", above=0)
     dataset: str = key("", "folder of token files: one under data/, or a path; empty: Python's own library")
     nanogpt: str = key("", "checkout of nanoGPT to compare with; empty: leave it out")
+    modded: str = key("", "checkout of modded-nanogpt to compare with; empty: leave it out")
     batch_sizes: str = key("", "micro-batches of the speed stage, as in 16,64; empty: 8,16,32,64")
-    stages: str = key("smoke,tests,speed,learning,sampling,profile", "which, with commas between them")
+    stages: str = key("smoke,tests,speed,recipe,learning,sampling,profile", "which, with commas between them")
     size: str = key("124m", "124m, or tiny to try this file without a GPU", choices=tuple(SIZES))
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     out_dir: str = key("out-gpu-day", "folder for the runs")
@@ -256,17 +263,37 @@ def speed(day, figures, sentences):
 
 
 def beside_nanogpt(day, batch_size):
-    path = os.path.join(day.cfg.out_dir, f"nanogpt_{batch_size}.json")
-    argv = [day.size.gpt2, *day.size.flags, f"--batch_size={batch_size}", f"--dataset={day.dataset}"]
-    argv += ["--arch=gpt2", "--optimizer=adamw", "--schedule=cosine", f"--device={day.device}"]
-    argv += ["--gradient_accumulation_steps=4", "--max_iters=30", "--log_interval=5", "--pairs=1"]
-    day.checked("benchmarks/compare_nanogpt.py", *argv, f"--nanogpt={day.cfg.nanogpt}", f"--json={path}")
+    path = os.path.join(day.cfg.out_dir, f"steps_{batch_size}.json")
+    argv = [*day.size.flags, f"--batch_size={batch_size}", f"--dataset={day.dataset}"]
+    argv += [
+        f"--gradient_accumulation_steps={max(1, day.size.in_turn // batch_size)}",
+        "--rounds=3",
+        "--iters=3",
+    ]
+    argv += [f"--device={day.device}", f"--nanogpt={day.cfg.nanogpt}", f"--json={path}"]
+    day.checked("benchmarks/steps.py", *argv)
     with open(path) as f:
         found = json.load(f)
-    ratio = statistics.median(found["ratios"]["soloGPT"])
-    medians = found["medians"]
-    peaks = " and ".join(f"{medians[name]['peak_memory'] / 1e9:.2f}" for name in ("soloGPT", "nanoGPT"))
-    return found, f"batch_size={batch_size}: {ratio:.2f} times nanoGPT's tokens/s, peaks {peaks} GB"
+    theirs, parts = found["seconds"]["nanoGPT"], []
+    for name, seconds in found["seconds"].items():
+        ratio = statistics.median(a / b for a, b in zip(theirs, seconds, strict=True))
+        peak = found["peak_memory"][name]
+        parts.append(f"{name} {ratio:.2f}, {peak / 1e9:.2f} GB" if peak else f"{name} {ratio:.2f}")
+    return found, f"batch_size={batch_size}, of nanoGPT's tokens/s, and peaks: {'; '.join(parts)}"
+
+
+def recipe(day, figures, sentences):
+    """What is learned from a token: the candidates, and beside modded-nanogpt's baseline. A run that the time
+    cuts off is not lost with the others: each script goes on where it was."""
+    data = [f"--dataset={day.dataset}", f"--device={day.device}", "--jobs=8", *day.size.learned]
+    scripts = {"candidates.py": []}
+    if day.cfg.modded:
+        scripts["compare_modded.py"] = [f"--modded={day.cfg.modded}"]
+    for script, argv in scripts.items():
+        path = os.path.join(day.cfg.out_dir, script.replace(".py", ".json"))
+        out, _ = day.checked(f"benchmarks/{script}", *data, *argv, f"--json={path}")
+        figures[script] = out.splitlines()
+        sentences += [line.strip("| ").replace(" |", ",") for line in figures[script][2:]]
 
 
 def learning(day, figures, sentences):
@@ -309,7 +336,8 @@ def profile(day, figures, sentences):
     sentences += lines[after : after + 6]
 
 
-STAGES = dict(smoke=smoke, tests=tests, speed=speed, learning=learning, sampling=sampling, profile=profile)
+STAGES = dict(smoke=smoke, tests=tests, speed=speed, recipe=recipe)
+STAGES |= dict(learning=learning, sampling=sampling, profile=profile)
 
 
 # -----------------------------------------------------------------------------
