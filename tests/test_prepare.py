@@ -669,12 +669,14 @@ def address():
     thread.join()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.json", "a.arrow"])
 def test_a_file_is_read_from_its_address(run, tmp_path, address, name, monkeypatch):
     monkeypatch.setattr(prepare_fineweb, "PAUSES", (0, 0))
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "a.parquet")
+    write_json(tmp_path / "a.json", TEXTS)
+    write_arrow(tmp_path / "a.arrow", TEXTS)
     Files.content = (tmp_path / name).read_bytes()
     prepare(run, f"--input={name}", "--out_dir=local")
     once = prepare(run, f"--input={address}/{name}?raw=1")
