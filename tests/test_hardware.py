@@ -360,7 +360,7 @@ def machine(dtype, device="cpu"):
 def test_the_attention_kernel_is_named_or_not():
     config = GPTConfig(**SIZES)
     name = hardware.attention_backend(machine("bfloat16"), config)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         one_pass(make_gpt(config).train(), "bfloat16")
     kernels = {"FLASH_ATTENTION": "aten::_scaled_dot_product_flash_attention_for_cpu"}
     assert kernels[name] in {event.key for event in profile.key_averages()}
