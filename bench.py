@@ -293,7 +293,8 @@ def profile(trainer, count=5, rows=15):
     if trainer.machine.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         kind, attribute = torch.autograd.DeviceType.CUDA, "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as profiler:
+    # acc_events: of one cycle it keeps the same, but torch 2.11 would warn without it
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         total = 1e6 * count * trainer.seconds(trainer.micro_step, count)
     events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
     slowest = sorted(((getattr(e, attribute), e.count, e.key) for e in events), reverse=True)[:rows]

@@ -3,7 +3,7 @@ Turn text into token shards that train.py reads.
 
     # FineWeb-Edu, 10B tokens, streamed from the hub (20 GB)
     python prepare_fineweb.py
-    # your own .txt, .jsonl and .parquet files
+    # your own .txt, .jsonl, .json, .csv, .parquet and .arrow files
     python prepare_fineweb.py --input=books/
     # Python's own library, without any download
     python prepare_fineweb.py --input=stdlib --encoding=bytes
@@ -22,6 +22,7 @@ end up the same, byte for byte, as those of an uninterrupted run, whatever the n
 
 import codecs
 import contextlib
+import csv
 import errno
 import functools
 import glob
@@ -54,6 +55,7 @@ from sologpt.errors import UserError
 from sologpt.files import atomic_file, free_bytes, remove, sole_use
 from sologpt.source import (
     ENDINGS,
+    KINDS,
     contents_of,
     download,
     find_files,
@@ -86,13 +88,14 @@ PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on t
 class PrepareConfig(Config):
     input: str = key(
         "",
-        f"stdlib; or files, folders, globs of {' '.join(ENDINGS)}, https://..., with commas; empty: the hub",
+        f"stdlib; or files, folders, globs of {' '.join(KINDS)} (also .gz, .zst, but for the first two), "
+        f"https://..., with commas; empty: the hub",
     )
     endings: str = key("", "further endings of text files to read in folders, as in .md,.rst")
     repo: str = key(REPO, "dataset on the Hugging Face hub, or a local folder of one")
     subset: str = key("sample-10BT", "subset of the dataset; may be empty")
     split: str = key("train", "split of the dataset")
-    text_key: str = key("text", "name of the text: key of .jsonl objects or .parquet column")
+    text_key: str = key("text", "name of the text: a key of JSON's objects, a column of the other kinds")
     txt_documents: str = key(
         "file",
         f"what a document is in a .txt file without {EOT}",
@@ -130,6 +133,8 @@ class PrepareConfig(Config):
         for ending in filter(None, self.endings.split(",")):
             if not ending.strip().startswith("."):
                 found.append(f"endings begin with a dot, as in .md,.rst; not {ending!r}")
+            if ending.strip().lower() in ENDINGS:
+                found.append(f"endings: {ending.strip()} is read already, and not always as text; omit it")
         return found
 
     @property
@@ -251,11 +256,62 @@ def read_jsonl(path, text_key):
                 row = json.loads(line)
             except ValueError as e:
                 raise UserError(f"line {number} is not JSON: {e}") from None
-            text = row.get(text_key, 0) if isinstance(row, dict) else 0
-            if not isinstance(text, str | None):
-                there = ", ".join(row) if isinstance(row, dict) else f"only {type(row).__name__}"
-                raise UserError(f"line {number} has no text under {text_key!r} (--text_key); it has {there}")
-            yield text or "", True
+            yield text_of(row, text_key, f"line {number}"), True
+
+
+def text_of(row, text_key, place):
+    text = row.get(text_key, 0) if isinstance(row, dict) else 0
+    if not isinstance(text, str | None):
+        there = ", ".join(row) if isinstance(row, dict) else f"only {type(row).__name__}"
+        raise UserError(f"{place} has no text under {text_key!r} (--text_key); it has {there}")
+    return text or ""
+
+
+def read_json(path, text_key):
+    """Yields the strings of a JSON array, or the text_key of its objects; null is an empty text."""
+    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as f:
+        for number, item in enumerate(items_of(f), 1):
+            if not isinstance(item, str):
+                item = text_of(item, text_key, f"item {number}")
+            yield item, True
+
+
+def items_of(f):
+    """Yields the items of the JSON array in a text file. Keeps little more of it than its longest item."""
+    mark, problem = re.compile(r"\s*\[\s*(\])?"), "not a JSON array; with an object a line, name it .jsonl"
+    decode, held, at, before = json.JSONDecoder().raw_decode, "", 0, 0
+    while True:
+        block = f.read(max(CHUNK, len(held) - at))  # twice as much as before, until the item is whole
+        held, at, before = held[at:] + block, 0, before + at
+        try:
+            while found := mark.match(held, at):
+                if found[1]:
+                    if held[found.end() :].strip() or f.read(CHUNK).strip():
+                        raise UserError("something follows the JSON array")
+                    return
+                item, at = decode(held, found.end())
+                yield item
+                mark, problem = re.compile(r"\s*(?:,\s*|(\]))"), "Expecting ',' or ']'"
+            raise json.JSONDecodeError(problem, held, len(held) - len(held[at:].lstrip()))
+        except json.JSONDecodeError as e:
+            # an error where the text read so far ends may only be that
+            if not block or (e.pos < len(held) - 16 and not e.msg.startswith("Unterminated")):
+                raise UserError(f"character {before + e.pos:,}: {e.msg}") from None
+
+
+def read_csv(path, text_key):
+    """Yields the text_key column of a .csv file, whose first row names the columns."""
+    csv.field_size_limit(2**26)  # where a quote is missing, the rest of the file is one text
+    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as f:
+        rows = csv.DictReader(f, strict=True)
+        try:
+            check_column(rows.fieldnames or ["nothing"], text_key)
+            for row in rows:
+                if None in row or None in row.values():
+                    raise csv.Error("not as many columns as the first row")
+                yield row[text_key], True
+        except csv.Error as e:
+            raise UserError(f"line {rows.reader.line_num:,}: {e}") from None
 
 
 def read_parquet(path, text_key):
@@ -264,15 +320,43 @@ def read_parquet(path, text_key):
 
     with open_file(path) as f:
         table = pyarrow.parquet.ParquetFile(f, buffer_size=2**20)
-        if text_key not in table.schema_arrow.names:
-            raise UserError(
-                f"no text under {text_key!r} (--text_key); it has {', '.join(table.schema_arrow.names)}"
-            )
+        check_column(table.schema_arrow.names, text_key)
         for rows in table.iter_batches(16, columns=[text_key]):
-            for text in rows[text_key].to_pylist():
-                if not isinstance(text, str | None):
-                    raise UserError(f"{text_key!r} (--text_key) holds {type(text).__name__}, not text")
-                yield text or "", True
+            yield from texts_of(rows[text_key], text_key)
+
+
+def read_arrow(path, text_key):
+    """Yields the text_key column; null is an empty text. The file is a stream, as datasets saves, or of
+    Arrow's file format."""
+    import pyarrow.ipc
+
+    # mapped, as a batch may be the whole file
+    with open_file(path) if is_address(path) else pyarrow.memory_map(path) as f:
+        is_stream = f.read(6) != b"ARROW1"
+        f.seek(0)
+        table = pyarrow.ipc.open_stream(f) if is_stream else pyarrow.ipc.open_file(f)
+        check_column(table.schema.names, text_key)
+        batches = table if is_stream else map(table.get_batch, range(table.num_record_batches))
+        for batch in batches:
+            texts = batch[text_key]
+            texts.validate(full=True)
+            for first in range(0, len(texts), 16):
+                yield from texts_of(texts[first : first + 16], text_key)
+        f.seek(-8, os.SEEK_END)
+        if is_stream and f.read() != b"\xff\xff\xff\xff\0\0\0\0":
+            raise UserError("the end of the stream is missing: whatever wrote it was cut off")
+
+
+def check_column(there, text_key):
+    if text_key not in there:
+        raise UserError(f"no text under {text_key!r} (--text_key); it has {', '.join(there)}")
+
+
+def texts_of(column, text_key):
+    for text in column.to_pylist():
+        if not isinstance(text, str | None):
+            raise UserError(f"{text_key!r} (--text_key) holds {type(text).__name__}, not text")
+        yield text or "", True
 
 
 def retrying(rows):
@@ -329,11 +413,10 @@ class Part(NamedTuple):
 
 def read_parts(path, cfg):
     """Yields the Parts of the documents of one file."""
-    name = name_in(path).lower()
-    if name.endswith(".parquet"):
-        read = functools.partial(read_parquet, path, cfg.text_key)
-    elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        read = functools.partial(read_jsonl, path, cfg.text_key)
+    name = name_in(path).lower().removesuffix(".gz").removesuffix(".zst")
+    readers = dict(parquet=read_parquet, arrow=read_arrow, jsonl=read_jsonl, json=read_json, csv=read_csv)
+    if reader := readers.get(name.rpartition(".")[2]):
+        read = functools.partial(reader, path, cfg.text_key)
     else:
         read = functools.partial(read_text, path, cfg.txt_documents)
     begins = True

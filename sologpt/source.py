@@ -22,7 +22,10 @@ from tqdm import tqdm
 from sologpt.errors import UserError
 from sologpt.files import sha256_of
 
-ENDINGS = (".parquet", ".jsonl", ".txt", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
+KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
+ENDINGS = KINDS + tuple(kind + packed for packed in (".gz", ".zst") for kind in KINDS[2:])
+# what datasets.save_to_disk writes beside its .arrow files
+ABOUT_ARROW = ("state.json", "dataset_info.json", "dataset_dict.json")
 TIMEOUT = 60  # seconds that a server may be silent
 
 
@@ -124,7 +127,11 @@ def files_below(folder, endings, passed_over):
                 found.append(path)
             else:
                 passed_over[os.path.splitext(name)[1] or "without an ending"] += 1
-    return found
+    if not any(path.lower().endswith(".arrow") for path in found):
+        return found
+    texts = [path for path in found if os.path.basename(path) not in ABOUT_ARROW]
+    passed_over["of datasets' own .json"] += len(found) - len(texts)
+    return texts
 
 
 def matches(pattern):

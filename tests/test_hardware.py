@@ -177,6 +177,21 @@ def test_cpu_is_chosen_without_a_gpu_and_what_is_not_there_is_refused():
     assert hardware.device_peak(cpu, "float32") == (None, "no peak is known for cpu")
 
 
+def test_an_apple_gpu_computes_in_fp32_unless_asked_and_is_asked_nothing_of_cuda():
+    mps = torch.device("mps")  # a name; the machine need not have one
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match="torch sees no Apple GPU"):
+            hardware.pick_device("mps")
+    assert hardware.pick_dtype("", mps) == ("float32", "the default on mps")
+    assert hardware.pick_dtype("bfloat16", mps) == ("bfloat16", "as asked")
+    with pytest.raises(UserError, match="needs a CUDA GPU, this is mps"):
+        hardware.pick_dtype("float16", mps)
+    assert hardware.device_peak(mps, "float32") == (None, "no peak is known for mps")
+    assert hardware.device_name(mps) == "mps" and hardware.compile_obstacle(mps) is None
+    for memory_of in (hardware.available_memory, hardware.total_memory, hardware.peak_memory):
+        assert memory_of(mps) is None
+
+
 @pytest.mark.parametrize(
     "has_bf16, expected",
     [
@@ -345,7 +360,7 @@ def machine(dtype, device="cpu"):
 def test_the_attention_kernel_is_named_or_not():
     config = GPTConfig(**SIZES)
     name = hardware.attention_backend(machine("bfloat16"), config)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         one_pass(make_gpt(config).train(), "bfloat16")
     kernels = {"FLASH_ATTENTION": "aten::_scaled_dot_product_flash_attention_for_cpu"}
     assert kernels[name] in {event.key for event in profile.key_averages()}

@@ -231,7 +231,7 @@ class HeadAlone(torch.nn.Module):
 
 def peak_memory(work):
     """Returns the most bytes that the tensors made by work() took at one time, as torch's profiler counts."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         work()
     events, sizes = profiler.profiler.kineto_results.experimental_event_tree(), []
     while events:

@@ -6,6 +6,7 @@ Run: pytest tests/test_prepare.py
 
 import ast
 import contextlib
+import csv
 import functools
 import gzip
 import hashlib
@@ -28,6 +29,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pytest
 import tiktoken_ext.openai_public
 import torch
@@ -39,6 +41,7 @@ import prepare_fineweb
 from configurator import configure
 from prepare_fineweb import (
     Part,
+    Position,
     PrepareConfig,
     Progress,
     choose,
@@ -46,6 +49,8 @@ from prepare_fineweb import (
     find_files,
     pieces,
     push_out,
+    read_chunks,
+    read_json,
     read_parts,
     read_text,
     retrying,
@@ -82,6 +87,35 @@ def prepare(run, *argv, **options):
 
 def write_jsonl(path, texts, name="text"):
     path.write_text("".join(json.dumps({name: text, "id": i}) + "\n" for i, text in enumerate(texts)))
+
+
+def write_json(path, texts):
+    path.write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(texts)], indent=1))
+
+
+def write_csv(path, texts):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        rows = csv.writer(f)
+        rows.writerow(["id", "text"])
+        rows.writerows(enumerate(texts))
+
+
+def write_arrow(path, texts, new=pyarrow.ipc.new_stream):
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    with new(path, table.schema) as f:
+        f.write_table(table, max_chunksize=70)
+
+
+def write_arrow_file(path, texts):
+    write_arrow(path, texts, pyarrow.ipc.new_file)
+
+
+def compressed(write, codec):
+    def write_compressed(path, texts):
+        write(path, texts)
+        path.write_bytes(pyarrow.compress(path.read_bytes(), codec, asbytes=True))
+
+    return write_compressed
 
 
 def test_every_document_lands_whole_in_one_split(run, tmp_path):
@@ -160,6 +194,8 @@ def test_a_folder_without_known_endings_says_which_it_has(run, tmp_path):
     assert "source: 3 files; passed over: 1 .PNG\n" in out
     wrong = run("prepare_fineweb.py", "--input=notes", "--endings=md", status=2).stderr
     assert "endings begin with a dot, as in .md,.rst; not 'md'" in wrong
+    wrong = run("prepare_fineweb.py", "--input=notes", "--endings=.md,.CSV", *options, status=2).stderr
+    assert "endings: .CSV is read already, and not always as text; omit it" in wrong
     (tmp_path / "notes/picture.PNG").unlink()
     out = run("prepare_fineweb.py", "--input=notes/**/*.*", "--encoding=bytes", "--val_tokens=2").stdout
     assert "source: 3 files" in out and (tmp_path / "data/notes/notes_val_000000.bin").exists()
@@ -208,6 +244,85 @@ def test_text_jsonl_and_parquet_may_be_mixed_in_a_folder(run, tmp_path):
     prepare(run, "--input=in")
     found = documents_in(tmp_path / "out")
     assert sorted(found["train"] + found["val"]) == sorted(list(text.encode()) for text in TEXTS)
+
+
+ODD_TEXTS = [
+    *TEXTS,
+    "",
+    'a "quoted", word',
+    "lines\r\n\nof\ta {text}, [1]",
+    "漢字 \U0001f600\u2028",
+    "x " * 999_999,
+]
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("a.json", write_json),
+        ("a.json", lambda path, texts: path.write_text(json.dumps(texts, ensure_ascii=False), "utf-8-sig")),
+        ("a.json.zst", compressed(write_json, "zstd")),
+        ("a.csv", write_csv),
+        ("a.csv.gz", compressed(write_csv, "gzip")),
+        ("a.arrow", write_arrow),
+        ("a.arrow", write_arrow_file),
+    ],
+)
+def test_every_kind_of_file_gives_the_shards_of_jsonl(run, tmp_path, name, write):
+    write_jsonl(tmp_path / "a.jsonl", ODD_TEXTS)
+    write(tmp_path / name, ODD_TEXTS)
+    prepare(run, "--input=a.jsonl", "--shard_tokens=500000", "--val_tokens=9000", "--out_dir=jsonl")
+    prepare(run, f"--input={name}", "--shard_tokens=500000", "--val_tokens=9000")
+    found, expected = contents(tmp_path / "out"), contents(tmp_path / "jsonl")
+    assert len(found) == 7 and found.pop("meta.json") != expected.pop("meta.json")  # they name their sources
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "stream.arrow", "file.arrow"])
+def test_each_kind_is_continued_from_any_place(tmp_path, name, monkeypatch):
+    write = dict(json=write_json, csv=write_csv, stream=write_arrow, file=write_arrow_file)
+    write[name.removeprefix("a.").removesuffix(".arrow")](tmp_path / name, TEXTS)
+    monkeypatch.setattr(prepare_fineweb, "CHUNK", 1500)  # some twenty places
+    cfg = configure(PrepareConfig, [])
+    files = [str(tmp_path / name)]
+    chunks = list(read_chunks(files, cfg, Position()))
+    assert [part.text for _, parts in chunks for part in parts] == TEXTS and len(chunks) > 9
+    for i, (position, _) in enumerate(chunks[:-1], 1):
+        assert list(read_chunks(files, cfg, position)) == chunks[i:]
+
+
+@pytest.mark.parametrize("write", [write_json, write_arrow, write_arrow_file])
+def test_a_file_that_is_cut_off_anywhere_is_noticed(tmp_path, write):
+    path = tmp_path / f"a{write.__name__.replace('write_', '.').removesuffix('_file')}"
+    write(path, TEXTS[:80])
+    raw, cfg = path.read_bytes(), configure(PrepareConfig, [])
+    for end in range(0, len(raw), 61 if write is write_json else 13):
+        path.write_bytes(raw[:end])
+        with pytest.raises(UserError, match=f"cannot read {re.escape(str(path))} after [0-9]+ documents: .+"):
+            list(read_chunks([str(path)], cfg, Position()))
+
+
+def test_a_stream_without_its_end_was_cut_off_between_two_batches(run, tmp_path):
+    write_arrow(tmp_path / "a.arrow", TEXTS)
+    raw = (tmp_path / "a.arrow").read_bytes()
+    assert raw.endswith(b"\xff\xff\xff\xff\0\0\0\0")
+    (tmp_path / "a.arrow").write_bytes(raw[:-8])
+    error = prepare(run, "--input=a.arrow", status=1).stderr
+    assert "cannot read a.arrow after 200 documents: the end of the stream is missing" in error
+
+
+def test_a_folder_of_save_to_disk_is_read_without_what_it_says_of_itself(run, tmp_path):
+    parts = dict(train=datasets.Dataset.from_dict({"text": TEXTS[:150]}))
+    parts["test"] = datasets.Dataset.from_dict({"text": TEXTS[150:]})
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "in", num_shards=dict(train=2, test=1))
+    out = prepare(run, "--input=in").stdout
+    assert "source: 3 files; passed over: 5 of datasets' own .json\n" in out
+    found = documents_in(tmp_path / "out")
+    assert sorted(found["train"] + found["val"]) == sorted(list(text.encode()) for text in TEXTS)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/state.json").write_text('{"text": "no array"}')
+    error = prepare(run, "--input=other", "--out_dir=other.out", status=1).stderr
+    assert "other/state.json after 0 documents: character 0: not a JSON array; with an object a line" in error
 
 
 def test_a_dataset_of_the_hubs_kind_is_streamed(spawn, tmp_path):
@@ -371,6 +486,21 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
             "line 1 has no text under 'text' (--text_key); it has body, id",
         ),
         (b'["x"]', ["--input=a.jsonl"], "line 1 has no text under 'text' (--text_key); it has only list"),
+        (b'[{"text": "x"}, {"text": 3}]', ["--input=a.json"], "item 2 has no text under 'text' (--text_key)"),
+        (b'[{"body": "x"}]', ["--input=a.json"], "1 has no text under 'text' (--text_key); it has body"),
+        (b'["x" "y"]', ["--input=a.json"], "a.json after 1 documents: character 5: Expecting ',' or ']'"),
+        (b'["x"]\n["y"]', ["--input=a.json"], "after 1 documents: something follows the JSON array"),
+        (
+            b'["x\xff"]',
+            ["--input=a.json"],
+            "after 0 documents: 'utf-8' codec can't decode byte 0xff in position",
+        ),
+        (b"id,body\n1,x", ["--input=a.csv"], "no text under 'text' (--text_key); it has id, body"),
+        (b"", ["--input=a.csv"], "no text under 'text' (--text_key); it has nothing"),
+        (b"id,text\n1,x\n2\n", ["--input=a.csv"], "after 1 documents: line 3: not as many columns as the"),
+        (b'id,text\n1,x\n2,"y', ["--input=a.csv"], "a.csv after 1 documents: line 3: unexpected end of data"),
+        (b"ARROW1 damaged", ["--input=a.arrow"], "cannot read a.arrow after 0 documents: "),
+        (b"damaged", ["--input=a.arrow"], "cannot read a.arrow after 0 documents: "),
         (b"PAR1 damaged", ["--input=a.parquet"], "cannot read a.parquet after 0 documents: "),
         (
             gzip.compress(b"x" * 999, mtime=0)[:-9],
@@ -387,6 +517,21 @@ def test_a_mistake_is_one_line(run, tmp_path, content, argv, message):
     out = prepare(run, *argv, status=1)
     assert len(out.stderr.splitlines()) == 1 and message in out.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("column, what", [("body", "it has id, text"), ("id", "holds int, not text")])
+def test_a_column_that_is_not_there_or_no_text_is_one_line(run, tmp_path, column, what):
+    write_arrow(tmp_path / "a.arrow", TEXTS)
+    error = prepare(run, "--input=a.arrow", f"--text_key={column}", status=1).stderr
+    assert f"'{column}' (--text_key)" in error and what in error and len(error.splitlines()) == 1
+
+
+def test_a_missing_quote_does_not_take_the_rest_of_the_file_into_memory(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text('text\none\n"two\n' + "a line\n" * 1000)
+    limit = csv.field_size_limit
+    monkeypatch.setattr(csv, "field_size_limit", lambda _: limit(70))
+    with pytest.raises(UserError, match=r"after 1 documents: line 13: field larger than field limit \(70\)"):
+        list(read_chunks([str(tmp_path / "a.csv")], configure(PrepareConfig, []), Position()))
 
 
 def test_bad_files_are_passed_over_when_asked(run, tmp_path):
@@ -524,12 +669,14 @@ def address():
     thread.join()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.json", "a.arrow"])
 def test_a_file_is_read_from_its_address(run, tmp_path, address, name, monkeypatch):
     monkeypatch.setattr(prepare_fineweb, "PAUSES", (0, 0))
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "a.parquet")
+    write_json(tmp_path / "a.json", TEXTS)
+    write_arrow(tmp_path / "a.arrow", TEXTS)
     Files.content = (tmp_path / name).read_bytes()
     prepare(run, f"--input={name}", "--out_dir=local")
     once = prepare(run, f"--input={address}/{name}?raw=1")
@@ -785,6 +932,23 @@ def test_text_files_are_divided_alike_however_they_are_read(tmp_path_factory, te
     assert found == expected[: len(expected) - (not expected[-1])]
 
 
+@given(
+    st.lists(st.lists(nasty, max_size=5).map("".join), max_size=5),
+    st.sampled_from([None, 0, 20]),
+    st.booleans(),
+    st.integers(1, 40),
+)
+def test_json_arrays_are_read_alike_in_whatever_blocks(tmp_path_factory, texts, indent, ascii, block):
+    path = tmp_path_factory.mktemp("blocks") / "a.json"
+    rows = [{"id": -1.5e3, "text": text, "more": {"a": [True, None]}} for text in texts]
+    raw = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode("utf-8", "replace")
+    path.write_bytes(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_fineweb, "CHUNK", block)
+        found = [text for text, _ in read_json(str(path), "text")]
+    assert found == [row["text"] for row in json.loads(raw)]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base"])
 @given(
     st.lists(nasty | st.sampled_from(["word", " word", " ", "\n", ".", "1", "don't", "漢"]), max_size=12).map(
@@ -838,12 +1002,13 @@ def test_a_line_that_is_read_in_several_parts_is_one_document_in_any_kind_of_fil
 
 @pytest.fixture
 def big_source(tmp_path):
-    """20,000 texts in three files, some 42 MB; returns the arguments that prepare them into 21 shards."""
+    """20,000 texts in four files, some 42 MB; returns the arguments that prepare them into 21 shards."""
     noise = random.Random(7)
-    for name in ("a", "b", "c"):
-        texts = ["".join(noise.choices("abcdefgh ", k=noise.randrange(2, 60))) * 72 for _ in range(6500)]
-        write_jsonl(tmp_path / f"{name}.jsonl", [*texts, ""])
-    return ["--input=a.jsonl,b.jsonl,c.jsonl", "--shard_tokens=2000000", "--val_tokens=300000", "--workers=2"]
+    kinds = {"a.jsonl": write_jsonl, "b.json": write_json, "c.csv": write_csv, "d.arrow": write_arrow}
+    for name, write in kinds.items():
+        texts = ["".join(noise.choices("abcdefgh ", k=noise.randrange(2, 60))) * 72 for _ in range(4900)]
+        write(tmp_path / name, [*texts, ""])
+    return [f"--input={','.join(kinds)}", "--shard_tokens=2000000", "--val_tokens=300000", "--workers=2"]
 
 
 def contents(folder):
@@ -893,7 +1058,7 @@ def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_so
         "stopping; Ctrl-C again leaves at once",
         "stopped; the same command continues after the last whole shard",
     ]
-    assert out == "source: 3 files\n"
+    assert out == "source: 4 files\n"
     for _ in range(100):  # the workers are gone; a Z would be waiting for whoever adopted it
         states = subprocess.run(
             ["ps", "-eo", "pgid=,stat="], capture_output=True, text=True
