@@ -278,11 +278,17 @@ def read_json(path, text_key):
 
 def items_of(f):
     """Yields the items of the JSON array in a text file. Keeps little more of it than its longest item."""
-    mark, problem = re.compile(r"\s*\[\s*(\])?"), "not a JSON array; with an object a line, name it .jsonl"
-    decode, held, at, before = json.JSONDecoder().raw_decode, "", 0, 0
+    decode = json.JSONDecoder().raw_decode
+    mark = re.compile(r"\s*\[\s*(\])?")  # before the next item; the first one begins the array
+    problem = "not a JSON array; with an object a line, name it .jsonl"
+    held = ""  # text that was read, of which items before `at` are done
+    at = 0
+    before = 0  # characters before held
     while True:
         block = f.read(max(CHUNK, len(held) - at))  # twice as much as before, until the item is whole
-        held, at, before = held[at:] + block, 0, before + at
+        before += at
+        held = held[at:] + block
+        at = 0
         try:
             while found := mark.match(held, at):
                 if found[1]:
@@ -291,7 +297,8 @@ def items_of(f):
                     return
                 item, at = decode(held, found.end())
                 yield item
-                mark, problem = re.compile(r"\s*(?:,\s*|(\]))"), "Expecting ',' or ']'"
+                mark = re.compile(r"\s*(?:,\s*|(\]))")
+                problem = "Expecting ',' or ']'"
             raise json.JSONDecodeError(problem, held, len(held) - len(held[at:].lstrip()))
         except json.JSONDecodeError as e:
             # an error where the text read so far ends may only be that
