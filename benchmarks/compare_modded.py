@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import Config, from_command_line, key, run_script
 from model import GPTConfig, make_gpt
@@ -280,9 +280,15 @@ def train_as(made, cfg, run):
     nats), the last one, and the median seconds of an iteration."""
     keys = keys_of(cfg, run)
     machine = hardware.find_machine(replace(keys, device=cfg.device))
-    if not cfg.compile:
-        torch.compiler.set_stance("force_eager")  # also for what the peer compiles by itself
-    windows, val, vocab_size = open_data(cfg, keys.block_size)
+    stance = "default" if cfg.compile else "force_eager"
+    with torch.compiler.set_stance(stance):  # also for what the peer compiles by itself
+        curve, seconds = train_on(open_data(cfg, keys.block_size), made, cfg, keys, run, machine)
+    return asdict(run) | dict(curve=curve, loss=curve[-1][1], seconds=statistics.median(seconds[WARMUP:]))
+
+
+def train_on(data, made, cfg, keys, run, machine):
+    """Returns the curve of validation losses, and the seconds of each iteration."""
+    windows, val, vocab_size = data
     torch.manual_seed(run.seed)
     trained = made(cfg, keys, vocab_size, run, machine)
     batches = micro_batches(windows, 0, keys, machine.device)
@@ -297,7 +303,7 @@ def train_as(made, cfg, run):
         seconds.append(time.perf_counter() - start)
     batches.close()
     curve.append((run.iters * keys.tokens_per_iter, trained.evaluate(val, count, keys.batch_size)))
-    return asdict(run) | dict(curve=curve, loss=curve[-1][1], seconds=statistics.median(seconds[WARMUP:]))
+    return curve, seconds
 
 
 def begin(cfg):
