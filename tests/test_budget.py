@@ -87,11 +87,11 @@ def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, m
     monkeypatch.setattr("bench.TRIAL_SECONDS", 2.0)
     (tmp_path / "mine.py").write_text("n_layer = 2; n_head = 2; n_embd = 32; warmup_iters = 2\n")
     flags = [flag for flag in tiny if not flag.startswith(("--n_", "--warmup", "--max_iters", "--lr_decay"))]
-    out = run("bench.py", "mine.py", *flags, "--hours=0.002", "--json=hours.json").stdout
-    assert "in 0.002 hours, compilation and evaluations included:" in out
+    out = run("bench.py", "mine.py", *flags, "--hours=0.001", "--json=hours.json").stdout
+    assert "in 0.001 hours, compilation and evaluations included:" in out
     assert out.count("nearest to 20 tokens per parameter") == 1
     command = shlex.split(out.splitlines()[-1])
-    assert command[:3] == ["python", "train.py", "mine.py"] and "--max_minutes=0.12" in command
+    assert command[:3] == ["python", "train.py", "mine.py"] and "--max_minutes=0.06" in command
     rows = json.loads((tmp_path / "hours.json").read_text())["rows"]
     widths = [row["size"]["n_embd"] for row in rows]
     assert widths == sorted(widths) and sum(row["speed"]["measured"] for row in rows) >= 2
