@@ -306,12 +306,6 @@ def train_on(data, made, cfg, keys, run, machine):
     return curve, seconds
 
 
-def begin(cfg):
-    """Prepares a process for runs."""
-    if cfg.jobs > 1:
-        torch.set_num_threads(1)
-
-
 class Results:
     """The runs that train(cfg, run) has made so far, in the JSON file."""
 
@@ -334,17 +328,23 @@ class Results:
         return found[0] if found else None
 
     def make(self, runs):
-        """Makes those of the runs that are missing, cfg.jobs at a time."""
+        """Makes those of the runs that are missing, cfg.jobs at a time, several in processes of their own."""
         missing = [run for run in runs if not self.of(run)]
+        if self.cfg.jobs == 1:
+            for run in missing:
+                self.keep(self.train(self.cfg, run))
+            return
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.cfg.jobs, spawn, begin, [self.cfg]) as pool:
+        with ProcessPoolExecutor(self.cfg.jobs, spawn, torch.set_num_threads, [1]) as pool:
             for future in as_completed([pool.submit(self.train, self.cfg, run) for run in missing]):
-                entry = future.result()
-                self.content["runs"].append(entry)
-                with atomic_file(self.cfg.json) as f:
-                    f.write(json.dumps(self.content).encode())
-                about = f"{entry['model']}, rates x {entry['rate']:g}, {entry['iters']} iterations"
-                print(f"{about}, seed {entry['seed']}: {entry['loss']:.4f}", file=sys.stderr, flush=True)
+                self.keep(future.result())
+
+    def keep(self, entry):
+        self.content["runs"].append(entry)
+        with atomic_file(self.cfg.json) as f:
+            f.write(json.dumps(self.content).encode())
+        about = f"{entry['model']}, rates x {entry['rate']:g}, {entry['iters']} iterations"
+        print(f"{about}, seed {entry['seed']}: {entry['loss']:.4f}", file=sys.stderr, flush=True)
 
     def mean(self, model, rate, iters):
         """Returns the mean loss over the seeds."""
