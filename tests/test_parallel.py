@@ -20,7 +20,6 @@ from sologpt import checkpoint, fit, hardware, parallel
 from sologpt.errors import UserError
 from train import TrainConfig
 
-pytestmark = pytest.mark.xdist_group("parallel")  # in one worker, as they share runs that take long
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ARGV = [*TINY.split(), "--gradient_accumulation_steps=4", "--eval_interval=10"]
 ARGV += ["--max_iters=30", "--lr_decay_iters=30"]
