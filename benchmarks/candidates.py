@@ -68,7 +68,6 @@ class CandidatesConfig(Config):
     device: str = key("", "cuda, cuda:N or cpu; empty: the best available")
     dtype: str = key("bfloat16", "dtype of matmuls", choices=("bfloat16", "float32"))
     compile: bool = key(False, "compile the blocks; each run then takes some seconds more")
-    gpt2_learning_rate: float = key(2e-3, "of no effect here", above=0)
     json: str = key("out-candidates.json", "file of the results")
 
 

@@ -256,7 +256,9 @@ def keys_of(cfg, run):
     argv = [config, *SIZES[cfg.size].split(), f"--seed={run.seed}"]
     argv += [f"--n_head={width // HEAD[run.model]}", f"--compile={cfg.compile}", f"--dtype={cfg.dtype}"]
     keys = from_command_line(TrainConfig, "", argv)
-    rate = cfg.gpt2_learning_rate if run.model == "gpt2" else keys.learning_rate
+    rate = keys.learning_rate
+    if run.model == "gpt2":
+        rate = cfg.gpt2_learning_rate
     scaled = dict(
         warmup_iters=round(keys.warmup_iters / keys.max_iters * run.iters),
         learning_rate=rate * run.rate,
@@ -314,7 +316,7 @@ class Results:
         self.train = train
         described = asdict(cfg)
         same = ("dataset", "size", "vocab", "eval_windows", "dtype", "compile", "gpt2_learning_rate")
-        about = {name: described[name] for name in same}
+        about = {name: described[name] for name in same if name in described}
         machine = dict(python=platform.python_version(), torch=torch.__version__, cores=os.cpu_count())
         self.content = dict(about=about, machine=machine, runs=[])
         if os.path.exists(cfg.json):

@@ -46,7 +46,7 @@ def test_effects_are_found_again():
 
 
 class Small:
-    size, compile, dtype, gpt2_learning_rate = "tiny", False, "float32", 1e-3
+    size, compile, dtype = "tiny", False, "float32"
 
 
 def test_without_candidates_it_is_the_recipe():
