@@ -522,7 +522,8 @@ def tried(cfg, argv, plan, dataset, scratch):
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     done = subprocess.run([sys.executable, script, *command], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"train.py failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+        raise UserError(f"train.py failed: {last.removeprefix('error: ')}")
     with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     iters = [row for row in rows if row["kind"] == "iter"]

@@ -60,7 +60,8 @@ def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart():
     split = [*ours[0].chunk(3), *ours[1:]]
     moved = [(b - a).abs().mean() for a, b in zip((*fused.chunk(3), wide, tall), split, strict=True)]
     for p, q, distance in zip(split, theirs, moved, strict=True):
-        assert (p - q).square().mean().sqrt() < 0.05 * distance  # bf16, summed in another order
+        # on some CPUs bf16 products of a batch are summed in another order than single ones
+        assert (p - q).square().mean().sqrt() < 0.03 * distance
     assert max(moved[:3]) < 1.2 * min(moved[:3])
 
 

@@ -143,31 +143,16 @@ def test_the_model_is_compiled_as_the_keys_say(monkeypatch):
     assert asked == [dict(dynamic=False, mode="max-autotune-no-cudagraphs")] and model.loss_chunks == 3
 
 
-def test_a_loss_in_chunks_is_no_part_of_a_checkpoint(run, byte_data, tiny, tmp_path):
+# torch.compile itself does that
+def test_a_compiled_run_that_saves_memory_gives_the_same_losses(run, byte_data, tiny, tmp_path):
     eager = losses(run("train.py", *tiny))
     chunked = losses(run("train.py", *tiny, "--loss_chunks=3", "--out_dir=chunked"))
-    assert [float(x) for x in chunked.values()] == pytest.approx([float(x) for x in eager.values()], abs=2e-3)
+    out = run("train.py", *tiny, "--compile=True", "--loss_chunks=3", "--activation_memory=0.5")
+    for found in (chunked, losses(out)):
+        assert [float(x) for x in found.values()] == pytest.approx(
+            [float(x) for x in eager.values()], abs=2e-3
+        )
     assert "loss_chunks" not in checkpoint.load(tmp_path / "chunked/ckpt.pt")["model_args"]
-
-
-# torch.compile itself does that
-def test_a_compiled_model_that_saves_memory_has_the_same_gradients():
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
-    eager, compiled = GPT(config), GPT(config)
-    compiled.load_state_dict(eager.state_dict())
-    compiled.loss_chunks = 3
-    try:
-        hardware.keep_activations(0.5)
-        compiled.compile(dynamic=False, backend="aot_eager_decomp_partition")  # all but the kernels
-        idx, targets = torch.randint(64, (2, 4, 16))
-        found = [model(idx, targets)[1] for model in (eager, compiled)]
-        for loss in found:
-            loss.backward()
-    finally:
-        hardware.keep_activations(1.0)
-    assert found[1].item() == pytest.approx(found[0].item(), rel=1e-5)
-    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["activation_memory=0.9", "compile_mode='max-autotune-no-cudagraphs'"])
@@ -986,10 +971,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(run, b
 def test_a_compiler_that_does_not_work_is_one_line(run, spawn, byte_data, tiny, tmp_path):
     run("train.py", *tiny, "--max_iters=1")
     broken = dict(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), status=1)
-    out = spawn("train.py", *tiny, "--compile=True", **broken)
-    assert re.search(
-        r"^error: torch.compile failed: .*C\+\+ compiler.*; try --compile=False$", out.stderr, re.M
-    )
+    for script, argv in (("sample.py", ["--device=cpu"]), ("train.py", tiny)):
+        out = spawn(script, *argv, "--compile=True", **broken)
+        assert re.search(
+            r"^error: torch.compile failed: .*C\+\+ compiler.*; try --compile=False$", out.stderr, re.M
+        )
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(run, byte_data, tiny, tmp_path):
