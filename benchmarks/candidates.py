@@ -3,11 +3,11 @@ What would the recipe gain from parts that others found worth their lines?
 
     python benchmarks/candidates.py --dataset=text_100m --size=3m --jobs=2
 
-Sixteen candidates, in 32 runs: every candidate is on in 16 runs and off in 16, with every other one as often
-on as off. The difference of both means is its effect, measured with all 32 runs; effects of two candidates on
-each other do not mix into it (a folded-over Hadamard design of resolution IV: Box, Hunter and Hunter,
-Statistics for Experimenters, chapter 6). The seed of weights and data is another one in each run, so the
-standard error has the seeds' share in it. Below zero is better.
+Sixteen candidates, in 32 runs (or those of --only, eight in 16): every candidate is on in half of the runs
+and off in half, with every other one as often on as off. The difference of both means is its effect, measured
+with all runs; effects of two candidates on each other do not mix into it (a folded-over Hadamard design of
+resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, chapter 6). There are several seeds, with
+four runs of each in which every candidate is as often on as off. Below zero is better.
 
 What stays in the recipe is then measured by compare_modded.py. Models, sizes, data and results are as there.
 """
@@ -31,18 +31,18 @@ from compare_modded import Results, train_as
 
 from configurator import Config, from_command_line, key, run_script
 from model import GPTConfig, ModernAttention, ModernBlock, ModernGPT, rms_norm, rotate
-from sologpt import optim
+from sologpt import loss, optim
 from sologpt.errors import UserError
 from train import micro_step, set_learning_rate, update
 
 CANDIDATES = dict(
     scale="scores times 0.12 instead of 1 / sqrt(D)",
-    normed_embedding="embedding N(0, 1), normalised, with 100 times the learning rate",
+    normed_embedding="embedding N(0, 1), normalised, with 25 times the learning rate",
     vectors="mixing weights with 4 times the learning rate",
     betas="AdamW's betas 0.8, 0.95 and eps 1e-10",
     long_cooldown="cooldown over the last 0.7",
     no_warmup="no warmup",
-    value_embeddings="an embedding added to the values of every other block, 4 times the learning rate",
+    value_embeddings="an embedding added to the values of every other block, with 4 times the learning rate",
     normuon="Muon's updates divided by the running root mean square of their rows",
     cautious="Muon's weight decay only where it goes the way of the update",
     polar_express="orthogonalization with other coefficients in each step",
@@ -50,7 +50,7 @@ CANDIDATES = dict(
     smear="a gated share of the embedding of the token before",
     backout="the last block's output less a share of the stream after two thirds",
     half_rotary="half of the pairs not rotated, the others at base 1,024",
-    muon_rate="1.6 times the learning rate for Muon",
+    slower_muon="0.6 times the learning rate for Muon",
     no_value_shortcut="without the shortcut from the first block's values",
 )
 GATED = 12  # components that a gate reads
@@ -61,14 +61,25 @@ class CandidatesConfig(Config):
     dataset: str = key("text_100m", "folder of token files with GPT-2's ids: one under data/, or a path")
     size: str = key("3m", "size of the models", choices=tuple(compare_modded.SIZES))
     vocab: int = key(8192, "keep the most frequent ids, all others become one; 0: all", low=0)
+    only: str = key("", "names of candidates with commas between them; empty: all")
     iters: int = key(400, "iterations of a run", low=10)
     eval_windows: int = key(1024, "windows of the validation split to evaluate on", low=1)
     evaluations: int = key(1, "how often a run is evaluated, before its end", low=1)
     jobs: int = key(1, "runs at the same time, of one thread each if there are several", low=1)
     device: str = key("", "cuda, cuda:N or cpu; empty: the best available")
     dtype: str = key("bfloat16", "dtype of matmuls", choices=("bfloat16", "float32"))
-    compile: bool = key(False, "compile the blocks; each run then takes some seconds more")
+    compile: bool = key(False, "compile the loss, which all runs share, and on a GPU each run's blocks")
     json: str = key("out-candidates.json", "file of the results")
+
+    @property
+    def names(self):
+        return self.only.split(",") if self.only else list(CANDIDATES)
+
+    def problems(self):
+        unknown = sorted(set(self.names) - set(CANDIDATES))
+        if unknown:
+            return [f"only has {', '.join(unknown)}; there are {', '.join(CANDIDATES)}"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -84,35 +95,40 @@ class Run:
 # the design
 
 
-def signs():
-    """Returns +1 and -1, int (32, 16): a run's candidates in each row."""
+def signs(count):
+    """Returns +1 and -1, int (runs, count), a run's candidates in each row: twice as many runs as candidates,
+    these rounded up to a power of two."""
     rows = np.array([[1]])
-    for _ in range(4):
+    while len(rows) < count:
         rows = np.block([[rows, rows], [rows, -rows]])
-    return np.concatenate([rows, -rows])
+    return np.concatenate([rows, -rows])[:, :count]
 
 
-def all_runs(iters):
+def all_runs(names, iters):
+    """Returns the runs of the design. Four have the same seed, among them two opposites of two others."""
+    design = signs(len(names))
     runs = []
-    for number, row in enumerate(signs()):
-        parts = [name for name, sign in zip(CANDIDATES, row, strict=True) if sign > 0]
-        runs.append(Run(" ".join(parts), number + 1, iters))
+    for number, row in enumerate(design):
+        parts = [name for name, sign in zip(names, row, strict=True) if sign > 0]
+        runs.append(Run(" ".join(parts), number % max(1, len(design) // 4), iters))
     random.Random(0).shuffle(runs)  # a part of them, if they are stopped, is not one-sided
     return runs
 
 
-def effects(entries):
-    """Returns {candidate: (effect, standard error)} by least squares, from results of most of the runs."""
-    on = np.array([[1 if name in entry["parts"].split() else -1 for name in CANDIDATES] for entry in entries])
+def effects(names, entries):
+    """Returns {candidate: (effect, standard error)} by least squares, from results of most of the runs. What
+    the runs of a seed have in common is no effect, and no error either."""
+    on = np.array([[1 if name in entry["parts"].split() else -1 for name in names] for entry in entries])
     losses = np.array([entry["loss"] for entry in entries])
-    design = np.column_stack([np.ones(len(on)), on / 2])
+    seeds = np.array([entry["seed"] for entry in entries])
+    design = np.column_stack([on / 2, seeds[:, None] == np.unique(seeds)])
     found, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
     freedom = len(losses) - rank
     if rank < design.shape[1] or not freedom:
-        raise UserError(f"{len(losses)} finite runs are too few to tell {len(CANDIDATES)} effects apart")
+        raise UserError(f"{len(losses)} finite runs are too few to tell {len(names)} effects apart")
     variance = ((losses - design @ found) ** 2).sum() / freedom
     errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
-    return {name: (found[i + 1], errors[i + 1]) for i, name in enumerate(CANDIDATES)}
+    return {name: (found[i], errors[i]) for i, name in enumerate(names)}
 
 
 # -----------------------------------------------------------------------------
@@ -161,14 +177,14 @@ class Candidate(ModernGPT):
     def __init__(self, config, parts):
         object.__setattr__(self, "parts", parts)  # make_layers needs it, before nn.Module is set up
         super().__init__(config)
+        self.compiled_loss = None
 
     def make_layers(self, config):
         super().make_layers(config)
         self.transformer.h = nn.ModuleList([Block(config, self.parts) for _ in range(config.n_layer)])
-        self.value_tables = nn.ModuleDict()
+        self.value_table = None
         if "value_embeddings" in self.parts:
-            for i in range((config.n_layer + 1) % 2, config.n_layer, 2):  # the last block has one
-                self.value_tables[str(i)] = nn.Embedding(config.vocab_size, config.n_embd)
+            self.value_table = nn.Embedding(config.vocab_size, config.n_embd)
         self.smear_gate = nn.Linear(GATED, 1, bias=False)
         self.smear = nn.Parameter(torch.zeros(1))
         self.backout = nn.Parameter(torch.zeros(1))
@@ -188,6 +204,14 @@ class Candidate(ModernGPT):
         if "normed_embedding" in self.parts:
             nn.init.normal_(self.transformer.wte.weight)
 
+    def forward(self, idx, targets):
+        if self.compiled_loss is None:
+            return super().forward(idx, targets)
+        x = self.hidden(idx, torch.arange(idx.size(1), device=idx.device)[None])
+        chunks = loss.suitable_chunks(targets.numel(), self.config.vocab_size)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return None, self.compiled_loss(x, self.lm_head.weight, targets, chunks, self.softcap)
+
     def hidden(self, idx, position, pasts=None):
         x = self.embed(idx, position)
         if "normed_embedding" in self.parts:
@@ -198,11 +222,13 @@ class Candidate(ModernGPT):
         x0 = x = x.to(self.matmul_dtype())
         first_v = middle = None
         cos, sin = self.rotary[:, position].unsqueeze(3)
+        more_v = None
+        if self.value_table is not None:
+            more_v = self.value_table(idx).to(x.dtype)
+        last = len(self.transformer.h) - 1
         for i, block in enumerate(self.transformer.h):
-            more_v = None
-            if str(i) in self.value_tables:
-                more_v = self.value_tables[str(i)](idx).to(x.dtype)
-            x, v = block(x, x0, first_v, cos, sin, more_v)
+            every_other = more_v if (last - i) % 2 == 0 else None
+            x, v = block(x, x0, first_v, cos, sin, every_other)
             if first_v is None:
                 first_v = v
             if i == 2 * len(self.transformer.h) // 3:
@@ -260,8 +286,8 @@ class Muon(optim.Muon):
             if "cautious" in self.parts:
                 decay = decay * (updates * before >= 0)
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
-            if "muon_rate" in self.parts:
-                rate = 1.6 * rate
+            if "slower_muon" in self.parts:
+                rate = 0.6 * rate
             after = before * (1 - decay) - rate * updates
             for weight, value in zip(weights, after.unbind(), strict=True):
                 weight.copy_(value)
@@ -286,7 +312,9 @@ class Ours(compare_modded.Ours):
         sizes = {name: getattr(keys, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
         self.model = Candidate(GPTConfig(**sizes, vocab_size=vocab_size, arch="modern"), self.parts)
         self.model.to(machine.device)
-        if cfg.compile:  # block by block: most of the gain, in a small part of the time
+        if cfg.compile:
+            self.model.compiled_loss = torch.compile(loss.chunked_cross_entropy, dynamic=False)
+        if cfg.compile and machine.device.type == "cuda":  # on a CPU it takes longer than it saves
             for block in self.model.transformer.h:
                 block.compile(dynamic=False)
         if "long_cooldown" in self.parts:
@@ -322,8 +350,8 @@ class Ours(compare_modded.Ours):
     def factor(self, p):
         """Returns the factor on the learning rate of a parameter that AdamW trains."""
         if p is self.model.transformer.wte.weight and "normed_embedding" in self.parts:
-            return 100.0
-        if any(p is table.weight for table in self.model.value_tables.values()):
+            return 25.0
+        if self.model.value_table is not None and p is self.model.value_table.weight:
             return 4.0
         if p.dim() < 2 and "vectors" in self.parts:
             return 4.0
@@ -348,14 +376,14 @@ def train(cfg, run):
 def main(argv):
     cfg = from_command_line(CandidatesConfig, __doc__, argv)
     results = Results(cfg, train)
-    runs = all_runs(cfg.iters)
+    runs = all_runs(cfg.names, cfg.iters)
     results.make(runs)
     entries = [results.of(run) for run in runs]
     finite = [entry for entry in entries if math.isfinite(entry["loss"])]
     if len(finite) < len(entries):
         print(f"{len(entries) - len(finite)} runs diverged and are left out")
     print("| candidate | effect on the validation loss | |\n|---|---|---|")
-    found = effects(finite)
+    found = effects(cfg.names, finite)
     for name in sorted(found, key=lambda name: found[name][0]):
         print(f"| {name} | {found[name][0]:+.4f} ± {found[name][1]:.4f} | {CANDIDATES[name]} |")
 

@@ -56,7 +56,7 @@ SCRIPT = "records/track_3_optimization/train_gpt_simple.py"
 SIZES = {  # parameters of the blocks; the vocabulary comes on top
     "tiny": "--n_layer=1 --n_embd=128 --block_size=32 --batch_size=4 --gradient_accumulation_steps=2",
     "1m": "--n_layer=4 --n_embd=128 --block_size=128 --batch_size=16 --gradient_accumulation_steps=1",
-    "3m": "--n_layer=4 --n_embd=256 --block_size=256 --batch_size=32 --gradient_accumulation_steps=1",
+    "3m": "--n_layer=4 --n_embd=256 --block_size=256 --batch_size=16 --gradient_accumulation_steps=1",
     "10m": "--n_layer=6 --n_embd=384 --block_size=256 --batch_size=32 --gradient_accumulation_steps=1",
     "gpu": "--n_layer=12 --n_embd=768 --block_size=1024 --batch_size=64 --gradient_accumulation_steps=8",
 }
