@@ -88,6 +88,15 @@ class Past(NamedTuple):
         self.values[rows, :, self.position] = v[:, :, 0]
         return self.keys, self.values
 
+    def before(self, x):
+        """Stores embeddings (B, T, C), as keys of one head without values. Returns those of one token before
+        each; before the first one is anything."""
+        x = x.unsqueeze(1)
+        stored, _ = self.extend(x, x[..., :0])
+        if self.position is None:
+            return x[:, 0].roll(1, dims=1)
+        return stored[torch.arange(len(x), device=x.device), :, self.position - 1]
+
 
 # -----------------------------------------------------------------------------
 # GPT-2
@@ -216,19 +225,21 @@ class GPT(nn.Module):
         return (None if self.training else logits), nats
 
     def hidden(self, idx, position, pasts=None):
-        """Returns the head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: one a block."""
-        x = self.embed(idx, position)
+        """Returns the head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: one for
+        each block, and in the modern architecture one for the embedding."""
+        pasts = pasts or [None] * (self.config.n_layer + 1)
+        x = self.embed(idx, position, pasts[-1])
         if self.matmul_dtype() == torch.bfloat16:
             x = x.bfloat16()  # autocast alone would keep the residual stream, and its memory traffic, in fp32
         x = F.dropout(x, self.config.dropout, self.training)
-        x = self.blocks(x, position, pasts or [None] * self.config.n_layer)
+        x = self.blocks(x, idx, position, pasts)
         return self.transformer.ln_f(x)
 
-    def embed(self, idx, position):
+    def embed(self, idx, position, past):
         return self.transformer.wte(idx) + self.transformer.wpe(position)
 
-    def blocks(self, x, position, pasts):
-        for block, past in zip(self.transformer.h, pasts, strict=True):
+    def blocks(self, x, idx, position, pasts):
+        for block, past in zip(self.transformer.h, pasts, strict=False):
             x = block(x, past)
         return x
 
@@ -248,14 +259,14 @@ class GPT(nn.Module):
     # parameters, FLOPs and the optimizer
 
     def looked_up(self):
-        """Returns the embedding that is only looked up, never multiplied."""
-        return self.transformer.wpe
+        """Returns the embeddings that are only looked up, never multiplied."""
+        return [self.transformer.wpe]
 
     def get_num_params(self, non_embedding=True):
         """Returns the number of parameters; non_embedding leaves out those that are only looked up."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
-            n -= self.looked_up().weight.numel()
+            n -= sum(embedding.weight.numel() for embedding in self.looked_up())
         return n
 
     def flops_per_token(self):
@@ -274,7 +285,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """Returns AdamW for all parameters; biases and LayerNorms do not decay. Muon: in sologpt/optim.py."""
-        return optim.adamw(self.parameters(), weight_decay, learning_rate, betas, device_type)
+        return optim.adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
 
     # -------------------------------------------------------------------------
     # sampling; the loop is in sologpt/sampling.py
@@ -333,6 +344,9 @@ class GPT(nn.Module):
 # the modern architecture
 
 
+GATE = 12  # components that the gate of the embedding reads, as in modded-nanogpt
+
+
 def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
@@ -345,19 +359,23 @@ def rotate(x, cos, sin):
 
 
 class ModernAttention(CausalSelfAttention):
-    def __init__(self, config):
+    def __init__(self, config, adds_token_v):
         super().__init__(config)
         # shares of this block's values and the first block's
         self.v_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.adds_token_v = adds_token_v
 
-    def forward(self, x, first_v, cos, sin, past=None):
-        """Returns (B, T, C) and this block's own values, (B, T, H, D); first_v is None in the first block."""
+    def forward(self, x, first_v, token_v, cos, sin, past=None):
+        """Returns (B, T, C) and this block's own values, (B, T, H, D). first_v: those of the first block,
+        None in there; token_v: those that belong to the token itself, whatever its context."""
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
         if first_v is None:
             first_v = v
         mixed = self.v_mix[0] * v + self.v_mix[1] * first_v
+        if self.adds_token_v:
+            mixed = mixed + token_v
         return self.attend(q, k, mixed, past), v
 
 
@@ -367,16 +385,16 @@ class ModernMLP(MLP):
 
 
 class ModernBlock(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, adds_token_v):
         super().__init__()
-        self.attn = ModernAttention(config)
+        self.attn = ModernAttention(config, adds_token_v)
         self.mlp = ModernMLP(config)
         self.x_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # shares of the residual stream and the embedding
 
-    def forward(self, x, x0, first_v, cos, sin, past=None):
+    def forward(self, x, x0, first_v, token_v, cos, sin, past=None):
         """Returns the residual stream (B, T, C) after this block, and its values; x0 is the embedding."""
         x = self.x_mix[0] * x + self.x_mix[1] * x0
-        y, v = self.attn(rms_norm(x), first_v, cos, sin, past)
+        y, v = self.attn(rms_norm(x), first_v, token_v, cos, sin, past)
         x = x + y
         return x + self.mlp(rms_norm(x)), v
 
@@ -392,6 +410,9 @@ class ModernGPT(GPT):
     - capped logits (Gemma 2, https://arxiv.org/abs/2408.00118, section 2)
     - shortcuts from the embedding and from the first block's values (Zhou et al. 2024,
       https://arxiv.org/abs/2410.17897)
+    - value embeddings (modded-nanogpt, record of 4 December 2024): every other block up to the last one adds
+      a vector of the token to its values, from one table for all of these blocks
+    - smeared embeddings (modded-nanogpt, record of 18 September 2025): a gated share of the token before
     - an untied output head; the head and all projections into the residual stream start at zero
     """
 
@@ -399,14 +420,18 @@ class ModernGPT(GPT):
     rotary_base = 10000.0  # the slowest pair turns by about 1 / rotary_base radians a position
 
     def make_layers(self, config):
+        adds_token_v = [(config.n_layer - 1 - i) % 2 == 0 for i in range(config.n_layer)]
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
-                h=nn.ModuleList([ModernBlock(config) for _ in range(config.n_layer)]),
+                wve=nn.Embedding(config.vocab_size, config.n_embd),
+                h=nn.ModuleList([ModernBlock(config, adds) for adds in adds_token_v]),
                 ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.smear = nn.Parameter(torch.zeros(1))
+        self.smear_gate = nn.Parameter(torch.zeros(GATE))
         D = config.n_embd // config.n_head
         angles = torch.arange(config.block_size)[:, None] * self.rotary_base ** (-torch.arange(0, D, 2) / D)
         cos, sin = angles.cos(), angles.sin()
@@ -421,21 +446,32 @@ class ModernGPT(GPT):
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
                 nn.init.zeros_(p)
 
-    def embed(self, idx, position):
-        return self.transformer.wte(idx)
+    def embed(self, idx, position, past):
+        """Returns the embedding of each token and a share of that of the token before it."""
+        x = self.transformer.wte(idx)
+        before = past.before(x) if past else x.roll(1, dims=1)
+        share = self.smear * (x[..., :GATE] @ self.smear_gate).sigmoid() * (position > 0)
+        return x + share.unsqueeze(-1) * before
 
-    def blocks(self, x, position, pasts):
+    def blocks(self, x, idx, position, pasts):
         x0 = x
         first_v = None
+        token_v = self.transformer.wve(idx).to(x.dtype).unflatten(-1, (self.config.n_head, -1))
         cos, sin = self.rotary[:, position].unsqueeze(3)  # each (B or 1, T, 1, D)
-        for block, past in zip(self.transformer.h, pasts, strict=True):
-            x, v = block(x, x0, first_v, cos, sin, past)
+        for block, past in zip(self.transformer.h, pasts, strict=False):
+            x, v = block(x, x0, first_v, token_v, cos, sin, past)
             if first_v is None:
                 first_v = v
         return x
 
     def looked_up(self):
-        return self.transformer.wte
+        return [self.transformer.wte, self.transformer.wve]
+
+    def empty_cache(self, B, L):
+        """Returns what GPT's returns, and at its end the room for embeddings that Past.before takes."""
+        cache = super().empty_cache(B, L)
+        embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
+        return [*cache, (embeddings, embeddings[..., :0])]
 
     def save_pretrained(self, folder, eot_token=None):
         """Writes what GPT writes, and the code with which transformers loads it: trust_remote_code=True."""

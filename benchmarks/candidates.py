@@ -1,5 +1,5 @@
 """
-What would the recipe gain from parts that others found worth their lines?
+What would the recipe gain from parts that others found worth their lines, and lose without its own?
 
     python benchmarks/candidates.py --dataset=text_100m --size=3m --jobs=2
 
@@ -30,7 +30,7 @@ import compare_modded
 from compare_modded import Results, train_as
 
 from configurator import Config, from_command_line, key, run_script
-from model import GPTConfig, ModernAttention, ModernBlock, ModernGPT, rms_norm, rotate
+from model import GATE, GPTConfig, ModernAttention, ModernGPT, rms_norm, rotate
 from sologpt import loss, optim
 from sologpt.errors import UserError
 from train import micro_step, set_learning_rate, update
@@ -38,22 +38,21 @@ from train import micro_step, set_learning_rate, update
 CANDIDATES = dict(
     scale="scores times 0.12 instead of 1 / sqrt(D)",
     normed_embedding="embedding N(0, 1), normalised, with 25 times the learning rate",
-    vectors="mixing weights with 4 times the learning rate",
-    betas="AdamW's betas 0.8, 0.95 and eps 1e-10",
+    no_fast_rate="mixing weights and the table of values at the learning rate of the rest",
+    usual_adamw="AdamW's beta1 0.9 and eps 1e-8 instead of 0.8 and 1e-10",
     long_cooldown="cooldown over the last 0.7",
     no_warmup="no warmup",
-    value_embeddings="an embedding added to the values of every other block, with 4 times the learning rate",
-    normuon="Muon's updates divided by the running root mean square of their rows",
+    no_value_embeddings="without the table of values",
+    uneven_rows="Muon's updates as they are orthogonalized",
     cautious="Muon's weight decay only where it goes the way of the update",
     polar_express="orthogonalization with other coefficients in each step",
     gate="a gate on each head's output, from 12 components of its input",
-    smear="a gated share of the embedding of the token before",
+    no_smear="without the share of the token before in each embedding",
     backout="the last block's output less a share of the stream after two thirds",
     half_rotary="half of the pairs not rotated, the others at base 1,024",
     slower_muon="0.6 times the learning rate for Muon",
     no_value_shortcut="without the shortcut from the first block's values",
 )
-GATED = 12  # components that a gate reads
 
 
 @dataclass
@@ -136,39 +135,27 @@ def effects(names, entries):
 
 
 class Attention(ModernAttention):
-    def __init__(self, config, parts):
-        super().__init__(config)
+    def __init__(self, config, adds_token_v, parts):
+        super().__init__(config, adds_token_v and "no_value_embeddings" not in parts)
         self.parts = parts
-        self.gate = nn.Linear(GATED, config.n_head, bias=False)
+        self.gate = nn.Linear(GATE, config.n_head, bias=False)
         nn.init.zeros_(self.gate.weight)
 
-    def forward(self, x, first_v, cos, sin, more_v):
+    def forward(self, x, first_v, token_v, cos, sin, past=None):
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
         mixed = v
         if "no_value_shortcut" not in self.parts:
             mixed = self.v_mix[0] * v + self.v_mix[1] * (v if first_v is None else first_v)
-        if more_v is not None:
-            mixed = mixed + more_v.view_as(v)
+        if self.adds_token_v:
+            mixed = mixed + token_v
         scale = 0.12 if "scale" in self.parts else None
         q, k, mixed = q.transpose(1, 2), k.transpose(1, 2), mixed.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, mixed, is_causal=True, scale=scale).transpose(1, 2)
         if "gate" in self.parts:
-            y = y * (2 * self.gate(x[..., :GATED]).sigmoid()).unsqueeze(-1)
+            y = y * (2 * self.gate(x[..., :GATE]).sigmoid()).unsqueeze(-1)
         return self.c_proj(y.flatten(2)), v
-
-
-class Block(ModernBlock):
-    def __init__(self, config, parts):
-        super().__init__(config)
-        self.attn = Attention(config, parts)
-
-    def forward(self, x, x0, first_v, cos, sin, more_v):
-        x = self.x_mix[0] * x + self.x_mix[1] * x0
-        y, v = self.attn(rms_norm(x), first_v, cos, sin, more_v)
-        x = x + y
-        return x + self.mlp(rms_norm(x)), v
 
 
 class Candidate(ModernGPT):
@@ -181,12 +168,8 @@ class Candidate(ModernGPT):
 
     def make_layers(self, config):
         super().make_layers(config)
-        self.transformer.h = nn.ModuleList([Block(config, self.parts) for _ in range(config.n_layer)])
-        self.value_table = None
-        if "value_embeddings" in self.parts:
-            self.value_table = nn.Embedding(config.vocab_size, config.n_embd)
-        self.smear_gate = nn.Linear(GATED, 1, bias=False)
-        self.smear = nn.Parameter(torch.zeros(1))
+        for block in self.transformer.h:
+            block.attn = Attention(config, block.attn.adds_token_v, self.parts)
         self.backout = nn.Parameter(torch.zeros(1))
         if "half_rotary" in self.parts:
             quarter = config.n_embd // config.n_head // 4
@@ -198,7 +181,6 @@ class Candidate(ModernGPT):
     @torch.no_grad()
     def init_weights(self):
         super().init_weights()
-        nn.init.zeros_(self.smear_gate.weight)
         for block in self.transformer.h:
             nn.init.zeros_(block.attn.gate.weight)
         if "normed_embedding" in self.parts:
@@ -212,30 +194,26 @@ class Candidate(ModernGPT):
         x, targets = x.flatten(0, 1), targets.flatten()
         return None, self.compiled_loss(x, self.lm_head.weight, targets, chunks, self.softcap)
 
-    def hidden(self, idx, position, pasts=None):
-        x = self.embed(idx, position)
-        if "normed_embedding" in self.parts:
-            x = rms_norm(x)
-        if "smear" in self.parts:
-            gate = self.smear * self.smear_gate(x[:, 1:, :GATED]).sigmoid()
-            x = torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
-        x0 = x = x.to(self.matmul_dtype())
+    def embed(self, idx, position, past):
+        x = self.transformer.wte(idx)
+        if "no_smear" not in self.parts:
+            x = super().embed(idx, position, past)
+        return rms_norm(x) if "normed_embedding" in self.parts else x
+
+    def blocks(self, x, idx, position, pasts):
+        x0 = x
         first_v = middle = None
+        token_v = self.transformer.wve(idx).to(x.dtype).unflatten(-1, (self.config.n_head, -1))
         cos, sin = self.rotary[:, position].unsqueeze(3)
-        more_v = None
-        if self.value_table is not None:
-            more_v = self.value_table(idx).to(x.dtype)
-        last = len(self.transformer.h) - 1
         for i, block in enumerate(self.transformer.h):
-            every_other = more_v if (last - i) % 2 == 0 else None
-            x, v = block(x, x0, first_v, cos, sin, every_other)
+            x, v = block(x, x0, first_v, token_v, cos, sin)
             if first_v is None:
                 first_v = v
             if i == 2 * len(self.transformer.h) // 3:
                 middle = x
         if "backout" in self.parts:
             x = x - self.backout * middle
-        return self.transformer.ln_f(x)
+        return x
 
 
 # five odd polynomials, each the best one after those before (Amsel et al. 2025, https://arxiv.org/abs/2505.16932)
@@ -272,36 +250,25 @@ class Muon(optim.Muon):
     @torch.no_grad()
     def step(self):
         same_shape = collections.defaultdict(list)
-        for number, group in enumerate(self.param_groups):
-            for pair in zip(*self.moved(group), strict=True):
-                same_shape[pair[0].shape, number].append(pair)
-        for (shape, number), pairs in same_shape.items():
-            group = self.param_groups[number]
-            weights, updates = zip(*pairs, strict=True)
-            updates = orthogonalized(torch.stack(updates), self.parts).float()
-            if "normuon" in self.parts:
-                updates = self.normalized(updates, shape, number)
-            before = torch.stack(weights)
-            decay = group["lr"] * group["weight_decay"]
+        for group in self.param_groups:
+            settings = (group["lr"], group["weight_decay"])
+            for matrix in zip(*self.moved(group), strict=True):
+                same_shape[matrix[0].shape, settings].append(matrix)
+        for (shape, (lr, weight_decay)), matrices in same_shape.items():
+            weights, updates, squares = (torch.stack(members) for members in zip(*matrices, strict=True))
+            updates = orthogonalized(updates, self.parts).float()
+            if "uneven_rows" not in self.parts:
+                updates = optim.evened(updates, squares)
+            decay = lr * weight_decay
             if "cautious" in self.parts:
-                decay = decay * (updates * before >= 0)
-            rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+                decay = decay * (updates * weights >= 0)
+            rate = 0.2 * math.sqrt(max(shape)) * lr
             if "slower_muon" in self.parts:
                 rate = 0.6 * rate
-            after = before * (1 - decay) - rate * updates
-            for weight, value in zip(weights, after.unbind(), strict=True):
-                weight.copy_(value)
-
-    def normalized(self, updates, shape, number):
-        """Returns updates with each row divided by its running root mean square, as large in all as before
-        (Li et al. 2025, https://arxiv.org/abs/2510.05491); columns where there are fewer of them."""
-        along = -1 if shape[0] >= shape[1] else -2
-        squares = updates.square().mean(along, keepdim=True)
-        running = self.running.setdefault((shape, number), torch.zeros_like(squares))
-        running.lerp_(squares, 0.05)
-        size = updates.norm(dim=(1, 2), keepdim=True)
-        updates = updates * (running + 1e-10).rsqrt()
-        return updates * size / (updates.norm(dim=(1, 2), keepdim=True) + 1e-10)  # the first are zero
+            weights = weights * (1 - decay) - rate * updates
+            for (weight, _, square), new, new_square in zip(matrices, weights, squares, strict=True):
+                weight.copy_(new)
+                square.copy_(new_square)
 
 
 class Ours(compare_modded.Ours):
@@ -321,8 +288,6 @@ class Ours(compare_modded.Ours):
             keys.cooldown_frac = 0.7
         if "no_warmup" in self.parts:
             keys.warmup_iters = 0
-        if "betas" in self.parts:
-            keys.beta1 = 0.8
         self.optimizers = self.make_optimizers(keys, machine)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
         self.keys = keys
@@ -333,34 +298,27 @@ class Ours(compare_modded.Ours):
         optimizers = optim.make_optimizers(self.model, keys, machine.device)
         muon = optimizers["muon"]
         muon.__class__ = Muon
-        muon.parts, muon.running = self.parts, {}
+        muon.parts = self.parts
         gates = [p for name, p in self.model.transformer.h.named_parameters() if name.endswith("gate.weight")]
         for group in muon.param_groups:  # make_optimizers takes gates for matrices of the blocks
             group["params"] = [p for p in group["params"] if not any(p is gate for gate in gates)]
-        rest = [p for group in optimizers["optimizer"].param_groups for p in group["params"]]
-        groups = []
-        for p in [*rest, *gates]:
-            decay = keys.weight_decay if p.dim() == 2 and min(p.shape) > GATED else 0.0
-            groups.append(dict(params=[p], weight_decay=decay, factor=self.factor(p)))
-        eps = 1e-10 if "betas" in self.parts else 1e-8
-        betas = (keys.beta1, keys.beta2)
-        adamw = torch.optim.AdamW(groups, lr=keys.learning_rate, betas=betas, eps=eps, fused=True)
-        return dict(optimizer=adamw, muon=muon)
-
-    def factor(self, p):
-        """Returns the factor on the learning rate of a parameter that AdamW trains."""
-        if p is self.model.transformer.wte.weight and "normed_embedding" in self.parts:
-            return 25.0
-        if self.model.value_table is not None and p is self.model.value_table.weight:
-            return 4.0
-        if p.dim() < 2 and "vectors" in self.parts:
-            return 4.0
-        return 1.0
+        adamw = optimizers["optimizer"]
+        adamw.add_param_group(dict(params=gates, weight_decay=0.0))
+        for group in adamw.param_groups:
+            if "usual_adamw" in self.parts:
+                group |= dict(betas=(0.9, keys.beta2), eps=1e-8)
+            if "no_fast_rate" in self.parts:
+                group["rate"] = 1.0
+        embedding = self.model.transformer.wte.weight
+        if "normed_embedding" in self.parts:
+            for group in adamw.param_groups:
+                group["params"] = [p for p in group["params"] if p is not embedding]
+            decay = keys.weight_decay
+            adamw.add_param_group(dict(params=[embedding], weight_decay=decay, rate=25.0))
+        return optimizers
 
     def iteration(self, it, batches, accumulation):
         set_learning_rate(self.optimizers, it, self.keys)
-        for group in self.optimizers["optimizer"].param_groups:
-            group["lr"] *= group["factor"]
         for _ in range(accumulation):
             micro_step(self.model, next(batches), self.scaler, self.machine, accumulation)
         for p in self.model.parameters():

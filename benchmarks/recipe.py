@@ -39,16 +39,19 @@ SIZES = dict(
 )
 GPT2 = "--arch=gpt2 --optimizer={} --schedule={}"
 MODERN = "--arch=modern --optimizer=muon --schedule=wsd"
-ALL = ("values", "embedding", "cap", "head")  # the parts of arch="modern" that the ladder adds one by one
+# the parts of arch="modern" that the ladder adds one by one, the last one first
+ALL = ("smear", "value table", "values", "embedding", "cap", "head")
 RUNGS = {  # name: (flags, heads of 64 or 128, parts of arch="modern" that are left out)
     "GPT-2, AdamW, cosine": (GPT2.format("adamw", "cosine"), 64, ()),
     "+ wsd": (GPT2.format("adamw", "wsd"), 64, ()),
     "+ Muon": (GPT2.format("muon", "wsd"), 64, ()),
     "+ modern blocks": (MODERN, 128, ALL),
-    "+ head of its own": (MODERN, 128, ALL[:3]),
-    "+ capped logits": (MODERN, 128, ALL[:2]),
-    "+ embedding shortcut": (MODERN, 128, ALL[:1]),
-    "+ value shortcut = recipe": (MODERN, 128, ()),
+    "+ head of its own": (MODERN, 128, ALL[:5]),
+    "+ capped logits": (MODERN, 128, ALL[:4]),
+    "+ embedding shortcut": (MODERN, 128, ALL[:3]),
+    "+ value shortcut": (MODERN, 128, ALL[:2]),
+    "+ value embeddings": (MODERN, 128, ALL[:1]),
+    "+ smeared embedding = recipe": (MODERN, 128, ()),
 }
 BASELINE, RECIPE = list(RUNGS)[0], list(RUNGS)[-1]
 
@@ -94,7 +97,12 @@ def leave_out(parts):
         whole(self)
         if "head" in parts:
             self.lm_head.weight = self.transformer.wte.weight  # tied, as GPT-2's
+        if "smear" in parts:
+            self.smear.requires_grad_(False)  # stays at 0
+        if "value table" in parts:
+            self.transformer.wve.weight.requires_grad_(False)
         for block in self.transformer.h:
+            block.attn.adds_token_v &= "value table" not in parts
             if "embedding" in parts:
                 block.x_mix.requires_grad_(False)  # stays at 1, 0
             if "values" in parts:

@@ -26,6 +26,7 @@ bias = False
 dropout = 0.0
 
 optimizer = "muon"
+beta1 = 0.8
 learning_rate = 4e-3
 min_lr = 0.0
 weight_decay = 0.1

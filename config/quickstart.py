@@ -27,6 +27,7 @@ n_embd = 128
 bias = False
 
 optimizer = "muon"
+beta1 = 0.8
 learning_rate = 4e-3
 min_lr = 0.0
 schedule = "wsd"

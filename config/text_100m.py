@@ -25,6 +25,7 @@ bias = False
 dropout = 0.1  # more than one pass over the text: without it the model learns it by heart
 
 optimizer = "muon"
+beta1 = 0.8
 learning_rate = 4e-3
 min_lr = 0.0
 weight_decay = 0.1

@@ -23,6 +23,7 @@ from sologpt import parallel
 from sologpt.display import warn
 from sologpt.errors import UserError
 from sologpt.files import atomic_file, remove, remove_temporary
+from sologpt.optim import new_moments
 from sologpt.tokenizer import make_tokenizer
 
 NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no EDQUOT
@@ -106,8 +107,11 @@ def load(path):
     """Returns the dict saved at path, by us or by nanoGPT, with its tensors on the CPU.
 
     Parameter names lose the prefixes of torch.compile and DDP, and the attention mask that nanoGPT kept among
-    them before torch 2.0 is left out. Raises FileNotFoundError without a file, and UserError for one that is
-    damaged (every tensor's checksum is compared) or not the checkpoint of a GPT.
+    them before torch 2.0 is left out. A model of the modern architecture from before November 2026
+    gets zeros for the parts it lacks, which change nothing, and "earlier_version" in the state is True.
+
+    Raises FileNotFoundError without a file, and UserError for one that is damaged (every tensor's checksum is
+    compared) or not the checkpoint of a GPT.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(
@@ -131,6 +135,11 @@ def load(path):
     weights = {strip(name): tensor for name, tensor in state["model"].items()}
     state["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
     check_sizes(state, path)
+    state["earlier_version"] = state["arch"] == "modern" and "smear" not in state["model"]
+    if state["earlier_version"]:
+        table = torch.zeros(1, 1).expand_as(state["model"]["transformer.wte.weight"])  # takes no memory
+        state["model"] |= {"transformer.wve.weight": table, "smear": torch.zeros(1)}
+        state["model"]["smear_gate"] = torch.zeros(12)
     return state
 
 
@@ -250,6 +259,11 @@ def restore_optimizers(optimizers, state, path):
 
     Raises UserError if the moments do not fit this run's optimizers and parameters.
     """
+    if state["earlier_version"]:
+        raise UserError(
+            f"{path} has an earlier version of arch='modern', which sample.py takes, but train.py does not "
+            f"go on with; finish it with the soloGPT that began it, or start anew in another --out_dir"
+        )
     before, now = ("muon" if "muon" in names else "adamw" for names in (state, optimizers))
     if before != now:
         raise UserError(
@@ -264,8 +278,8 @@ def restore_optimizers(optimizers, state, path):
             fits = False
         if not fits:
             raise UserError(
-                f"the optimizer state in {path} is not that of {kind} for this model: two groups of "
-                f"parameters, and moments of the shape of each"
+                f"the optimizer state in {path} is not that of {kind} for this model: its groups of "
+                f"parameters or their moments are others (as Muon's were before November 2026)"
             )
         for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({name: value for name, value in current.items() if name != "params"})
@@ -284,18 +298,26 @@ def moments_fit(saved, optimizer):
         return False
     if set(saved["state"]) != set(numbers):
         return False
-    is_muon = isinstance(optimizer, torch.optim.Muon)
-    expected = ["momentum_buffer"] if is_muon else ["exp_avg", "exp_avg_sq"]
-    for number, p in zip(numbers, (p for group in params for p in group), strict=True):
+    expected = []
+    for group in optimizer.param_groups:
+        expected += [moment_shapes(optimizer, group, p) for p in group["params"]]
+    for number, shapes in zip(numbers, expected, strict=True):
         moments = saved["state"][number]
-        if not {*expected} <= moments.keys() <= {*expected, "step"}:
+        if not shapes.keys() <= moments.keys() <= {*shapes, "step"}:
             return False
-        if any(moments[name].shape != p.shape or not moments[name].is_floating_point() for name in expected):
-            return False
-    if is_muon:
+        for name, shape in shapes.items():
+            if moments[name].shape != shape or not moments[name].is_floating_point():
+                return False
+    if isinstance(optimizer, torch.optim.Muon):
         return True
     steps = {float(moments["step"]) for moments in saved["state"].values()}
     return len(steps) == 1 and min(steps) >= 0  # every parameter takes part in every update
+
+
+def moment_shapes(optimizer, group, p):
+    """Returns the shapes of a parameter's moments by their names, a dict."""
+    moments = new_moments(optimizer, group, p.to("meta"))  # takes no memory
+    return {name: moment.shape for name, moment in moments.items() if name != "step"}
 
 
 def get_rng(device):

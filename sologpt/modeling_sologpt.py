@@ -71,6 +71,12 @@ class CachedLayer:
             return k, v
         return self.cache.update(k, v, self.layer)
 
+    def before(self, x):
+        """Stores embeddings (B, T, C), as keys of one head without values. Returns those of one token before
+        each; before the first one is anything."""
+        known, _ = self.extend(x.unsqueeze(1), x[:, None, :, :0])
+        return F.pad(known[:, 0], (0, 0, 1, 0))[:, -x.size(1) - 1 : -1]
+
 
 class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SoloGPTConfig
@@ -142,7 +148,7 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = self.positions(attention_mask, start, L)
         mask = self.visible(attention_mask, start, L)
-        pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer)]
+        pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer + 1)]
         x = self.gpt.hidden(input_ids, position_ids, pasts)
         if logits_to_keep:
             x = x[:, -logits_to_keep:]

@@ -7,16 +7,26 @@ import math
 
 import torch
 
+# What the modern architecture has besides matrices learns faster under AdamW: a value of x_mix, v_mix or
+# smear has further to go than one of a matrix, and a row of the table wve learns only where its token occurs.
+FAST = ("x_mix", "v_mix", "smear", "wve.weight")
+FAST_RATE = 4.0  # times learning_rate; in modded-nanogpt it is about that between vectors and the head
 
-def adamw(params, weight_decay, learning_rate, betas, device_type):
-    """Returns fused AdamW in two groups: matrices, with weight_decay, and biases and LayerNorms, without."""
-    params = list(params)
-    groups = [
-        dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-        dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
-    ]
+
+def adamw(named_params, weight_decay, learning_rate, betas, device_type, eps=1e-8):
+    """Returns fused AdamW in two groups: matrices, with weight_decay, and biases and LayerNorms, without; the
+    same again for what is FAST, if there is any."""
+    named_params = list(named_params)
+    groups = []
+    for rate in (1.0, FAST_RATE):
+        params = [p for name, p in named_params if name.endswith(FAST) == (rate == FAST_RATE)]
+        matrices = [p for p in params if p.dim() >= 2]
+        vectors = [p for p in params if p.dim() < 2]
+        groups.append(dict(params=matrices, weight_decay=weight_decay, rate=rate, lr=rate * learning_rate))
+        groups.append(dict(params=vectors, weight_decay=0.0, rate=rate, lr=rate * learning_rate))
     fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors instead of several for each
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
 
 
 def make_optimizers(model, cfg, device):
@@ -34,9 +44,10 @@ def make_optimizers(model, cfg, device):
         dict(params=[p for name, p in matrices.items() if name.endswith("c_attn.weight")], fused=3),
         dict(params=[p for name, p in matrices.items() if not name.endswith("c_attn.weight")], fused=1),
     ]
-    rest = [p for p in model.parameters() if p not in of_muon]
+    rest = [(name, p) for name, p in model.named_parameters() if p not in of_muon]
     muon = Muon(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    return dict(optimizer=adamw(rest, *settings), muon=muon)
+    # gradients of a token that is rare are small, and 1e-8 would make its steps small, too
+    return dict(optimizer=adamw(rest, *settings, eps=1e-10), muon=muon)
 
 
 def allocate_moments(optimizers):
@@ -52,7 +63,7 @@ def allocate_moments(optimizers):
 
 def new_moments(optimizer, group, p):
     if isinstance(optimizer, Muon):
-        return dict(momentum_buffer=torch.zeros_like(p))
+        return optimizer.new_moments(p)
     step = torch.zeros((), device=p.device if group["fused"] else "cpu")
     return dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
@@ -85,8 +96,23 @@ def orthogonalize(matrices):
     return x.mT if tall else x
 
 
+def evened(updates, squares):
+    """Returns orthogonalized updates (N, A, B) with each row divided by its running root mean square, so that
+    all neurons learn at the same rate; of wide matrices each column. Each update keeps its norm.
+
+    squares, (N, A, 1) or (N, 1, B), are the running means of squares, and are moved (Li et al. 2025,
+    https://arxiv.org/abs/2510.05491: NorMuon).
+    """
+    along = 2 if squares.size(2) == 1 else 1
+    squares.lerp_(updates.square().mean(along, keepdim=True), 0.05)
+    norm = updates.norm(dim=(1, 2), keepdim=True)
+    updates = updates * (squares + 1e-10).rsqrt()
+    return updates * (norm / (updates.norm(dim=(1, 2), keepdim=True) + 1e-10))  # c_fc's first one is zero
+
+
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with few launches: all matrices of a shape at once, instead of about 20 launches each.
+    """torch.optim.Muon with few launches: all matrices of a shape at once, instead of about 20 launches each;
+    and with evened rows.
 
     A parameter may hold several matrices on top of each other, as c_attn holds q, k and v: a group's `fused`,
     1 or 3, says how many; each is orthogonalized by itself.
@@ -95,30 +121,40 @@ class Muon(torch.optim.Muon):
     al. 2025, https://arxiv.org/abs/2502.16982, section 2.2).
     """
 
+    def new_moments(self, p):
+        """Returns the state of a parameter (A, B) before its first update: its momentum, and the squares that
+        evened takes."""
+        A, B = p.shape
+        squares = (A, 1) if A >= B else (1, B)
+        return dict(momentum_buffer=torch.zeros_like(p), squares=p.new_zeros(squares))
+
     @torch.no_grad()
     def step(self):
         """Updates all parameters; each must have a gradient."""
         same_shape = collections.defaultdict(list)
         for group in self.param_groups:
             settings = (group["lr"], group["weight_decay"])
-            for weight, update in zip(*self.moved(group), strict=True):
-                same_shape[weight.shape, settings].append((weight, update))
-        for (shape, (lr, weight_decay)), pairs in same_shape.items():
-            weights, updates = zip(*pairs, strict=True)
-            updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype)
+            for weight, update, squares in zip(*self.moved(group), strict=True):
+                same_shape[weight.shape, settings].append((weight, update, squares))
+        for (shape, (lr, weight_decay)), matrices in same_shape.items():
+            weights, updates, squares = zip(*matrices, strict=True)
+            stacked = torch.stack(squares)
+            updates = evened(orthogonalize(torch.stack(updates)).to(weights[0].dtype), stacked)
+            torch._foreach_copy_(squares, stacked.unbind())
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * lr)
 
     def moved(self, group):
-        """Moves the momenta of a group. Returns its matrices and their updates, two lists."""
+        """Moves the momenta of a group. Returns its matrices, their updates and their squares, in lists."""
         params = group["params"]
         grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.state[p].update(self.new_moments(p))
         means = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
+        squares = [self.state[p]["squares"] for p in params]
         n = group["fused"]
-        weights = [part for p in params for part in p.chunk(n)]
-        return weights, [part for update in updates for part in update.chunk(n)]
+        lists = (params, updates, squares)
+        return [[part for whole in members for part in whole.chunk(n)] for members in lists]

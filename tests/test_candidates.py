@@ -43,12 +43,12 @@ def test_effects_are_found_again():
     entries = []
     for run in all_runs(list(CANDIDATES), 400):
         parts = run.parts.split()
-        loss = 3 - 0.02 * ("gate" in parts) + 0.05 * ("smear" in parts)
+        loss = 3 - 0.02 * ("gate" in parts) + 0.05 * ("no_smear" in parts)
         loss += 0.1 * run.seed + 0.001 * (len(entries) % 2)
         entries.append(dict(parts=run.parts, seed=run.seed, loss=loss))
     for some in (entries, entries[:28]):
         found = effects(list(CANDIDATES), some)
-        for name, effect in dict(gate=-0.02, smear=0.05, scale=0.0).items():
+        for name, effect in dict(gate=-0.02, no_smear=0.05, scale=0.0).items():
             assert abs(found[name][0] - effect) < 3 * found[name][1] < 0.004
 
 

@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 
 from configurator import ConfigError, configure
 from model import GPT, GPTConfig, make_gpt, rms_norm, rotate
@@ -37,31 +38,50 @@ def test_an_orthogonalized_matrix_has_the_singular_vectors_of_the_old_one_and_va
         assert torch.cosine_similarity(after.flatten(), nearest.flatten(), dim=0) > 0.97
 
 
-def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart():
+def evened_by_hand(update, squares):
+    """One neuron after the other, each a row, or of a wide matrix a column. squares, {neuron: running mean},
+    are moved."""
+    tall = update if update.size(0) >= update.size(1) else update.T
+    rows = []
+    for i, row in enumerate(tall):
+        squares[i] = 0.95 * squares.get(i, 0.0) + 0.05 * row.square().mean()
+        rows.append(row / squares[i].sqrt())
+    even = torch.stack(rows) if tall is update else torch.stack(rows).T
+    return even * update.norm() / even.norm()
+
+
+def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart_and_even_rows():
     torch.manual_seed(0)
-    fused, wide, tall = torch.randn(144, 48), torch.randn(192, 48), torch.randn(48, 192)
-    ours = [torch.nn.Parameter(w.clone()) for w in (fused, wide, tall)]
-    theirs = [torch.nn.Parameter(w.clone()) for w in (*fused.chunk(3), wide, tall)]
+    lr, weight_decay = 0.02, 0.1
+    fused, tall, wide = torch.randn(144, 48), torch.randn(192, 48), torch.randn(48, 192)
+    ours = [torch.nn.Parameter(w.clone()) for w in (fused, tall, wide)]
     groups = [dict(params=ours[:1], fused=3), dict(params=ours[1:], fused=1)]
-    settings = dict(lr=0.02, weight_decay=0.1)
-    mine = Muon(groups, **settings)
-    torchs = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    mine = Muon(groups, lr=lr, weight_decay=weight_decay)
+    expected = [w.clone() for w in (*fused.chunk(3), tall, wide)]
+    # with these, theirs moves to minus its update
+    theirs = [torch.nn.Parameter(torch.zeros_like(w)) for w in expected]
+    torchs = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", lr=1.0, weight_decay=0.0)
+    squares = [{} for _ in expected]
     for momentum in (0.85, 0.9, 0.95):
-        grads = [torch.randn_like(w) for w in (fused, wide, tall)]
+        grads = [torch.randn_like(w) * torch.rand(len(w), 1) for w in (fused, tall, wide)]
         grads[0][:48] *= 100  # of q: it must not make the updates of k and v small
         for p, grad in zip(ours, grads, strict=True):
             p.grad = grad
         for p, grad in zip(theirs, (*grads[0].chunk(3), *grads[1:]), strict=True):
+            p.data.zero_()
             p.grad = grad
         for optimizer in (mine, torchs):
             for group in optimizer.param_groups:
                 group["momentum"] = momentum
             optimizer.step()
-    split = [*ours[0].chunk(3), *ours[1:]]
-    moved = [(b - a).abs().mean() for a, b in zip((*fused.chunk(3), wide, tall), split, strict=True)]
-    for p, q, distance in zip(split, theirs, moved, strict=True):
+        for w, p, seen in zip(expected, theirs, squares, strict=True):
+            w.mul_(1 - lr * weight_decay).sub_(lr * evened_by_hand(-p.detach(), seen))
+    split = [part.detach() for part in (*ours[0].chunk(3), *ours[1:])]
+    before = (*fused.chunk(3), tall, wide)
+    moved = [(b - a).abs().mean() for a, b in zip(before, split, strict=True)]
+    for p, w, distance in zip(split, expected, moved, strict=True):
         # on some CPUs bf16 products of a batch are summed in another order than single ones
-        assert (p - q).square().mean().sqrt() < 0.03 * distance
+        assert (p - w).square().mean().sqrt() < 0.03 * distance
     assert max(moved[:3]) < 1.2 * min(moved[:3])
 
 
@@ -134,7 +154,12 @@ def plain_logits(model, idx):
     weights, config = dict(model.named_parameters()), model.config
     H, D = config.n_head, config.n_embd // config.n_head
     turn = torch.polar(torch.ones(D // 2), 10000.0 ** (-2 * torch.arange(D // 2) / D))  # of one position
-    x = x0 = weights["transformer.wte.weight"][idx]  # (T, C)
+    embedding = weights["transformer.wte.weight"][idx]  # (T, C)
+    x = embedding.clone()
+    for t in range(1, len(idx)):
+        gate = torch.sigmoid((embedding[t, :12] * weights["smear_gate"]).sum())
+        x[t] += weights["smear"] * gate * embedding[t - 1]
+    x0 = x
     first_v = None
     for i in range(config.n_layer):
         w = {name.removeprefix(f"transformer.h.{i}."): p for name, p in weights.items()}
@@ -142,6 +167,8 @@ def plain_logits(model, idx):
         q, k, v = (rms_normed(x) @ w["attn.c_attn.weight"].T).view(-1, 3, H, D).unbind(1)
         first_v = v if i == 0 else first_v
         v = w["attn.v_mix"][0] * v + w["attn.v_mix"][1] * first_v
+        if i in (0, 2):  # of three blocks; the last one, and every second before it
+            v = v + weights["transformer.wve.weight"][idx].view(-1, H, D)
         y = torch.zeros_like(x)
         for t in range(len(idx)):
             for h in range(H):
@@ -245,11 +272,12 @@ def test_flops_of_the_modern_125m_by_hand():
             GPTConfig(arch="modern", vocab_size=50304, n_layer=12, n_head=6, n_embd=768, bias=False)
         )
     matrices = 12 * 12 * 768**2  # c_attn 3, c_proj 1, c_fc 4, c_proj 4, of 768 * 768 each, in 12 blocks
-    mixes, head = 12 * 4, 50304 * 768
-    # the input embedding is looked up, not multiplied
-    assert model.get_num_params() == matrices + mixes + head
-    assert model.get_num_params(non_embedding=False) == matrices + mixes + 2 * head
-    assert model.flops_per_token() == 6 * (matrices + mixes + head) + 12 * 12 * 768 * 1024
+    vectors = 12 * 4 + 1 + 12  # mixes, smear and its gate
+    head = 50304 * 768
+    # the embeddings of the input and of values are looked up, not multiplied
+    assert model.get_num_params() == matrices + vectors + head
+    assert model.get_num_params(non_embedding=False) == matrices + vectors + 3 * head
+    assert model.flops_per_token() == 6 * (matrices + vectors + head) + 12 * 12 * 768 * 1024
 
 
 # -----------------------------------------------------------------------------
@@ -294,14 +322,13 @@ def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_pa
 
 
 def test_both_kinds_of_parameters_are_counted(run, byte_data, tiny, tmp_path):
-    # blocks of 12 * 32^2, the head's 320 rows of 32; and as many rows that are looked up
+    # blocks of 12 * 32^2, the head's 320 rows of 32; and twice as many rows that are looked up
     out = run("train.py", *tiny, "--arch=modern", "--n_head=1", "--max_iters=1").stdout
     head = 320 * 32
-    assert (
-        f"model:      {(2 * 12 * 32**2 + head) / 1e6:.2f}M parameters in matmuls + {head / 1e6:.2f}M" in out
-    )
+    in_matmuls = 2 * 12 * 32**2 + head
+    assert f"model:      {in_matmuls / 1e6:.2f}M parameters in matmuls + {2 * head / 1e6:.2f}M" in out
     weights = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"].values()
-    assert sum(p.numel() for p in weights) == pytest.approx(2 * 12 * 32**2 + 2 * head, rel=0.01)
+    assert sum(p.numel() for p in weights) == pytest.approx(in_matmuls + 2 * head, rel=0.01)
 
 
 def test_a_model_that_has_not_learned_anything_is_not_sampled(run, byte_data, tiny):
@@ -323,6 +350,32 @@ def test_the_recipe_is_sampled_from_its_checkpoint(run, byte_data, tiny):
         "--device=cpu",
     )
     assert out.stdout.startswith("pack my box with")
+
+
+def test_the_parts_that_an_earlier_architecture_lacks_change_nothing(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, *RECIPE, "--max_iters=2")
+    state = state_of(tmp_path / "out")
+    later = ("transformer.wve.weight", "smear", "smear_gate")
+    for name in later:
+        state["model"][name].zero_()
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    sampling = ("sample.py", "--num_samples=2", "--max_new_tokens=40", "--device=cpu", "--seed=3")
+    expected = run(*sampling).stdout
+    for name in later:
+        del state["model"][name]
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    assert run(*sampling).stdout == expected
+
+
+def test_a_checkpoint_of_an_earlier_architecture_is_sampled_but_not_trained(run, byte_data, tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(ROOT / "tests/checkpoints/modern.pt", tmp_path / "out/ckpt.pt")
+    assert run("sample.py", "--num_samples=1", "--max_new_tokens=9", "--device=cpu").stdout
+    out = run("train.py", *tiny, *RECIPE, "--n_layer=1", "--n_embd=16", "--init_from=resume", status=1)
+    assert out.stderr == (
+        "error: out/ckpt.pt has an earlier version of arch='modern', which sample.py takes, but train.py "
+        "does not go on with; finish it with the soloGPT that began it, or start anew in another --out_dir\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -727,29 +727,18 @@ def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, t
 
 
 # -----------------------------------------------------------------------------
-# checkpoints of the version before the classes GPT and ModernGPT, of iteration 6 of 12: what that version
-# went on to
+# a checkpoint of the version before the classes GPT and ModernGPT, of iteration 6 of 12: what that version
+# went on to (for arch="modern" see test_recipe.py)
 
 
-OLD = {
-    "gpt2": ([4.624204, 4.481507, 4.349643, 4.284407, 4.219733, 4.194811], 4.170765),
-    "modern": ([4.783911, 4.585715, 4.360030, 4.213359, 4.090247, 4.004484], 3.921914),
-}
-
-
-@pytest.mark.parametrize("arch", OLD)
-def test_a_checkpoint_of_an_older_version_goes_on_as_it_would_have_there(
-    run, byte_data, tiny, tmp_path, arch
-):
+def test_a_checkpoint_of_an_older_version_goes_on_as_it_would_have_there(run, byte_data, tiny, tmp_path):
     (tmp_path / "out").mkdir()
-    shutil.copy(ROOT / f"tests/checkpoints/{arch}.pt", tmp_path / "out/ckpt.pt")
+    shutil.copy(ROOT / "tests/checkpoints/gpt2.pt", tmp_path / "out/ckpt.pt")
     argv = [*tiny, "--n_layer=1", "--n_embd=16", "--dropout=0.1", "--init_from=resume"]
-    if arch == "modern":
-        argv += ["--arch=modern", "--optimizer=muon", "--schedule=wsd", "--min_lr=0"]
     assert not run("train.py", *argv).stderr
-    expected, val_loss = OLD[arch]
+    expected = [4.624204, 4.481507, 4.349643, 4.284407, 4.219733, 4.194811]
     assert [line["loss"] for line in metrics(tmp_path / "out", "iter")] == pytest.approx(expected, abs=2e-4)
-    assert metrics(tmp_path / "out", "eval")[-1]["val_loss"] == pytest.approx(val_loss, abs=2e-4)
+    assert metrics(tmp_path / "out", "eval")[-1]["val_loss"] == pytest.approx(4.170765, abs=2e-4)
 
 
 def test_a_run_from_before_epochs_were_shifted_goes_on_unshifted(run, byte_data, tiny, tmp_path, monkeypatch):
