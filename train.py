@@ -217,7 +217,7 @@ def set_learning_rate(optimizers, it, cfg, time_used=0.0):
     lr = get_lr(it, cfg, time_used)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("rate", 1.0)  # see FAST_RATE
+            group["lr"] = lr * group.get("rate", 1.0)  # by kind of parameter
             if "momentum" in group:  # Muon's
                 group["momentum"] = muon_momentum(it)
     return lr

@@ -48,7 +48,7 @@ CANDIDATES = dict(
     polar_express="orthogonalization with other coefficients in each step",
     gate="a gate on each head's output, from 12 components of its input",
     no_smear="without the share of the token before in each embedding",
-    backout="the last block's output less a share of the stream after two thirds",
+    faster_head="twice the learning rate for the head",
     half_rotary="half of the pairs not rotated, the others at base 1,024",
     slower_muon="0.6 times the learning rate for Muon",
     no_value_shortcut="without the shortcut from the first block's values",
@@ -170,7 +170,6 @@ class Candidate(ModernGPT):
         super().make_layers(config)
         for block in self.transformer.h:
             block.attn = Attention(config, block.attn.adds_token_v, self.parts)
-        self.backout = nn.Parameter(torch.zeros(1))
         if "half_rotary" in self.parts:
             quarter = config.n_embd // config.n_head // 4
             speeds = torch.cat([1024 ** -torch.linspace(0, 1, quarter), torch.zeros(quarter)])
@@ -199,21 +198,6 @@ class Candidate(ModernGPT):
         if "no_smear" not in self.parts:
             x = super().embed(idx, position, past)
         return rms_norm(x) if "normed_embedding" in self.parts else x
-
-    def blocks(self, x, idx, position, pasts):
-        x0 = x
-        first_v = middle = None
-        token_v = self.transformer.wve(idx).to(x.dtype).unflatten(-1, (self.config.n_head, -1))
-        cos, sin = self.rotary[:, position].unsqueeze(3)
-        for i, block in enumerate(self.transformer.h):
-            x, v = block(x, x0, first_v, token_v, cos, sin)
-            if first_v is None:
-                first_v = v
-            if i == 2 * len(self.transformer.h) // 3:
-                middle = x
-        if "backout" in self.parts:
-            x = x - self.backout * middle
-        return x
 
 
 # five odd polynomials, each the best one after those before (Amsel et al. 2025, https://arxiv.org/abs/2505.16932)
@@ -307,14 +291,13 @@ class Ours(compare_modded.Ours):
         for group in adamw.param_groups:
             if "usual_adamw" in self.parts:
                 group |= dict(betas=(0.9, keys.beta2), eps=1e-8)
-            if "no_fast_rate" in self.parts:
+            if "no_fast_rate" in self.parts and group.get("rate") == optim.FAST_RATE:
                 group["rate"] = 1.0
-        embedding = self.model.transformer.wte.weight
         if "normed_embedding" in self.parts:
-            for group in adamw.param_groups:
-                group["params"] = [p for p in group["params"] if p is not embedding]
-            decay = keys.weight_decay
-            adamw.add_param_group(dict(params=[embedding], weight_decay=decay, rate=25.0))
+            give_rate(adamw, self.model.transformer.wte.weight, 25.0)
+        if "faster_head" in self.parts:
+            head = self.model.lm_head.weight
+            give_rate(adamw, head, 2 * optim.rate("lm_head.weight", head))
         return optimizers
 
     def iteration(self, it, batches, accumulation):
@@ -325,6 +308,16 @@ class Ours(compare_modded.Ours):
             if p.grad is None:  # of a gate that is off
                 p.grad = torch.zeros_like(p)
         update(self.model, self.optimizers, self.scaler, self.keys.grad_clip)
+
+
+def give_rate(adamw, matrix, rate):
+    """Moves a matrix to a group of its own, with this factor on the learning rate."""
+    for group in adamw.param_groups:
+        others = [p for p in group["params"] if p is not matrix]
+        if len(others) < len(group["params"]):
+            group["params"] = others
+            own = {name: value for name, value in group.items() if name not in ("params", "rate")}
+    adamw.add_param_group(dict(params=[matrix], rate=rate) | own)
 
 
 def train(cfg, run):

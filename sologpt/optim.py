@@ -13,19 +13,30 @@ FAST = ("x_mix", "v_mix", "smear", "wve.weight")
 FAST_RATE = 4.0  # times learning_rate; in modded-nanogpt it is about that between vectors and the head
 
 
+def rate(name, p):
+    """Returns the factor on the learning rate of a parameter that AdamW trains.
+
+    That of a head of its own falls with the width, as in Yang et al. 2022 (https://arxiv.org/abs/2203.03466,
+    table 3); learning_rate is meant for GPT-2's width, 768.
+    """
+    if name == "lm_head.weight":
+        return 768 / p.size(1)
+    if name.endswith(FAST):
+        return FAST_RATE
+    return 1.0
+
+
 def adamw(named_params, weight_decay, learning_rate, betas, device_type, eps=1e-8):
-    """Returns fused AdamW in two groups: matrices, with weight_decay, and biases and LayerNorms, without; the
-    same again for what is FAST, if there is any."""
-    named_params = list(named_params)
+    """Returns fused AdamW in groups. GPT-2 has two: matrices, with weight_decay, and biases and LayerNorms,
+    without. In others those with the same rate are in a group."""
+    members = collections.defaultdict(list)
+    for name, p in named_params:
+        members[rate(name, p), p.dim() >= 2].append(p)
     groups = []
-    for rate in (1.0, FAST_RATE):
-        params = [p for name, p in named_params if name.endswith(FAST) == (rate == FAST_RATE)]
-        matrices = [p for p in params if p.dim() >= 2]
-        vectors = [p for p in params if p.dim() < 2]
-        groups.append(dict(params=matrices, weight_decay=weight_decay, rate=rate, lr=rate * learning_rate))
-        groups.append(dict(params=vectors, weight_decay=0.0, rate=rate, lr=rate * learning_rate))
+    for (factor, is_matrix), params in members.items():
+        decay = weight_decay if is_matrix else 0.0
+        groups.append(dict(params=params, weight_decay=decay, rate=factor, lr=factor * learning_rate))
     fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors instead of several for each
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
 
 
