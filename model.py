@@ -431,7 +431,7 @@ class ModernGPT(GPT):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.smear = nn.Parameter(torch.zeros(1))
-        self.smear_gate = nn.Parameter(torch.zeros(GATE))
+        self.smear_gate = nn.Parameter(torch.zeros(min(GATE, config.n_embd)))
         D = config.n_embd // config.n_head
         angles = torch.arange(config.block_size)[:, None] * self.rotary_base ** (-torch.arange(0, D, 2) / D)
         cos, sin = angles.cos(), angles.sin()
@@ -450,7 +450,8 @@ class ModernGPT(GPT):
         """Returns the embedding of each token and a share of that of the token before it."""
         x = self.transformer.wte(idx)
         before = past.before(x) if past else x.roll(1, dims=1)
-        share = self.smear * (x[..., :GATE] @ self.smear_gate).sigmoid() * (position > 0)
+        gate = (x[..., : len(self.smear_gate)] @ self.smear_gate).sigmoid()
+        share = self.smear * gate * (position > 0)
         return x + share.unsqueeze(-1) * before
 
     def blocks(self, x, idx, position, pasts):

@@ -78,6 +78,13 @@ class CachedLayer:
         return F.pad(known[:, 0], (0, 0, 1, 0))[:, -x.size(1) - 1 : -1]
 
 
+def make_room_for_embeddings(cache, n_layer):
+    """Adds a layer to a cache that generate() made with one for each block; others grow by themselves."""
+    layers = getattr(cache, "layers", [])
+    if len(layers) == n_layer:
+        layers.append(type(layers[-1])())
+
+
 class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SoloGPTConfig
     base_model_prefix = "gpt"
@@ -131,6 +138,7 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        make_room_for_embeddings(past_key_values, self.config.n_layer)
         start = 0
         if past_key_values is not None:
             start = past_key_values.get_seq_length()
