@@ -109,12 +109,12 @@ def weights(folder):
     return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
 
 
-def same_losses(folder, other):
+def same_losses(folder, other, rel=1e-5):
     """Asserts that two runs have the same losses, of iterations and evaluations, to rounding."""
-    assert losses(folder) == pytest.approx(losses(other), rel=1e-5)
+    assert losses(folder) == pytest.approx(losses(other), rel=rel)
     for name in ("train_loss", "val_loss"):
         found, expected = ([row[name] for row in metrics(of, "eval")] for of in (folder, other))
-        assert found == pytest.approx(expected, rel=1e-5)
+        assert found == pytest.approx(expected, rel=rel)
 
 
 def same_weights(folder, other, tolerance):
@@ -165,8 +165,9 @@ def test_two_processes_train_as_one_does(folder):
     assert len(losses(folder / "gpt2")) == len(losses(folder / "modern")) == 30
     same_losses(folder / "gpt2", folder / "one")
     same_weights(folder / "gpt2", folder / "one", tolerance=1e-5)
-    # Muon gives directions that the gradient hardly has, only by rounding, the weight of all others
-    same_losses(folder / "modern", folder / "modern_one")
+    # Muon gives directions that the gradient hardly has, only by rounding, the weight of all others, and AdamW
+    # with an eps of 1e-10 does so with rare ids; gradients of one process alone would be off by 1e-2
+    same_losses(folder / "modern", folder / "modern_one", rel=1e-3)
 
 
 def test_only_the_first_process_writes(folder):
