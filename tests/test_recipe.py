@@ -16,7 +16,7 @@ from conftest import ROOT
 from configurator import ConfigError, configure
 from model import GPT, GPTConfig, make_gpt, rms_norm, rotate
 from sologpt.optim import Muon, make_optimizers, muon_momentum, orthogonalize
-from train import TrainConfig, get_lr
+from train import TrainConfig, get_lr, set_learning_rate
 
 TINY = dict(block_size=32, vocab_size=97, n_layer=3, n_head=2, n_embd=48, bias=False)
 
@@ -97,6 +97,32 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
     # c_attn, of three matrices each, and others
     assert [len(group["params"]) for group in muon.param_groups] == [3, 9]
     assert [group["fused"] for group in muon.param_groups] == [3, 1]
+
+
+def test_learning_rates_and_decay_by_kind_of_parameter():
+    model = make_gpt(GPTConfig(**TINY, arch="modern"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    cfg = TrainConfig(arch="modern", optimizer="muon", schedule="wsd", learning_rate=0.1, warmup_iters=0)
+    optimizers = make_optimizers(model, cfg, torch.device("cpu"))
+    set_learning_rate(optimizers, 5, cfg)
+    found = {}
+    for group in [group for optimizer in optimizers.values() for group in optimizer.param_groups]:
+        for p in group["params"]:
+            found[names[id(p)]] = (pytest.approx(group["lr"]), group["weight_decay"])
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    expected = {
+        "transformer.wte.weight": (0.1, 0.1),
+        "transformer.wve.weight": (0.4, 0.1),
+        "lm_head.weight": (1.6, 0.1),  # 48 wide instead of 768
+        "smear": (0.4, 0.0),
+        "smear_gate": (0.1, 0.0),
+        "transformer.h.1.x_mix": (0.4, 0.0),
+        "transformer.h.1.attn.v_mix": (0.4, 0.0),
+        "transformer.h.1.mlp.c_fc.weight": (0.1, 0.1),
+    }
+    assert {name: found[name] for name in expected} == expected
+    gpt2 = GPT(GPTConfig(**TINY)).configure_optimizers(0.1, 0.1, (0.9, 0.95), "cpu")  # its head is tied
+    assert [(group["lr"], group["weight_decay"]) for group in gpt2.param_groups] == [(0.1, 0.1), (0.1, 0.0)]
 
 
 # -----------------------------------------------------------------------------
