@@ -89,13 +89,14 @@ class Past(NamedTuple):
         return self.keys, self.values
 
     def before(self, x):
-        """Stores embeddings (B, T, C), as keys of one head without values. Returns those of one token before
-        each; before the first one is anything."""
-        x = x.unsqueeze(1)
-        stored, _ = self.extend(x, x[..., :0])
+        """Stores embeddings (B, T, C), as keys of one head. Returns those of the token before each; before
+        the first one is anything."""
         if self.position is None:
-            return x[:, 0].roll(1, dims=1)
-        return stored[torch.arange(len(x), device=x.device), :, self.position - 1]
+            self.keys[:, 0, : x.size(1)] = x
+            return x.roll(1, dims=1)
+        rows = torch.arange(len(x), device=x.device)
+        self.keys[rows, 0, self.position] = x[:, 0]
+        return self.keys[rows, :, self.position - 1]
 
 
 # -----------------------------------------------------------------------------
@@ -472,7 +473,7 @@ class ModernGPT(GPT):
         """Returns what GPT's returns, and at its end the room for embeddings that Past.before takes."""
         cache = super().empty_cache(B, L)
         embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
-        return [*cache, (embeddings, embeddings[..., :0])]
+        return [*cache, (embeddings, embeddings)]  # there are no values
 
     def save_pretrained(self, folder, eot_token=None):
         """Writes what GPT writes, and the code with which transformers loads it: trust_remote_code=True."""

@@ -72,7 +72,7 @@ class CachedLayer:
         return self.cache.update(k, v, self.layer)
 
     def before(self, x):
-        """Stores embeddings (B, T, C), as keys of one head without values. Returns those of one token before
+        """Stores embeddings (B, T, C), as keys of one head without values. Returns those of the token before
         each; before the first one is anything."""
         known, _ = self.extend(x.unsqueeze(1), x[:, None, :, :0])
         return F.pad(known[:, 0], (0, 0, 1, 0))[:, -x.size(1) - 1 : -1]

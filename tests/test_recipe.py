@@ -253,6 +253,13 @@ def test_sampling_with_the_cache_takes_the_ids_that_full_passes_take():
         assert text[row, : n + 40].tolist() == ids
 
 
+def test_a_cache_has_no_views_of_its_own_buffers():
+    """torch.compile would not record a CUDA graph that writes into memory which two inputs share."""
+    buffers = [buffer for pair in modern().empty_cache(3, 32) for buffer in pair]
+    assert not any(buffer._is_view() or not buffer.numel() for buffer in buffers)
+    assert len({buffer.data_ptr() for buffer in buffers}) == len({id(buffer) for buffer in buffers})
+
+
 def test_one_sequence_is_sampled_as_it_is_in_a_batch():
     model, idx, noise = modern(), torch.randint(97, (1, 3)), torch.rand(1, 20)
     alone = model.generate(idx, 20, noise=noise)
