@@ -139,7 +139,7 @@ def load(path):
     if state["earlier_version"]:
         table = torch.zeros(1, 1).expand_as(state["model"]["transformer.wte.weight"])  # takes no memory
         state["model"] |= {"transformer.wve.weight": table, "smear": torch.zeros(1)}
-        state["model"]["smear_gate"] = torch.zeros(min(12, state["model_args"]["n_embd"]))
+        state["model"]["smear_gate"] = torch.zeros(min(12, state["model_args"]["n_embd"]))  # model.py's GATE
     return state
 
 
@@ -279,7 +279,8 @@ def restore_optimizers(optimizers, state, path):
         if not fits:
             raise UserError(
                 f"the optimizer state in {path} is not that of {kind} for this model: its groups of "
-                f"parameters or their moments are others (as Muon's were before November 2026)"
+                f"parameters or their moments are others (as Muon's were before November 2026); finish it with "
+                f"the soloGPT that began it, or start anew in another --out_dir"
             )
         for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({name: value for name, value in current.items() if name != "params"})

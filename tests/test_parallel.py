@@ -168,6 +168,8 @@ def test_two_processes_train_as_one_does(folder):
     # Muon gives directions that the gradient hardly has, only by rounding, the weight of all others, and so
     # does AdamW, with an eps of 1e-10; with the gradients of half of the micro-batches 1e-2 to 1e-1 differ
     same_losses(folder / "modern", folder / "modern_one", rel=1e-3)
+    # not yet in the first iterations, where those show already: by 5e-4 in the second, 4e-3 in the third
+    assert losses(folder / "modern")[:4] == pytest.approx(losses(folder / "modern_one")[:4], rel=1e-5)
 
 
 def test_only_the_first_process_writes(folder):
