@@ -279,8 +279,8 @@ def restore_optimizers(optimizers, state, path):
         if not fits:
             raise UserError(
                 f"the optimizer state in {path} is not that of {kind} for this model: its groups of "
-                f"parameters or their moments are others (as Muon's were before November 2026); finish it with "
-                f"the soloGPT that began it, or start anew in another --out_dir"
+                f"parameters or their moments are others (as Muon's were before November 2026); finish it "
+                f"with the soloGPT that began it, or start anew in another --out_dir"
             )
         for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({name: value for name, value in current.items() if name != "params"})
