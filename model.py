@@ -10,7 +10,6 @@ Shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_s
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -37,8 +36,6 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not self.n_ids:
@@ -49,10 +46,19 @@ class GPTConfig:
             raise UserError(f"gelu={self.gelu!r} must be 'none' (exact) or 'tanh'")
         if self.arch not in ("gpt2", "modern"):
             raise UserError(f"arch={self.arch!r} must be 'gpt2' or 'modern'")
-        if self.arch == "modern" and self.n_embd // self.n_head % 2:
-            raise UserError(
-                f"n_embd={self.n_embd} / n_head={self.n_head} must be even: arch='modern' rotates pairs"
-            )
+        if problem := width_problem(self.n_embd, self.n_head, self.arch):
+            raise UserError(problem)
+
+
+def width_problem(n_embd, n_head, arch):
+    """Returns why n_head heads cannot share n_embd, or None."""
+    if n_embd % n_head:
+        down = n_embd // n_head * n_head
+        near = " or ".join(str(n) for n in (down, down + n_head) if n)
+        return f"n_embd={n_embd} is not divisible by n_head={n_head}; set n_embd to {near}, or change n_head"
+    if arch == "modern" and n_embd // n_head % 2:
+        return f"n_embd={n_embd} / n_head={n_head} is not even, but arch='modern' rotates pairs"
+    return None
 
 
 class Linear(nn.Linear):
@@ -67,36 +73,6 @@ class Linear(nn.Linear):
         else:
             y = torch.addmv(self.bias, self.weight, token)
         return y.view(*x.shape[:-1], -1)
-
-
-class Past(NamedTuple):
-    """The keys and values of one layer: those of the tokens so far, and room for the next ones."""
-
-    keys: torch.Tensor  # (B, H, L, D)
-    values: torch.Tensor  # (B, H, L, D)
-    position: torch.Tensor = None  # (B,): where one new token goes; None: a prompt, stored from 0 on
-    mask: torch.Tensor = None  # (B, 1, 1, L): the positions that the new token sees
-
-    def extend(self, k, v):
-        """Stores new keys and values, (B, H, T, D). Returns all those that the new tokens attend to."""
-        if self.position is None:
-            self.keys[:, :, : k.size(2)] = k
-            self.values[:, :, : v.size(2)] = v
-            return k, v
-        rows = torch.arange(len(k), device=k.device)
-        self.keys[rows, :, self.position] = k[:, :, 0]
-        self.values[rows, :, self.position] = v[:, :, 0]
-        return self.keys, self.values
-
-    def before(self, x):
-        """Stores embeddings (B, T, C), as keys of one head. Returns those of the token before each; before
-        the first one is anything."""
-        if self.position is None:
-            self.keys[:, 0, : x.size(1)] = x
-            return x.roll(1, dims=1)
-        rows = torch.arange(len(x), device=x.device)
-        self.keys[rows, 0, self.position] = x[:, 0]
-        return self.keys[rows, :, self.position - 1]
 
 
 # -----------------------------------------------------------------------------
@@ -300,14 +276,14 @@ class GPT(nn.Module):
 
     def prompt_logits(self, idx, last, cache=None):
         """Returns the logits (B, V) after positions last, int64 (B,), in idx (B, T), and fills the cache."""
-        pasts = [Past(keys, values) for keys, values in cache] if cache else None
+        pasts = [sampling.Past(keys, values) for keys, values in cache] if cache else None
         x = self.hidden(idx, torch.arange(idx.size(1), device=idx.device)[None], pasts)
         return self.logits(x[torch.arange(len(x), device=x.device), last])
 
     def next_logits(self, token, position, cache):
         """Returns the logits (B, V) after token at position, both int64 (B,), given the cache of the past."""
         mask = torch.arange(cache[0][0].size(2), device=token.device) <= position.view(-1, 1, 1, 1)
-        pasts = [Past(keys, values, position, mask) for keys, values in cache]
+        pasts = [sampling.Past(keys, values, position, mask) for keys, values in cache]
         return self.logits(self.hidden(token[:, None], position[:, None], pasts))[:, 0]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
@@ -411,8 +387,8 @@ class ModernGPT(GPT):
     - capped logits (Gemma 2, https://arxiv.org/abs/2408.00118, section 2)
     - shortcuts from the embedding and from the first block's values (Zhou et al. 2024,
       https://arxiv.org/abs/2410.17897)
-    - value embeddings (modded-nanogpt, record of 4 December 2024): every other block up to the last one adds
-      a vector of the token to its values, from one table for all of these blocks
+    - value embeddings (modded-nanogpt, record of 4 December 2024): every other block, up to the last, adds a
+      vector of the token to its values, from one table
     - smeared embeddings (modded-nanogpt, record of 18 September 2025): a gated share of the token before
     - an untied output head; the head and all projections into the residual stream start at zero
     """
@@ -450,10 +426,12 @@ class ModernGPT(GPT):
     def embed(self, idx, position, past):
         """Returns the embedding of each token and a share of that of the token before it."""
         x = self.transformer.wte(idx)
-        before = past.before(x) if past else x.roll(1, dims=1)
         gate = (x[..., : len(self.smear_gate)] @ self.smear_gate).sigmoid()
-        share = self.smear * gate * (position > 0)
-        return x + share.unsqueeze(-1) * before
+        share = (self.smear * gate * (position > 0)).unsqueeze(-1)
+        if past:
+            return x + share * past.before(x)
+        # torch.compile stores a concatenation; a sum it would compute again in every block that reads it
+        return torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), dim=1)
 
     def blocks(self, x, idx, position, pasts):
         x0 = x
@@ -470,7 +448,7 @@ class ModernGPT(GPT):
         return [self.transformer.wte, self.transformer.wve]
 
     def empty_cache(self, B, L):
-        """Returns what GPT's returns, and at its end the room for embeddings that Past.before takes."""
+        """Returns what GPT's returns, and last the room for embeddings that Past.before takes."""
         cache = super().empty_cache(B, L)
         embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
         return [*cache, (embeddings, embeddings)]  # there are no values

@@ -2,7 +2,6 @@
 Train a GPT on one GPU (or CPU).
 
     python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32
-    python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32 --init_from=resume
     torchrun --standalone --nproc_per_node=4 train.py config/fineweb_125m.py  # on four GPUs
 
 Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newest complete state, to resume
@@ -22,8 +21,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import os
-import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,12 +32,13 @@ import torch
 from tqdm import tqdm
 
 from configurator import Config, from_command_line, key, run_script
-from model import GPT, GPTConfig, make_gpt
-from sologpt import checkpoint, hardware, huggingface, parallel, resume, shards
-from sologpt.display import print_aligned, say, warn
+from model import GPT, GPTConfig, make_gpt, width_problem
+from sologpt import checkpoint, hardware, parallel, resume, shards
+from sologpt.checkpoint import save_before_cooldown, save_best, save_checkpoint, save_progress
+from sologpt.display import print_aligned, say
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
-from sologpt.fit import check_size, no_room, nothing_half_done, smaller_batch, start_with_what_fits
+from sologpt.fit import check_size, nothing_half_done, start_with_what_fits, use_smaller_batch
 from sologpt.fp8 import use_fp8
 from sologpt.health import Recent, check_bad_steps, count_bad_steps
 from sologpt.log import (
@@ -54,7 +52,7 @@ from sologpt.log import (
     share_of_time,
 )
 from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
-from sologpt.report import describe, foretell, launcher, notes, sum_up
+from sologpt.report import describe, foretell, notes, resume_command, sum_up
 from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
 from sologpt.tracker import TRACKERS
@@ -67,7 +65,7 @@ class TrainConfig(Config):
     )
 
     # files
-    out_dir: str = key("out", "folder for ckpt.pt, ckpt_prev.pt, best.pt and metrics.jsonl")
+    out_dir: str = key("out", "folder to write into")
     init_from: str = key("scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl; a folder")
     always_save_checkpoint: bool = key(True, "False: save after an evaluation only if val loss fell")
     checkpoint_interval: int = key(0, "iterations between saves of ckpt.pt; 0: save after evaluations", low=0)
@@ -151,17 +149,8 @@ class TrainConfig(Config):
     def problems(self):
         """Returns messages about conflicting values."""
         found = []
-        if self.n_embd % self.n_head:
-            down = self.n_embd // self.n_head * self.n_head
-            near = " or ".join(str(n) for n in (down, down + self.n_head) if n)
-            found.append(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                f"set n_embd to {near}, or change n_head"
-            )
-        if self.arch == "modern" and self.n_embd // self.n_head % 2:
-            found.append(
-                f"n_embd={self.n_embd} / n_head={self.n_head} is not even, but arch='modern' rotates pairs"
-            )
+        if problem := width_problem(self.n_embd, self.n_head, self.arch):
+            found.append(problem)
         if self.keep_before_cooldown and self.schedule != "wsd":
             found.append(
                 "keep_before_cooldown=True needs schedule='wsd': a cosine has no constant part to branch from"
@@ -173,15 +162,8 @@ class TrainConfig(Config):
             if not self.compile and value != off:
                 text = f"{name}={value!r} acts through torch.compile only"
                 found.append(f"{text}; set compile=True, or {name}={off!r}")
-        names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
-        if self.init_from == "best":
-            found.append(
-                "init_from='best' is for sample.py, as best.pt holds weights only; use init_from='resume'"
-            )
-        elif self.init_from not in names and not os.path.isdir(self.init_from):
-            found.append(
-                f"init_from must be {', '.join(map(repr, names))} or a folder, not {self.init_from!r}"
-            )
+        if problem := resume.init_from_problem(self.init_from):
+            found.append(problem)
         return found
 
 
@@ -294,8 +276,8 @@ def update(model, optimizers, scaler, grad_clip):
 def estimate_loss(model, windows, count, batch_size, machine):
     """Returns this process's part of the mean loss, a float, over count windows of a split: the same ones
     each time, whatever the batch_size, without touching any random state. One sync, at the end."""
-    count = len(windows.spread(count))
-    chosen = windows.spread(count)[parallel.rank() :: parallel.processes()]
+    spread = windows.spread(count)
+    chosen = spread[parallel.rank() :: parallel.processes()]
     total = torch.zeros((), device=machine.device)
     model.eval()
     for first in tqdm(range(0, len(chosen), batch_size), "evaluating", leave=False, disable=None):
@@ -307,7 +289,7 @@ def estimate_loss(model, windows, count, batch_size, machine):
             _, loss = model(x, y)
         total += loss.float() * len(chunk)
     model.train()
-    return total.item() / count
+    return total.item() / len(spread)
 
 
 # -----------------------------------------------------------------------------
@@ -362,7 +344,7 @@ def train(run):
     """Evaluates, saves, updates and logs until the run is done.
 
     A request to stop, or running out of memory, leaves this function as an exception, which frees its frame
-    with all activations; run.at and run.rng say where to continue. See train_until_it_fits.
+    with all activations; run.at and run.rng say where to continue.
     """
     cfg, at, clock, machine = run.cfg, run.at, run.clock, run.machine
     run.rng = checkpoint.get_rng(machine.device)
@@ -474,26 +456,9 @@ def evaluate(run):
     run.eval_seconds = time.perf_counter() - start
     if cfg.eval_only or not val_loss < at.best_val_loss:
         return False
-    # best.pt before ckpt.pt, which records its loss; weights of iteration 0 are not worth a file
-    untrained = at.iter_num == 0 and cfg.max_iters > 0
-    if untrained or run.files.write(
-        run.files.best, checkpoint.weights_state(run) | dict(best_val_loss=val_loss)
-    ):
+    if save_best(run, val_loss):  # before ckpt.pt, which records its loss
         at.best_val_loss = val_loss
     return True
-
-
-def save_checkpoint(run):
-    run.metrics.sync()
-    if run.files.save(checkpoint.whole_state(run)):
-        say(f"saving checkpoint to {run.cfg.out_dir}")
-        run.metrics.record("checkpoint", run.at.iter_num, best_val_loss=run.at.best_val_loss)
-
-
-def save_before_cooldown(run):
-    path = run.files.before_cooldown
-    if run.files.write(path, checkpoint.whole_state(run)):
-        say(f"saving {path}, from which a longer run can start (docs/recipe.md)")
 
 
 # -----------------------------------------------------------------------------
@@ -520,31 +485,6 @@ def train_until_it_fits(run):
                 raise
         # out here the exception is gone, and with it the frame that held the activations
         use_smaller_batch(run)
-
-
-def save_progress(run):
-    """Saves the state at the beginning of an iteration that cannot be finished, unless that is saved."""
-    if run.at.iter_num > run.first_iter and run.files.saved_iter != run.at.iter_num and not parallel.rank():
-        save_checkpoint(run)
-
-
-def use_smaller_batch(run):
-    """Rewinds the iteration and halves batch_size. Raises UserError at batch_size=1 or auto_fit=False."""
-    cfg, at, device = run.cfg, run.at, run.machine.device
-    run.model.train()  # it may have been evaluating
-    run.model.zero_grad(set_to_none=True)
-    checkpoint.set_rng(run.rng, device)
-    hardware.forget_compiled(device)
-    save_progress(run)
-    if cfg.batch_size == 1 or not cfg.auto_fit:
-        params = run.model.get_num_params(non_embedding=False)
-        available = hardware.available_memory(device)
-        advice = no_room(params, run.memory["optimizer"], run.model.config, cfg, run.machine.dtype, available)
-        raise UserError(f"{advice} ({run.files.kept}, this is iteration {at.iter_num})")
-    text = f"out of memory with batch_size={cfg.batch_size}; from iteration {at.iter_num} on"
-    cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
-    warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")
-    run.metrics.record("smaller_batch", at.iter_num, batch_size=cfg.batch_size)
 
 
 # -----------------------------------------------------------------------------
@@ -620,16 +560,14 @@ def set_up(cfg, machine):
 def finish(run, argv):
     """Says how the run ended. Exits with 128 + signal if one stopped it; raises OSError if not saved."""
     at = run.at
-    if run.cfg.eval_only and run.evaluated_iter < 0:
-        sys.exit(128 + run.stop.number)
     if run.cfg.eval_only:
+        if run.evaluated_iter < 0:
+            sys.exit(128 + run.stop.number)
         return
     if run.files.saved_iter != at.iter_num:
         raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.kept}")
     if not run.done or run.evaluated_iter != at.iter_num:
-        kept = [arg for arg in argv if not arg.startswith("--init_from=")]
-        command = shlex.join([*launcher(), sys.argv[0], *kept, "--init_from=resume"])
-        say(f"stopped at iteration {at.iter_num}; continue with: {command}")
+        say(f"stopped at iteration {at.iter_num}; continue with: {resume_command(argv)}")
         sys.exit(128 + run.stop.number)
     sum_up(run)
 

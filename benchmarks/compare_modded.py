@@ -5,11 +5,12 @@ How much does the recipe learn from a token, beside modded-nanogpt's tuned basel
 
 The peer is records/track_3_optimization/train_gpt_simple.py of
 https://github.com/KellerJordan/modded-nanogpt: its model, initialisation, optimizers and schedule are those
-of that file, read when this program runs. Ours in their place are the number of iterations, the sizes, and a
-torch.distributed of one process. All three models are as wide and deep, see the same windows in the same
-order in iterations of the same size, and are evaluated on the same windows by the same sum; each is trained
-with its learning rates times each of `rates` and from several seeds, and the recipe, at its best rate, also
-with a part of the tokens (its whole schedule in so many iterations fewer).
+of that file, read when this program runs. Ours in their place are the number of iterations, the sizes, a
+torch.distributed of one process, and, with --dtype=float32, no casts to bfloat16. All three models are as
+wide and deep, see the same windows in the same order in iterations of the same size, and are evaluated on the
+same windows by the same sum; each is trained with its learning rates times each of `rates` and from several
+seeds, and the recipe, at its best rate, also with a part of the tokens (its whole schedule in so many
+iterations fewer).
 
 Results are written to --json after every run, and a run that is in there is not made again. `jobs` runs go
 at the same time, on a CPU of one thread each.
@@ -81,7 +82,9 @@ class CompareConfig(Config):
     evaluations: int = key(10, "how often a run is evaluated, before its end", low=1)
     jobs: int = key(1, "runs at the same time, of one thread each if there are several", low=1)
     device: str = key("", "cuda, cuda:N or cpu; empty: the best available")
-    dtype: str = key("bfloat16", "of our matmuls; the peer's are bfloat16", choices=tuple(hardware.DTYPES))
+    dtype: str = key(
+        "bfloat16", "of the matmuls; on a CPU without bf16 float32 is faster", choices=("bfloat16", "float32")
+    )
     compile: bool = key(False, "compile all models; the first iterations then take a minute")
     json: str = key("out-compare-modded.json", "file of the results")
     plot: str = key("", "PNG file to draw the curves to (pip install matplotlib)")
@@ -152,14 +155,18 @@ def open_data(cfg, block_size):
 # the peer, from its own file
 
 
-def read_peer(path):
+def read_peer(path, dtype):
     """Returns (definitions, set-up) of the peer's script, two code objects: its imports, classes and
-    functions; and what its loop over trials does before training, without the number of iterations.
+    functions; and what its loop over trials does before training, without the number of iterations. With
+    dtype="float32" what it casts to bfloat16 stays in float32.
 
     Raises UserError if the script is not laid out as it was when this was written.
     """
     with open(path, encoding="utf-8") as f:
         tree = ast.parse(f.read())
+    for node in ast.walk(tree):
+        if dtype == "float32" and isinstance(node, ast.Attribute) and node.attr == "bfloat16":
+            node.attr = "float"  # a method of a tensor, and a dtype of torch
     kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
     definitions = [node for node in tree.body if isinstance(node, kinds)]
     trials = [node for node in tree.body if isinstance(node, ast.For)]
@@ -187,7 +194,7 @@ class Peer:
     """modded-nanogpt's model and optimizers."""
 
     def __init__(self, cfg, keys, vocab_size, run, machine):
-        definitions, setup = read_peer(os.path.join(cfg.modded, SCRIPT))
+        definitions, setup = read_peer(os.path.join(cfg.modded, SCRIPT), cfg.dtype)
         self.names = {"__name__": "peer"}
         exec(definitions, self.names)
         self.names |= dict(dist=alone(), train_steps=run.iters)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sologpt import parallel
-from sologpt.display import warn
+from sologpt.display import say, warn
 from sologpt.errors import UserError
 from sologpt.files import atomic_file, remove, remove_temporary
 from sologpt.optim import new_moments
@@ -455,3 +455,34 @@ class RunFiles:
         for path in found:
             os.replace(path, os.path.join(folder, os.path.basename(path)))
         return folder
+
+
+# -----------------------------------------------------------------------------
+# what a Run of train.py saves
+
+
+def save_checkpoint(run):
+    run.metrics.sync()
+    if run.files.save(whole_state(run)):
+        say(f"saving checkpoint to {run.cfg.out_dir}")
+        run.metrics.record("checkpoint", run.at.iter_num, best_val_loss=run.at.best_val_loss)
+
+
+def save_best(run, val_loss):
+    """Writes best.pt, but not at iteration 0, whose weights are not worth a file. Returns False if it could
+    not be written."""
+    if run.at.iter_num == 0 and run.cfg.max_iters > 0:
+        return True
+    return run.files.write(run.files.best, weights_state(run) | dict(best_val_loss=val_loss))
+
+
+def save_before_cooldown(run):
+    path = run.files.before_cooldown
+    if run.files.write(path, whole_state(run)):
+        say(f"saving {path}, from which a longer run can start (docs/recipe.md)")
+
+
+def save_progress(run):
+    """Saves the state at the beginning of an iteration that cannot be finished, unless that is saved."""
+    if run.at.iter_num > run.first_iter and run.files.saved_iter != run.at.iter_num and not parallel.rank():
+        save_checkpoint(run)

@@ -9,9 +9,10 @@ import os
 import torch
 
 from sologpt import parallel
+from sologpt.checkpoint import save_progress, set_rng
 from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
-from sologpt.hardware import available_memory, total_memory
+from sologpt.hardware import available_memory, forget_compiled, total_memory
 from sologpt.memory import memory_estimate, memory_needed
 
 
@@ -47,6 +48,26 @@ def start_with_what_fits(model, optimizers, cfg, machine):
             f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
         )
     return needed
+
+
+def use_smaller_batch(run):
+    """Rewinds the iteration of a Run of train.py and halves batch_size. Raises UserError at batch_size=1 or
+    auto_fit=False."""
+    cfg, at, device = run.cfg, run.at, run.machine.device
+    run.model.train()  # it may have been evaluating
+    run.model.zero_grad(set_to_none=True)
+    set_rng(run.rng, device)
+    forget_compiled(device)
+    save_progress(run)
+    if cfg.batch_size == 1 or not cfg.auto_fit:
+        params = run.model.get_num_params(non_embedding=False)
+        available = available_memory(device)
+        advice = no_room(params, run.memory["optimizer"], run.model.config, cfg, run.machine.dtype, available)
+        raise UserError(f"{advice} ({run.files.kept}, this is iteration {at.iter_num})")
+    text = f"out of memory with batch_size={cfg.batch_size}; from iteration {at.iter_num} on"
+    cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
+    warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")
+    run.metrics.record("smaller_batch", at.iter_num, batch_size=cfg.batch_size)
 
 
 def smaller_batch(batch_size, sequences):

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import statistics
+import sys
 
 import torch
 
@@ -172,6 +173,12 @@ def seconds_of_earlier_run(path, cfg):
     if not same or not seconds:
         return None
     return statistics.median(seconds[-50:])
+
+
+def resume_command(argv):
+    """Returns the command that continues a run of train.py with these arguments."""
+    kept = [arg for arg in argv if not arg.startswith("--init_from=")]
+    return shlex.join([*launcher(), sys.argv[0], *kept, "--init_from=resume"])
 
 
 def launcher():

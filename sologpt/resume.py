@@ -4,6 +4,7 @@ Resuming from a checkpoint: what has to match, how this run will differ, and whe
 
 import dataclasses
 import math
+import os
 import time
 import zlib
 
@@ -12,6 +13,16 @@ import torch
 from sologpt import checkpoint, huggingface, parallel, shards
 from sologpt.display import warn
 from sologpt.errors import UserError
+
+
+def init_from_problem(init_from):
+    """Returns what is wrong with a value of train.py's init_from, or None."""
+    names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
+    if init_from == "best":
+        return "init_from='best' is for sample.py, as best.pt holds weights only; use init_from='resume'"
+    if init_from not in names and not os.path.isdir(init_from):
+        return f"init_from must be {', '.join(map(repr, names))} or a folder, not {init_from!r}"
+    return None
 
 
 def load_state(cfg, files):

@@ -1,6 +1,9 @@
 """
-From a model's logits to text: which token comes next, and the loop over tokens.
+From a model's logits to text: which token comes next, what the model keeps of the past, and the loop over
+tokens.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -31,6 +34,36 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
     if ids is not None:
         chosen = ids.gather(-1, chosen)
     return chosen.squeeze(-1)
+
+
+class Past(NamedTuple):
+    """The keys and values of one layer: those of the tokens so far, and room for the next ones."""
+
+    keys: torch.Tensor  # (B, H, L, D)
+    values: torch.Tensor  # (B, H, L, D)
+    position: torch.Tensor = None  # (B,): where one new token goes; None: a prompt, stored from 0 on
+    mask: torch.Tensor = None  # (B, 1, 1, L): the positions that the new token sees
+
+    def extend(self, k, v):
+        """Stores new keys and values, (B, H, T, D). Returns all those that the new tokens attend to."""
+        if self.position is None:
+            self.keys[:, :, : k.size(2)] = k
+            self.values[:, :, : v.size(2)] = v
+            return k, v
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[rows, :, self.position] = k[:, :, 0]
+        self.values[rows, :, self.position] = v[:, :, 0]
+        return self.keys, self.values
+
+    def before(self, x):
+        """Stores embeddings (B, T, C), as keys of one head. Returns those of the token before each; before
+        the first one is anything."""
+        if self.position is None:
+            self.keys[:, 0, : x.size(1)] = x
+            return x.roll(1, dims=1)
+        rows = torch.arange(len(x), device=x.device)
+        self.keys[rows, 0, self.position] = x[:, 0]
+        return self.keys[rows, :, self.position - 1]
 
 
 def step(model, token, position, cache, noise, temperature, top_k, top_p):

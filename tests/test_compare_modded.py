@@ -30,7 +30,7 @@ import torch.distributed as dist
 class GPT(nn.Module):
     def __init__(self, vocab_size, num_layers, model_dim):
         super().__init__()
-        self.proj = nn.Embedding(vocab_size, vocab_size)
+        self.proj = nn.Embedding(vocab_size, vocab_size).bfloat16()
     def forward(self, inputs, targets):
         return F.cross_entropy(self.proj(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
@@ -71,6 +71,7 @@ def test_the_peer_is_what_its_file_says_in_our_number_of_iterations(modded, tmp_
     assert peer.loss(tokens).item() == pytest.approx(4 * torch.tensor(320.0).log().item())
     peer.iteration(5, iter([tokens]), 1)
     weight = peer.model.proj.weight
+    assert weight.dtype == torch.float32  # as --dtype says
     # two sequences, and half of the twofold rate: the gradient of a row is its probabilities less the target
     assert weight[1, 2].item() == pytest.approx(0.5 * 2 * (1 - 1 / 320))
     assert weight[1, 3].item() == pytest.approx(-0.5 * 2 / 320) and weight[3].abs().max() == 0
@@ -79,7 +80,7 @@ def test_the_peer_is_what_its_file_says_in_our_number_of_iterations(modded, tmp_
 def test_a_file_of_another_layout_is_refused(tmp_path):
     (tmp_path / "peer.py").write_text("for step in range(3):\n    pass\n")
     with pytest.raises(UserError, match="peer.py has no loop that defines set_hparams"):
-        read_peer(str(tmp_path / "peer.py"))
+        read_peer(str(tmp_path / "peer.py"), "float32")
 
 
 def test_ours_is_what_train_does(modded, tmp_path, monkeypatch, run):
