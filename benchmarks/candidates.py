@@ -3,11 +3,11 @@ What would the recipe gain from parts that others found worth their lines, and l
 
     python benchmarks/candidates.py --dataset=text_100m --size=3m --jobs=2
 
-Sixteen candidates, in 32 runs (or those of --only, eight in 16): every candidate is on in half of the runs
-and off in half, with every other one as often on as off. The difference of both means is its effect, measured
-with all runs; effects of two candidates on each other do not mix into it (a folded-over Hadamard design of
-resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, chapter 6). There are several seeds, with
-four runs of each in which every candidate is as often on as off. Below zero is better.
+Twenty candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is on in
+half of the runs and off in half, with every other one as often on as off. The difference of both means is its
+effect, measured with all runs; effects of two candidates on each other do not mix into it (a folded-over
+Hadamard design of resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, chapter 6). There are
+several seeds, with four runs of each in which every candidate is as often on as off. Below zero is better.
 
 What stays in the recipe is then measured by compare_modded.py. Models, sizes, data and results are as there.
 """
@@ -52,6 +52,10 @@ CANDIDATES = dict(
     half_rotary="half of the pairs not rotated, the others at base 1,024",
     slower_muon="0.6 times the learning rate for Muon",
     no_value_shortcut="without the shortcut from the first block's values",
+    half_batch="two updates from each batch, from half of its sequences each",
+    falling_decay="weight decay falls as the learning rate does",
+    averaged="evaluated with a mean of the weights, of about the last 20 iterations",
+    long_skip="the stream after the first third of the blocks also goes into the last third",
 )
 
 
@@ -176,6 +180,17 @@ class Candidate(ModernGPT):
             angles = torch.arange(config.block_size)[:, None] * speeds
             cos, sin = angles.cos(), angles.sin()
             self.rotary = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+        self.skip = nn.Parameter(torch.zeros(1))
+        if "long_skip" in self.parts:
+            third = config.n_layer // 3
+            self.transformer.h[third].register_forward_pre_hook(self.keep_stream)
+            self.transformer.h[config.n_layer - 1 - third].register_forward_pre_hook(self.add_stream)
+
+    def keep_stream(self, block, args):
+        self.kept = args[0]
+
+    def add_stream(self, block, args):
+        return args[0] + self.skip * self.kept, *args[1:]
 
     @torch.no_grad()
     def init_weights(self):
@@ -276,6 +291,7 @@ class Ours(compare_modded.Ours):
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
         self.keys = keys
         self.machine = machine
+        self.means = [p.detach().clone() for p in self.model.parameters()]
 
     def make_optimizers(self, keys, machine):
         """Returns the recipe's optimizers, with learning rates by kind of parameter."""
@@ -295,19 +311,54 @@ class Ours(compare_modded.Ours):
                 group["rate"] = 1.0
         if "normed_embedding" in self.parts:
             give_rate(adamw, self.model.transformer.wte.weight, 25.0)
+        give_rate(adamw, self.model.skip, optim.FAST_RATE)
         if "faster_head" in self.parts:
             head = self.model.lm_head.weight
             give_rate(adamw, head, 2 * optim.rate("lm_head.weight", head))
         return optimizers
 
     def iteration(self, it, batches, accumulation):
-        set_learning_rate(self.optimizers, it, self.keys)
-        for _ in range(accumulation):
-            micro_step(self.model, next(batches), self.scaler, self.machine, accumulation)
+        lr = set_learning_rate(self.optimizers, it, self.keys)
+        if "falling_decay" in self.parts:
+            self.scale_decay(lr / self.keys.learning_rate)
+        tokens = [next(batches) for _ in range(accumulation)]
+        if "half_batch" in self.parts:
+            halves = [half for batch in tokens for half in batch.chunk(2)]
+            self.learn(halves[:accumulation])
+            self.learn(halves[accumulation:])
+        else:
+            self.learn(tokens)
+        if "averaged" in self.parts:
+            torch._foreach_lerp_(self.means, [p.detach() for p in self.model.parameters()], 0.05)
+
+    def scale_decay(self, share):
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["weight_decay"] = group.setdefault("full_decay", group["weight_decay"]) * share
+
+    def learn(self, micro_batches):
+        """Makes one update from micro-batches."""
+        for tokens in micro_batches:
+            micro_step(self.model, tokens, self.scaler, self.machine, len(micro_batches))
         for p in self.model.parameters():
             if p.grad is None:  # of a gate that is off
                 p.grad = torch.zeros_like(p)
         update(self.model, self.optimizers, self.scaler, self.keys.grad_clip)
+
+    def evaluate(self, windows, count, batch_size):
+        if "averaged" not in self.parts:
+            return super().evaluate(windows, count, batch_size)
+        self.swap_means()
+        found = super().evaluate(windows, count, batch_size)
+        self.swap_means()
+        return found
+
+    @torch.no_grad()
+    def swap_means(self):
+        for p, mean in zip(self.model.parameters(), self.means, strict=True):
+            own = p.clone()
+            p.copy_(mean)
+            mean.copy_(own)
 
 
 def give_rate(adamw, matrix, rate):
