@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from sologpt.hardware import cpu_has_bf16
+
 # What the modern architecture has besides matrices learns faster under AdamW: a value of x_mix, v_mix or
 # smear has further to go than one of a matrix, and a row of the table wve learns only where its token occurs.
 FAST = ("x_mix", "v_mix", "smear", "wve.weight")
@@ -92,8 +94,7 @@ def orthogonalize(matrices):
     Five steps of a Newton-Schulz iteration whose coefficients favour speed over an accuracy that makes no
     difference here (Jordan 2024, https://kellerjordan.github.io/posts/muon/).
     """
-    mkldnn = matrices.is_cpu and torch.backends.mkldnn.is_available()
-    fast = matrices.is_cuda or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    fast = matrices.is_cuda or (matrices.is_cpu and cpu_has_bf16())
     x = matrices.bfloat16() if fast else matrices.float()
     tall = x.size(1) > x.size(2)
     if tall:

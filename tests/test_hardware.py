@@ -159,7 +159,7 @@ def test_ampere_and_later_do_half_the_rate_in_tf32():
             assert bf16 == fp16 and tf32 == pytest.approx(bf16 / 2, rel=0.03), name
 
 
-def test_cpu_is_chosen_without_a_gpu_and_what_is_not_there_is_refused():
+def test_cpu_is_chosen_without_a_gpu_and_what_is_not_there_is_refused(monkeypatch):
     if torch.cuda.is_available():
         assert hardware.pick_device("")[0].type == "cuda"
     else:
@@ -171,7 +171,11 @@ def test_cpu_is_chosen_without_a_gpu_and_what_is_not_there_is_refused():
         with pytest.raises(ValueError, match="use cuda, cuda:N, mps or cpu"):
             hardware.pick_device(wrong)
     assert hardware.pick_dtype("", cpu)[0] == "float32"
-    assert hardware.pick_dtype("bfloat16", cpu)[0] == "bfloat16"
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)
+    assert hardware.pick_dtype("bfloat16", cpu) == ("bfloat16", "as asked")
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: False)
+    dtype, reason = hardware.pick_dtype("bfloat16", cpu)
+    assert dtype == "bfloat16" and "float32 is many times faster" in reason
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         hardware.pick_dtype("float16", cpu)
     assert hardware.device_peak(cpu, "float32") == (None, "no peak is known for cpu")
