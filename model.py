@@ -52,20 +52,23 @@ class GPTConfig:
 
 def width_problem(n_embd, n_head, arch):
     """Returns why n_head heads cannot share n_embd, or None."""
-    if n_embd % n_head:
-        down = n_embd // n_head * n_head
-        near = " or ".join(str(n) for n in (down, down + n_head) if n)
-        return f"n_embd={n_embd} is not divisible by n_head={n_head}; set n_embd to {near}, or change n_head"
-    if arch == "modern" and n_embd // n_head % 2:
-        return f"n_embd={n_embd} / n_head={n_head} is not even, but arch='modern' rotates pairs"
-    return None
+    step = n_head
+    name = f"n_head={step}"
+    if arch == "modern":
+        step = 2 * n_head
+        name = f"2 * n_head={step}, as arch='modern' rotates pairs"
+    if n_embd % step == 0:
+        return None
+    down = n_embd // step * step
+    near = " or ".join(str(n) for n in (down, down + step) if n)
+    return f"n_embd={n_embd} is not divisible by {name}; set n_embd to {near}, or change n_head"
 
 
 class Linear(nn.Linear):
     """nn.Linear, but with a matrix-vector product for a single token: twice as fast in bf16 on a CPU."""
 
     def forward(self, x):
-        if x.numel() > self.in_features or x.dtype != self.weight.dtype:  # under autocast the dtypes differ
+        if x.numel() > self.in_features or x.dtype != self.weight.dtype:  # as under bf16 autocast
             return super().forward(x)
         token = x.reshape(-1)
         if self.bias is None:
@@ -94,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
 
     def attend(self, q, k, v, past):
-        """Returns (B, T, C); each position attends to itself and to those before it."""
+        """Returns (B, T, C), causal attention. past: a sampling.Past; None in training."""
         # views: attention's kernels read any strides, and write y as (B, T, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = None
@@ -202,8 +205,8 @@ class GPT(nn.Module):
         return (None if self.training else logits), nats
 
     def hidden(self, idx, position, pasts=None):
-        """Returns the head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: one for
-        each block, and in the modern architecture one for the embedding."""
+        """Returns the head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: a
+        sampling.Past for each block and, if modern, one for the embedding."""
         pasts = pasts or [None] * (self.config.n_layer + 1)
         x = self.embed(idx, position, pasts[-1])
         if self.matmul_dtype() == torch.bfloat16:
@@ -330,7 +333,7 @@ def rms_norm(x):
 
 def rotate(x, cos, sin):
     """Returns x (B, T, H, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
-    the position, so that products of queries and keys depend on their distance."""
+    the position, so that products of queries and keys depend on their distance. sin is (-sin, sin)."""
     halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses it; cat it does not
     return (x * cos + halves_swapped * sin).to(x.dtype)
 
@@ -344,7 +347,7 @@ class ModernAttention(CausalSelfAttention):
 
     def forward(self, x, first_v, token_v, cos, sin, past=None):
         """Returns (B, T, C) and this block's own values, (B, T, H, D). first_v: those of the first block,
-        None in there; token_v: those that belong to the token itself, whatever its context."""
+        None there; token_v: those that belong to the token itself, whatever its context."""
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
@@ -387,8 +390,8 @@ class ModernGPT(GPT):
     - capped logits (Gemma 2, https://arxiv.org/abs/2408.00118, section 2)
     - shortcuts from the embedding and from the first block's values (Zhou et al. 2024,
       https://arxiv.org/abs/2410.17897)
-    - value embeddings (modded-nanogpt, record of 4 December 2024): every other block, up to the last, adds a
-      vector of the token to its values, from one table
+    - value embeddings (modded-nanogpt, record of 4 December 2024): every other block, the last included,
+      adds a vector of the token to its values, from one table
     - smeared embeddings (modded-nanogpt, record of 18 September 2025): a gated share of the token before
     - an untied output head; the head and all projections into the residual stream start at zero
     """
@@ -424,13 +427,13 @@ class ModernGPT(GPT):
                 nn.init.zeros_(p)
 
     def embed(self, idx, position, past):
-        """Returns the embedding of each token and a share of that of the token before it."""
+        """Returns each token's embedding plus a gated share of the one before."""
         x = self.transformer.wte(idx)
         gate = (x[..., : len(self.smear_gate)] @ self.smear_gate).sigmoid()
-        share = (self.smear * gate * (position > 0)).unsqueeze(-1)
-        if past:
-            return x + share * past.before(x)
-        # torch.compile stores a concatenation; a sum it would compute again in every block that reads it
+        share = (self.smear * gate).unsqueeze(-1)
+        if past is not None:
+            return x + share * (position > 0).unsqueeze(-1) * past.before(x)
+        # torch.compile stores what cat returns; a sum it would compute again in every block
         return torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), dim=1)
 
     def blocks(self, x, idx, position, pasts):
@@ -451,7 +454,7 @@ class ModernGPT(GPT):
         """Returns what GPT's returns, and last the room for embeddings that Past.before takes."""
         cache = super().empty_cache(B, L)
         embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
-        return [*cache, (embeddings, embeddings)]  # there are no values
+        return [*cache, (embeddings, embeddings)]  # before reads only keys
 
     def save_pretrained(self, folder, eot_token=None):
         """Writes what GPT writes, and the code with which transformers loads it: trust_remote_code=True."""

@@ -24,7 +24,6 @@ import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -34,7 +33,6 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt, width_problem
 from sologpt import checkpoint, hardware, parallel, resume, shards
-from sologpt.checkpoint import save_before_cooldown, save_best, save_checkpoint, save_progress
 from sologpt.display import print_aligned, say
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
@@ -58,7 +56,7 @@ from sologpt.tokenizer import Tokenizer, read_tokenizer
 from sologpt.tracker import TRACKERS
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainConfig(Config):
     synonyms = dict(
         lr="learning_rate", lr_min="min_lr", wd="weight_decay", clip="grad_clip", steps="max_iters"
@@ -189,7 +187,7 @@ def get_lr(it, cfg, time_used=0.0):
         return cfg.min_lr + min(1, left) * (cfg.learning_rate - cfg.min_lr)
     if it >= cfg.lr_decay_iters:
         return cfg.min_lr
-    progress = (it - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    progress = (it - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
     progress = max(progress, time_used)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
 
@@ -272,33 +270,13 @@ def update(model, optimizers, scaler, grad_clip):
     return norm
 
 
-@torch.no_grad()
-def estimate_loss(model, windows, count, batch_size, machine):
-    """Returns this process's part of the mean loss, a float, over count windows of a split: the same ones
-    each time, whatever the batch_size, without touching any random state. One sync, at the end."""
-    spread = windows.spread(count)
-    chosen = spread[parallel.rank() :: parallel.processes()]
-    total = torch.zeros((), device=machine.device)
-    model.eval()
-    for first in tqdm(range(0, len(chosen), batch_size), "evaluating", leave=False, disable=None):
-        chunk = chosen[first : first + batch_size]
-        tokens = host_tensor(windows.read(np.resize(chunk, batch_size)), machine.device)
-        x, y = inputs_and_targets(tokens, machine.device)
-        y[len(chunk) :] = -1  # padding of the last batch does not count; one shape, one graph
-        with machine.autocast():
-            _, loss = model(x, y)
-        total += loss.float() * len(chunk)
-    model.train()
-    return total.item() / len(spread)
-
-
 # -----------------------------------------------------------------------------
 # the run
 
 
-@dataclass
+@dataclasses.dataclass
 class Progress:
-    """How far a run has come: the part of a checkpoint that is neither weights nor settings."""
+    """How far a run has come; a checkpoint holds these fields too, by name."""
 
     iter_num: int = 0
     best_val_loss: float = math.inf
@@ -308,9 +286,9 @@ class Progress:
     resumed: int = 0  # times
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
-    """What the loop works with, made by set_up."""
+    """What the loop works with, made by set_up and main."""
 
     cfg: TrainConfig
     machine: hardware.Machine
@@ -329,9 +307,9 @@ class Run:
     first_iter: int = 0  # of this process
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
+    eval_seconds: float = 0.0
     norms: Recent = dataclasses.field(default_factory=Recent)
     logged_losses: Recent = dataclasses.field(default_factory=Recent)
-    eval_seconds: float = 0.0  # of that evaluation
     done: bool = False
     rng: dict = None  # torch's random state at the beginning of the iteration
     metrics: Metrics = None
@@ -357,7 +335,7 @@ def train(run):
 
     while True:
         run.rng = checkpoint.rng_of_iteration(run)
-        time_used = parallel.agree(run.stop, share_of_time(run))
+        time_used = parallel.agree(run.stop, share_of_time(run))  # raises Stopped if asked to
         run.done = at.iter_num == cfg.max_iters or time_used == 1
 
         # evaluate
@@ -378,10 +356,10 @@ def train(run):
         if run.done or (save_due and at.iter_num > 0):
             if improved or run.files.saved_iter != at.iter_num:
                 with clock.paused():
-                    save_checkpoint(run)
+                    checkpoint.save_checkpoint(run)
         if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start and not cfg.max_minutes:
             with clock.paused():
-                save_before_cooldown(run)
+                checkpoint.save_before_cooldown(run)
         if run.done:
             return
         if gc.isenabled():
@@ -410,7 +388,7 @@ def train(run):
 
 
 def compile_model(run):
-    """Compiles the model, for evaluation and training, outside the run and without its random numbers."""
+    """Compiles the model by one evaluation and one training pass, whose random draws are undone."""
     cfg, machine = run.cfg, run.machine
     say("compiling the model (may take a minute)")
     start = time.perf_counter()
@@ -435,6 +413,26 @@ def leave_garbage_to_evaluations():
     gc.disable()
 
 
+@torch.no_grad()
+def estimate_loss(model, windows, count, batch_size, machine):
+    """Returns this process's part of the mean loss, a float, over count windows of a split: the same ones
+    each time, whatever the batch_size, without touching any random state. One sync, at the end."""
+    spread = windows.spread(count)
+    chosen = spread[parallel.rank() :: parallel.processes()]
+    total = torch.zeros((), device=machine.device)
+    model.eval()
+    for first in tqdm(range(0, len(chosen), batch_size), "evaluating", leave=False, disable=None):
+        chunk = chosen[first : first + batch_size]
+        tokens = host_tensor(windows.read(np.resize(chunk, batch_size)), machine.device)
+        x, y = inputs_and_targets(tokens, machine.device)
+        y[len(chunk) :] = -1  # padding of the last batch does not count; one shape, one graph
+        with machine.autocast():
+            _, loss = model(x, y)
+        total += loss.float() * len(chunk)
+    model.train()
+    return total.item() / len(spread)
+
+
 def evaluate(run):
     """Logs the losses of both splits. Returns whether val loss is the lowest so far; if so, saves best.pt."""
     cfg, at = run.cfg, run.at
@@ -456,7 +454,7 @@ def evaluate(run):
     run.eval_seconds = time.perf_counter() - start
     if cfg.eval_only or not val_loss < at.best_val_loss:
         return False
-    if save_best(run, val_loss):  # before ckpt.pt, which records its loss
+    if checkpoint.save_best(run, val_loss):  # before ckpt.pt, which records its loss
         at.best_val_loss = val_loss
     return True
 
@@ -472,14 +470,14 @@ def train_until_it_fits(run):
             with parallel.together(run.stop):
                 return train(run)
         except (shards.DataError, parallel.Lost) as e:
-            save_progress(run)  # nothing of the iteration has been applied yet
+            checkpoint.save_progress(run)  # nothing of the iteration has been applied yet
             raise UserError(f"{e} ({run.files.kept})") from None
         except Stopped:
             if not run.cfg.eval_only and run.files.saved_iter != run.at.iter_num:
-                save_checkpoint(run)
+                checkpoint.save_checkpoint(run)
             return
         except UserError:
-            raise
+            raise  # even about memory
         except Exception as e:
             if not out_of_memory(e):
                 raise
@@ -579,10 +577,10 @@ def main(argv):
     for note in notes(cfg):
         print(note)
     print_aligned([machine.line])
-    out_dir = contextlib.nullcontext()
+    lock = contextlib.nullcontext()
     if not (cfg.eval_only or cfg.dry_run or parallel.rank()):  # these leave it alone
-        out_dir = sole_use(cfg.out_dir)
-    with out_dir:
+        lock = sole_use(cfg.out_dir)
+    with lock:
         run = set_up(cfg, machine)
         describe(run)
         if cfg.dry_run:

@@ -1,6 +1,6 @@
 """
-A run's state on disk: ckpt.pt with all that resuming needs, ckpt_prev.pt with the state before it, and
-best.pt with the best weights.
+A run's state on disk: ckpt.pt with all that resuming needs, ckpt_prev.pt with the state before it,
+best.pt with the best weights, and before_cooldown.pt for longer runs to start from.
 
 Every .pt file is one dict of tensors and plain values, a superset of nanoGPT's, so that nanoGPT reads ours
 and we read nanoGPT's; they load with weights_only=True and cannot run code.
@@ -483,6 +483,6 @@ def save_before_cooldown(run):
 
 
 def save_progress(run):
-    """Saves the state at the beginning of an iteration that cannot be finished, unless that is saved."""
+    """Saves the state before an unfinished iteration, unless this process has started from it or saved it."""
     if run.at.iter_num > run.first_iter and run.files.saved_iter != run.at.iter_num and not parallel.rank():
         save_checkpoint(run)

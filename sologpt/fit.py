@@ -17,9 +17,9 @@ from sologpt.memory import memory_estimate, memory_needed
 
 
 def start_with_what_fits(model, optimizers, cfg, machine):
-    """Returns memory_estimate, after halving cfg.batch_size while that is too much: 1.1 times what a GPU has
-    free, which would find out at the first step, each time after compiling, or 0.8 times a computer's memory,
-    as the system kills a process that takes all of it.
+    """Returns memory_estimate, after lowering cfg.batch_size until that is within 1.1 times a GPU's free
+    memory (more would fail at the first step, after compiling) or 0.8 times a computer's (the system kills a
+    process that takes all of it).
 
     Raises UserError if what is left to try cannot fit into a computer's memory.
     """
@@ -56,6 +56,7 @@ def use_smaller_batch(run):
     cfg, at, device = run.cfg, run.at, run.machine.device
     run.model.train()  # it may have been evaluating
     run.model.zero_grad(set_to_none=True)
+    run.scaler = renewed(run.scaler, device)
     set_rng(run.rng, device)
     forget_compiled(device)
     save_progress(run)
@@ -68,6 +69,16 @@ def use_smaller_batch(run):
     cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
     warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")
     run.metrics.record("smaller_batch", at.iter_num, batch_size=cfg.batch_size)
+
+
+def renewed(scaler, device):
+    """Returns a GradScaler in the state of this one, but with nothing unscaled yet: this one has begun to, if
+    memory ran out within an update."""
+    if not scaler.is_enabled():
+        return scaler
+    new = torch.amp.GradScaler(device.type)
+    new.load_state_dict(scaler.state_dict())
+    return new
 
 
 def smaller_batch(batch_size, sequences):

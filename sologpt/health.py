@@ -32,8 +32,9 @@ class Recent:
 
 
 def count_bad_steps(run, step_loss, norm):
-    """Counts an update that was skipped, and warns of it. In fp16 an infinite gradient is normal while the
-    scaler finds out how large its scale may be: there only a loss that is not finite counts."""
+    """Counts an update that was skipped, and warns of it; points out a gradient norm that spikes. In fp16 an
+    infinite gradient is normal while the scaler finds out how large its scale may be: there only a loss that
+    is not finite counts."""
     at = run.at
     if math.isfinite(step_loss.item() if run.scaler.is_enabled() else norm):
         at.bad_in_row = 0

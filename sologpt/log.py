@@ -66,12 +66,15 @@ def elapsed(run):
 
 
 def share_of_time(run):
-    """Returns the share of max_minutes that a Run has used, up to 1, when the next iteration and the last
-    evaluation are done. 0 without a limit."""
-    if not run.cfg.max_minutes:
+    """Returns the share of max_minutes that a Run will have used after one more iteration and evaluation."""
+    return share_of(run.cfg, elapsed(run) + run.clock.last + run.eval_seconds)
+
+
+def share_of(cfg, seconds):
+    """Returns the share of max_minutes that so many seconds are, at most 1; 0 without a limit."""
+    if not cfg.max_minutes:
         return 0.0
-    seconds = elapsed(run) + run.clock.last + run.eval_seconds
-    return min(1.0, seconds / (60 * run.cfg.max_minutes))
+    return min(1.0, seconds / (60 * cfg.max_minutes))
 
 
 def rewind_metrics(path, iter_num):

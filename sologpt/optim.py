@@ -18,7 +18,7 @@ FAST_RATE = 4.0  # times learning_rate; in modded-nanogpt it is about that betwe
 def rate(name, p):
     """Returns the factor on the learning rate of a parameter that AdamW trains.
 
-    That of a head of its own falls with the width, as in Yang et al. 2022 (https://arxiv.org/abs/2203.03466,
+    That of an untied head falls with the width, as in Yang et al. 2022 (https://arxiv.org/abs/2203.03466,
     table 3); learning_rate is meant for GPT-2's width, 768.
     """
     if name == "lm_head.weight":

@@ -25,7 +25,7 @@ def notes(cfg):
     if cfg.keep_before_cooldown and cfg.max_minutes:
         found.append("note: keep_before_cooldown=True has no effect with max_minutes")
     if "backend" in cfg.given and parallel.processes() == 1:
-        found.append(f"backend={cfg.backend!r} has no effect: it is for several processes")
+        found.append(f"note: backend={cfg.backend!r} has no effect: it is for several processes")
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from sologpt import checkpoint, huggingface, parallel, shards
 from sologpt.display import warn
 from sologpt.errors import UserError
+from sologpt.log import share_of
 
 
 def init_from_problem(init_from):
@@ -180,13 +181,6 @@ def warn_of_changes(cfg, machine, state, get_lr):
             f"from here on the data comes in another order, parts of it twice or never: "
             f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
         )
-
-
-def share_of(cfg, seconds):
-    """Returns the share of max_minutes that so many seconds are; 0 without a limit."""
-    if not cfg.max_minutes:
-        return 0.0
-    return min(1.0, seconds / (60 * cfg.max_minutes))
 
 
 def settings_before(cfg, state):

@@ -37,7 +37,8 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
 
 
 class Past(NamedTuple):
-    """The keys and values of one layer: those of the tokens so far, and room for the next ones."""
+    """The keys and values of one layer, or the embeddings: those of the tokens so far, and room for the next
+    ones."""
 
     keys: torch.Tensor  # (B, H, L, D)
     values: torch.Tensor  # (B, H, L, D)
@@ -51,18 +52,18 @@ class Past(NamedTuple):
             self.values[:, :, : v.size(2)] = v
             return k, v
         rows = torch.arange(len(k), device=k.device)
-        self.keys[rows, :, self.position] = k[:, :, 0]
-        self.values[rows, :, self.position] = v[:, :, 0]
+        self.keys[rows, :, self.position] = k[:, :, 0].to(self.keys.dtype)  # under autocast they may differ
+        self.values[rows, :, self.position] = v[:, :, 0].to(self.values.dtype)
         return self.keys, self.values
 
     def before(self, x):
-        """Stores embeddings (B, T, C), as keys of one head. Returns those of the token before each; before
-        the first one is anything."""
+        """Stores embeddings (B, T, C), as keys of one head. Returns those of the token before each; what
+        precedes the first is arbitrary."""
         if self.position is None:
             self.keys[:, 0, : x.size(1)] = x
             return x.roll(1, dims=1)
         rows = torch.arange(len(x), device=x.device)
-        self.keys[rows, 0, self.position] = x[:, 0]
+        self.keys[rows, 0, self.position] = x[:, 0].to(self.keys.dtype)
         return self.keys[rows, :, self.position - 1]
 
 

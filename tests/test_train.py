@@ -31,6 +31,7 @@ from model import GPT, GPTConfig
 from sologpt import checkpoint, fit, hardware, report, shards
 from sologpt.display import duration
 from sologpt.errors import UserError, out_of_memory
+from sologpt.fit import renewed
 from train import TrainConfig, get_lr
 
 STEP = re.compile(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)", re.M)
@@ -635,6 +636,24 @@ def test_memory_that_runs_out_in_an_update_ends_the_run_as_that_cannot_be_repeat
     assert same(weights(tmp_path / "out"), before)
 
 
+def test_gradients_that_were_unscaled_before_memory_ran_out_are_unscaled_again():
+    """In fp16, which only a GPU trains in; the scaler itself also works on a CPU."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(p.sum()).backward()
+    scaler.update(8.0)
+    scaler.unscale_(optimizer)
+    scaler = renewed(scaler, torch.device("cpu"))
+    p.grad = None
+    scaler.scale(p.sum()).backward()
+    assert p.grad.item() == 8
+    scaler.unscale_(optimizer)
+    assert p.grad.item() == 1
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    assert renewed(off, torch.device("cpu")) is off
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -1224,6 +1243,9 @@ def test_the_warmup_takes_a_tenth_of_the_time_at_most():
     assert get_lr(9, cfg, 0.1) == 6e-4 and get_lr(9, cfg, 0.0) == pytest.approx(6e-4 * 0.1)
     cosine = configure(TrainConfig, ["--warmup_iters=99", "--lr_decay_iters=1000", "--max_minutes=1"])
     assert get_lr(0, cosine, 0.5) == pytest.approx((6e-4 + 6e-5) / 2)
+    for end in (99, 50):  # a cosine that ends while iterations still warm up goes by the clock
+        cosine.lr_decay_iters = end
+        assert get_lr(10, cosine, 0.5) == pytest.approx((6e-4 + 6e-5) / 2)
 
 
 def test_keys_that_a_time_limit_or_another_tracker_rules_out(run, byte_data, tiny, tmp_path):
