@@ -3,11 +3,12 @@ What would the recipe gain from parts that others found worth their lines, and l
 
     python benchmarks/candidates.py --dataset=text_100m --size=3m --jobs=2
 
-Twenty candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is on in
-half of the runs and off in half, with every other one as often on as off. The difference of both means is its
-effect, measured with all runs; effects of two candidates on each other do not mix into it (a folded-over
-Hadamard design of resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, chapter 6). There are
-several seeds, with four runs of each in which every candidate is as often on as off. Below zero is better.
+Twenty-one candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is
+on in half of the runs and off in half, with every other one as often on as off. The difference of both means
+is its effect, measured with all runs; effects of two candidates on each other do not mix into it (a
+folded-over Hadamard design of resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, chapter
+6). There are several seeds, with four runs of each in which every candidate is as often on as off. Below zero
+is better.
 
 What stays in the recipe is then measured by compare_modded.py. Models, sizes, data and results are as there.
 """
@@ -56,6 +57,7 @@ CANDIDATES = dict(
     falling_decay="weight decay falls as the learning rate does",
     averaged="evaluated with a mean of the weights, of about the last 20 iterations",
     long_skip="the stream after the first third of the blocks also goes into the last third",
+    pairs="a vector of each pair of neighbours, from a hash table of 5 V rows, in the embedding",
 )
 
 
@@ -181,6 +183,7 @@ class Candidate(ModernGPT):
             cos, sin = angles.cos(), angles.sin()
             self.rotary = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
         self.skip = nn.Parameter(torch.zeros(1))
+        self.pairs = nn.Embedding(5 * config.vocab_size if "pairs" in self.parts else 1, config.n_embd)
         if "long_skip" in self.parts:
             third = config.n_layer // 3
             self.transformer.h[third].register_forward_pre_hook(self.keep_stream)
@@ -197,6 +200,7 @@ class Candidate(ModernGPT):
         super().init_weights()
         for block in self.transformer.h:
             nn.init.zeros_(block.attn.gate.weight)
+        nn.init.zeros_(self.pairs.weight)
         if "normed_embedding" in self.parts:
             nn.init.normal_(self.transformer.wte.weight)
 
@@ -212,6 +216,9 @@ class Candidate(ModernGPT):
         x = self.transformer.wte(idx)
         if "no_smear" not in self.parts:
             x = super().embed(idx, position, past)
+        if "pairs" in self.parts:
+            pairs = idx.roll(1, dims=1) * 1_000_003 + idx  # that of the first token is any
+            x = x + self.pairs(pairs % self.pairs.num_embeddings)
         return rms_norm(x) if "normed_embedding" in self.parts else x
 
 
@@ -312,6 +319,7 @@ class Ours(compare_modded.Ours):
         if "normed_embedding" in self.parts:
             give_rate(adamw, self.model.transformer.wte.weight, 25.0)
         give_rate(adamw, self.model.skip, optim.FAST_RATE)
+        give_rate(adamw, self.model.pairs.weight, optim.FAST_RATE)
         if "faster_head" in self.parts:
             head = self.model.lm_head.weight
             give_rate(adamw, head, 2 * optim.rate("lm_head.weight", head))

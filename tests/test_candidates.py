@@ -24,7 +24,7 @@ CPU = hardware.Machine(torch.device("cpu"), "float32", None, "")
 
 
 def test_no_effect_mixes_with_another_or_with_those_of_pairs():
-    for count, n in ((20, 64), (16, 32), (8, 16), (6, 16), (4, 8)):
+    for count, n in ((21, 64), (16, 32), (8, 16), (6, 16), (4, 8)):
         design = signs(count)
         assert design.shape == (n, count) and (design.T @ design == n * np.eye(count)).all()
         assert (design.sum(0) == 0).all()
