@@ -33,10 +33,11 @@ class Recent:
 
 def count_bad_steps(run, step_loss, norm):
     """Counts an update that was skipped, and warns of it; points out a gradient norm that spikes. In fp16 an
-    infinite gradient is normal while the scaler finds out how large its scale may be: there only a loss that
-    is not finite counts."""
+    infinite gradient is normal while the scaler finds out how large its scale may be: down to a scale of 1
+    only a loss that is not finite counts."""
     at = run.at
-    if math.isfinite(step_loss.item() if run.scaler.is_enabled() else norm):
+    finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
+    if math.isfinite(step_loss.item() if finding_scale else norm):
         at.bad_in_row = 0
         if math.isfinite(norm) and run.norms.spikes(norm):
             point_out_spike(run, "gradient norm", norm, run.norms, loss=step_loss.item(), norm=norm)

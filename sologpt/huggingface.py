@@ -238,7 +238,9 @@ WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json", remote_code.
 
 def make_room(folder):
     """Makes a folder ready for an export: new, or without what an earlier export has written. Raises
-    UserError if it has files that no export of ours writes, or is somebody else's model."""
+    UserError if it has files that no export of ours writes, or is somebody else's model, or if safetensors,
+    which writes the weights, is not installed."""
+    require("safetensors.torch")
     os.makedirs(folder, exist_ok=True)
     names = sorted(os.listdir(folder))
     others = [name for name in names if name not in WRITTEN]
@@ -343,8 +345,11 @@ def bpe_merges(ranks):
     return merges
 
 
-def character_tokenizer_json(itos):
+def character_tokenizer_json(tokenizer):
     """Returns the content of tokenizer.json for one id a character; there too, other ones are an error."""
+    itos = tokenizer.itos
+    if len(itos) < tokenizer.vocab_size:
+        raise UserError(f"its meta.pkl names only {len(itos)} of {tokenizer.vocab_size} ids")
     if odd := [text for text in itos.values() if len(text) != 1]:
         raise UserError(
             f"a tokenizer of characters cannot be exported with {odd[0]!r}, which is not one character"
@@ -363,7 +368,7 @@ def tokenizer_json(tokenizer):
     tokenizers library would not split exactly as we do."""
     encoding, eot = tokenizer.encoding, tokenizer.eot_token
     if encoding == "characters":
-        return character_tokenizer_json(tokenizer.itos)
+        return character_tokenizer_json(tokenizer)
     if encoding not in ("gpt2", "bytes"):
         raise UserError(f"the encoding {encoding!r} cannot be exported, only gpt2, bytes and characters can")
     letters = byte_alphabet()
@@ -450,7 +455,7 @@ def write_card(folder, state, parameters):
     if "tokens_seen" in state:
         rows["training tokens"] = f"{state['tokens_seen']:,}"
     if "best_val_loss" in state:
-        rows["lowest validation loss"] = f"{float(state['best_val_loss']):.4f} nats per token"
+        rows["lowest validation loss of the run"] = f"{float(state['best_val_loss']):.4f} nats per token"
     config = state.get("config", {})
     for name in ("dataset", "init_from", "learning_rate", "weight_decay", "dropout"):
         if name in config:

@@ -118,8 +118,7 @@ def check_alike(run):
 
 
 def restore(run, state, data_changed):
-    """Loads all of a state into a new Run of train.py; losses on other data do not compare with its best
-    one."""
+    """Loads all of a state into a new Run of train.py. Its best loss is kept if later ones compare to it."""
     path = run.files.newest
     at, iter_num = run.at, state["iter_num"]
     checkpoint.restore_model(run.model, state, path)
@@ -135,9 +134,24 @@ def restore(run, state, data_changed):
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
     if iter_num == run.cfg.max_iters:
         print(f"note: that is all of max_iters={iter_num}; to train on, raise --max_iters (docs/recipe.md)")
+    seconds = state.get("seconds", 0.0)
+    if share_of(run.cfg, seconds) == 1:
+        used = f"this run has taken {seconds / 60:.1f} minutes, all of max_minutes={run.cfg.max_minutes:g}"
+        print(f"note: {used}; to train on, raise --max_minutes")
+    saved = state.get("config", {})
+    reason = None
     if data_changed:
+        reason = "the data has changed"
+    elif "data" not in state:
+        reason = "nanoGPT evaluates random batches"
+        trained_on = os.path.basename(str(saved.get("dataset", run.folder)))
+        if trained_on != os.path.basename(run.folder):
+            warn(f"{path} was trained on {trained_on}, from here on it is {run.folder}")
+    elif saved.get("eval_iters", run.cfg.eval_iters) != run.cfg.eval_iters:
+        reason = "eval_iters has changed"
+    if reason:
         at.best_val_loss = math.inf
-        print("the data has changed: the best val loss, and best.pt, start anew")
+        print(f"{reason}: the best val loss, and best.pt, start anew")
 
 
 def restore_scaler_and_rng(run, state, path):

@@ -122,6 +122,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         cache = model.empty_cache(B, min(T + max_new_tokens, block_size))
     noise = noise[:, :max_new_tokens].to(device).t().contiguous()  # a row for each step
     lengths = lengths.to(device)
+    if lengths.min() < 1:
+        raise UserError("a prompt is empty; sampling needs a token to start from")
     rows = torch.arange(B, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     text = F.pad(idx, (0, max_new_tokens))

@@ -114,7 +114,8 @@ class CharacterTokenizer(Tokenizer):
         return [self.stoi[character] for character in text]
 
     def spell(self, i):
-        return self.itos[i].encode("utf-8", "replace")
+        # nanoGPT's meta.pkl may give a vocab_size and no names, or not all
+        return self.itos.get(i, "\ufffd").encode("utf-8", "replace")
 
     def embedding_rows(self):
         """Returns the number of ids: nanoGPT does not pad the vocabulary of its own character data either."""

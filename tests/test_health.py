@@ -4,13 +4,15 @@ Run: pytest tests/test_health.py
 """
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import metrics
 
 from sologpt import shards
-from sologpt.health import RECENT, Recent
+from sologpt.health import RECENT, Recent, count_bad_steps
 
 
 def test_a_spike_is_far_above_the_recent_values():
@@ -59,3 +61,13 @@ def test_a_spike_is_pointed_out_with_its_sequences(run, byte_data, tiny, tmp_pat
     assert "spike in iteration 180: gradient norm " in out and "; sequences 180 to 180\n" in out
     assert ("spike in iteration 180: loss " in out) == (log_interval == 1)
     assert not [row for row in rows if row["iter"] < 180]
+
+
+@pytest.mark.parametrize("scale, bad", [(65536.0, 0), (1.0, 0), (0.5, 1)])
+def test_infinite_gradients_in_fp16_are_the_scales_fault_until_it_is_low(scale, bad):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.ones(1))
+    run = SimpleNamespace(scaler=scaler, at=SimpleNamespace(bad_in_row=0, bad_steps=0, iter_num=7))
+    run.metrics = SimpleNamespace(record=lambda *args, **figures: None)
+    count_bad_steps(run, torch.tensor(3.0), float("nan"))
+    assert run.at.bad_in_row == run.at.bad_steps == bad

@@ -6,6 +6,7 @@ Run: pytest tests/test_huggingface.py
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -136,6 +137,17 @@ def test_a_tokenizer_of_characters_is_the_same(tmp_path):
         )
     with pytest.raises(Exception, match="Missing .UNK."):
         loaded("z")
+    partial = CharacterTokenizer("characters", len(itos) + 2, None, itos)
+    with pytest.raises(ValueError, match=f"names only {len(itos)} of {len(itos) + 2} ids"):
+        huggingface.tokenizer_json(partial)
+
+
+def test_an_earlier_export_stays_if_a_new_one_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("trained with soloGPT")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="safetensors, which Hugging Face's format needs, is not installed"):
+        huggingface.make_room(tmp_path)
+    assert (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -510,6 +510,11 @@ def test_a_prompt_that_the_model_cannot_read_is_refused(idx, message):
         SMALL.generate(idx, 3)
 
 
+def test_a_row_without_a_prompt_is_refused():
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        SMALL.generate(torch.ones(2, 3, dtype=torch.long), 3, lengths=torch.tensor([0, 3]))
+
+
 def test_a_model_that_has_diverged_is_refused():
     model = tiny()
     model.transformer.wte.weight.data[5, 5] = math.nan

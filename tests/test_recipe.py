@@ -371,6 +371,10 @@ def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_pa
     kept = state_of(tmp_path / "short", "before_cooldown.pt")
     assert kept["iter_num"] == 4
     run("train.py", *argv, "--out_dir=long", "--max_iters=12")
+    # in its own folder the state of a longer run has been through the cooldown
+    out = run("train.py", *argv, "--out_dir=short", "--max_iters=20", "--init_from=resume").stdout
+    assert "short/before_cooldown.pt is of before the first cooldown of this run, and stays" in out
+    assert state_of(tmp_path / "short", "before_cooldown.pt")["iter_num"] == 4
     (tmp_path / "longer").mkdir()
     shutil.copy(tmp_path / "short" / "before_cooldown.pt", tmp_path / "longer" / "ckpt.pt")
     out = run("train.py", *argv, "--out_dir=longer", "--max_iters=12", "--init_from=resume")

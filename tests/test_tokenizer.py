@@ -31,6 +31,8 @@ def test_the_tokenizer_is_read_from_meta_json_or_meta_pkl_or_is_gpt2s(tmp_path):
         assert tokenizer.itos == meta["itos"]
     assert tokenizer == CharacterTokenizer("characters", 3, None, meta["itos"])
     assert make_tokenizer(tokenizer.fields()) == tokenizer
+    # as nanoGPT trains with it: more ids than names
+    assert CharacterTokenizer("characters", 4, None, meta["itos"]).decode([0, 3, 1]) == "a\ufffdb"
     (tmp_path / "meta.json").write_text(
         json.dumps(dict(encoding="bytes", vocab_size=257, eot_token=256, more=1))
     )

@@ -712,6 +712,24 @@ def test_other_data_are_refused_unless_allowed(run, byte_data, tiny, tmp_path):
     assert "warning" not in run("train.py", *resume).stderr  # these are its data now
 
 
+def test_a_loss_on_other_windows_is_no_best_one(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=3")
+    argv = [*tiny, "--init_from=resume", "--max_iters=4", "--learning_rate=0.0", "--min_lr=0.0"]
+    again = run("train.py", *argv).stdout
+    assert "start anew" not in again
+    before = torch.load(tmp_path / "out/best.pt", weights_only=True)
+    out = run("train.py", *argv, "--max_iters=5", "--eval_iters=2").stdout
+    assert "eval_iters has changed: the best val loss, and best.pt, start anew" in out
+    after = torch.load(tmp_path / "out/best.pt", weights_only=True)
+    assert before["config"]["eval_iters"] != after["config"]["eval_iters"] == 2
+
+
+def test_a_run_that_has_used_its_minutes_says_so(run, byte_data, tiny):
+    run("train.py", *tiny, "--max_iters=3")
+    out = run("train.py", *tiny, "--init_from=resume", "--max_minutes=0.0001").stdout
+    assert "minutes, all of max_minutes=0.0001; to train on, raise --max_minutes" in out
+
+
 def test_data_with_more_ids_than_the_model_has_rows_are_refused(run, byte_data, tiny):
     run("train.py", *tiny, "--max_iters=1")
     (byte_data / "meta.json").write_text('{"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}')
@@ -820,6 +838,9 @@ def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tm
     ]
     out = run("train.py", *args, "--gradient_accumulation_steps=1")
     assert "at iteration 8, best val loss 2.5000" in out.stdout
+    assert "nanoGPT evaluates random batches: the best val loss, and best.pt, start anew" in out.stdout
+    best = torch.load(tmp_path / "out/best.pt", weights_only=True)["best_val_loss"]
+    assert f"{best:.4f}" in [val for _, _, val in STEP.findall(out.stdout)] and "trained on" not in out.stderr
     # the ninth update by hand: sequences 64 to 71 of the run, its own optimizer
     windows = shards.Windows(shards.find_shards(byte_data, "train"), 16, 320)
     rows = torch.from_numpy(windows.read(windows.training(64, 8, 1337)))
@@ -830,6 +851,9 @@ def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tm
     assert all(torch.allclose(resumed[name], p, atol=1e-6) for name, p in model.state_dict().items())
     shutil.rmtree(tmp_path / "out")
     nanogpt_checkpoint(tmp_path / "out", 100)
+    byte_data.rename(byte_data.with_name("other"))
+    out = run("train.py", *args, "--dataset=other", "--max_iters=100")
+    assert "out/ckpt.pt was trained on toy, from here on it is data/other" in out.stderr
     text = run(
         "sample.py",
         "--start=pack my",
