@@ -49,6 +49,8 @@ def schedule_notes(cfg):
         return [f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"]
     if cfg.schedule == "cosine" and cfg.lr_decay_iters < warmup:
         return [f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
+    if cfg.schedule == "cosine" and cfg.lr_decay_iters < cfg.max_iters and not cfg.max_minutes:
+        return [f"note: lr stays at min_lr from lr_decay_iters={cfg.lr_decay_iters} to {cfg.max_iters}"]
     return []
 
 

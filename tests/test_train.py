@@ -972,6 +972,8 @@ def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tin
     assert "constant" not in out.stdout  # of so many constant iterations
     out = run("train.py", *tiny, "--warmup_iters=5", "--lr_decay_iters=4", "--max_iters=6")
     assert "note: after warmup_iters=5 lr drops to min_lr: lr_decay_iters=4" in out.stdout
+    out = run("train.py", *tiny, "--warmup_iters=1", "--lr_decay_iters=4", "--max_iters=6", "--dry_run=True")
+    assert "note: lr stays at min_lr from lr_decay_iters=4 to 6" in out.stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4 cut short"])
