@@ -338,7 +338,7 @@ def test_a_checkpoint_is_exported_and_its_card_says_how_it_is_loaded(run, byte_d
     written = elsewhere(tmp_path, "-c", WRITE + code, tmp_path / "hf")
     assert written.startswith(f"{text}\nOnce upon a time")
     loss = torch.load(tmp_path / "out/best.pt", weights_only=True)["best_val_loss"]
-    assert f"| lowest validation loss | {loss:.4f} nats per token |" in card
+    assert f"| lowest validation loss of the run | {loss:.4f} nats per token |" in card
     # two embeddings and the head, 257 * 32 each, two blocks of 12 * 32 * 32 and four shares, the smear's gate
     assert f"| parameters | {3 * 257 * 32 + 2 * (12 * 32 * 32 + 4) + 13:,} |" in card
     assert "modern" in card and "GPT-2" not in card

@@ -274,7 +274,7 @@ def test_a_checkpoint_is_exported_and_loads_without_our_code(run, byte_data, tin
     assert run("sample.py", *argv).stdout == text + "\n---------------\n"
     card = (tmp_path / "hf/README.md").read_text()
     loss = torch.load(tmp_path / "out/best.pt", weights_only=True)["best_val_loss"]
-    assert f"| lowest validation loss | {loss:.4f} nats per token |" in card
+    assert f"| lowest validation loss of the run | {loss:.4f} nats per token |" in card
     # 150 * 4 * 2 * 16
     assert "| training tokens | 19,200 |" in card and card.startswith("---\nlibrary_name: transformers\n")
     out = run("train.py", *tiny, "--init_from=hf", "--max_iters=0", "--eval_only=True", "--bias=True")
