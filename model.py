@@ -185,7 +185,7 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
         one does not count: the mean cross-entropy in nats, and logits (B, T, V) in eval mode, None in
-        training, with loss_chunks and if compiled. Raises ValueError if T > block_size.
+        training, with loss_chunks or if compiled. Raises ValueError if T > block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -202,20 +202,22 @@ class GPT(nn.Module):
             return None, loss.chunked_cross_entropy(x, self.lm_head.weight, targets, chunks, self.softcap)
         logits = self.logits(x)
         nats = F.cross_entropy(logits.view(B * T, -1), targets, ignore_index=-1)
-        return (None if self.training else logits), nats
+        if self.training:
+            logits = None
+        return logits, nats
 
     def hidden(self, idx, position, pasts=None):
         """Returns the head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: a
         sampling.Past for each block and, if modern, one for the embedding."""
         pasts = pasts or [None] * (self.config.n_layer + 1)
-        x = self.embed(idx, position, pasts[-1])
+        x = self.embed(idx, position, pasts)
         if self.matmul_dtype() == torch.bfloat16:
             x = x.bfloat16()  # autocast alone would keep the residual stream, and its memory traffic, in fp32
         x = F.dropout(x, self.config.dropout, self.training)
         x = self.blocks(x, idx, position, pasts)
         return self.transformer.ln_f(x)
 
-    def embed(self, idx, position, past):
+    def embed(self, idx, position, pasts):
         return self.transformer.wte(idx) + self.transformer.wpe(position)
 
     def blocks(self, x, idx, position, pasts):
@@ -426,11 +428,12 @@ class ModernGPT(GPT):
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
                 nn.init.zeros_(p)
 
-    def embed(self, idx, position, past):
+    def embed(self, idx, position, pasts):
         """Returns each token's embedding plus a gated share of the one before."""
         x = self.transformer.wte(idx)
         gate = (x[..., : len(self.smear_gate)] @ self.smear_gate).sigmoid()
         share = (self.smear * gate).unsqueeze(-1)
+        past = pasts[-1]
         if past is not None:
             return x + share * (position > 0).unsqueeze(-1) * past.before(x)
         # torch.compile stores what cat returns; a sum it would compute again in every block
@@ -454,7 +457,7 @@ class ModernGPT(GPT):
         """Returns what GPT's returns, and last the room for embeddings that Past.before takes."""
         cache = super().empty_cache(B, L)
         embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
-        return [*cache, (embeddings, embeddings)]  # before reads only keys
+        return [*cache, (embeddings, embeddings)]  # Past.before uses only keys
 
     def save_pretrained(self, folder, eot_token=None):
         """Writes what GPT writes, and the code with which transformers loads it: trust_remote_code=True."""

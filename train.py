@@ -66,7 +66,9 @@ class TrainConfig(Config):
     out_dir: str = key("out", "folder to write into")
     init_from: str = key("scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl; a folder")
     always_save_checkpoint: bool = key(True, "False: save after an evaluation only if val loss fell")
-    checkpoint_interval: int = key(0, "iterations between saves of ckpt.pt; 0: save after evaluations", low=0)
+    checkpoint_interval: int = key(
+        0, "iterations between saves of ckpt.pt; 0: as always_save_checkpoint says", low=0
+    )
     allow_data_change: bool = key(False, "resume even if the data or the tokenizer has changed")
     # evaluation and log
     eval_interval: int = key(2000, "iterations between evaluations", low=1)
@@ -74,7 +76,7 @@ class TrainConfig(Config):
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines", low=1)
     dry_run: bool = key(False, "say what the run would be and take, and stop")
-    sample_interval: int = key(0, "evaluations at a multiple of it also write some text; 0: none do", low=0)
+    sample_interval: int = key(0, "also write some text at evaluations at multiples of this; 0: never", low=0)
     tracker: str = key("", "where to send the figures too, besides metrics.jsonl", choices=("", *TRACKERS))
     wandb_log: bool = key(False, "nanoGPT's key for tracker='wandb'")
     wandb_project: str = key("owt", "project in wandb or trackio")
@@ -95,7 +97,7 @@ class TrainConfig(Config):
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
-    max_minutes: float = key(0.0, "end after so many minutes, with the schedule done; 0: no limit", low=0)
+    max_minutes: float = key(0.0, "end after this many minutes, with the schedule done; 0: no limit", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
@@ -117,13 +119,13 @@ class TrainConfig(Config):
     compile: bool = key(True, "torch.compile the model: slower to start, faster from then on")
     compile_mode: str = key(
         "default",
-        "max-autotune-no-cudagraphs tries more kernels (matmuls: from 68 SMs on), for minutes",
+        "max-autotune-no-cudagraphs: compiles for minutes, tunes matmuls from 68 SMs on",
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
         1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
     )
-    loss_chunks: int = key(0, "head and loss in so many chunks of tokens; 0: what suits, if compiled", low=0)
+    loss_chunks: int = key(0, "chunks of tokens for head and loss; 0: what suits, if compiled", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
     backend: str = key("nccl", "links several GPUs; a CPU takes gloo", choices=("nccl", "gloo"))
@@ -142,7 +144,8 @@ class TrainConfig(Config):
 
     @property
     def cooldown_start(self):
-        return self.max_iters - math.ceil(Fraction(str(self.cooldown_frac)) * self.max_iters)  # exact
+        # exact: in floats 0.07 * 100 is 7.000000000000001
+        return self.max_iters - math.ceil(Fraction(str(self.cooldown_frac)) * self.max_iters)
 
     def problems(self):
         """Returns messages about conflicting values."""
@@ -210,13 +213,12 @@ def set_learning_rate(optimizers, it, cfg, time_used=0.0):
 def micro_batches(windows, first, cfg, device):
     """Yields this process's micro-batches from number `first` on, int64 (B, T + 1) in host memory, each read
     by a thread while the model works on the one before. Resuming needs to know only the number."""
-    first, step = first + parallel.rank(), parallel.processes()
+    step = parallel.processes()
+    first += parallel.rank()
 
     def load(number):
-        sequence = cfg.batch_size * number
-        chosen = windows.training(sequence, cfg.batch_size, cfg.seed)
-        shifts = windows.shifts(sequence, cfg.batch_size, cfg.seed)
-        return host_tensor(windows.read(chosen, shifts), device)
+        first_sequence = cfg.batch_size * number
+        return host_tensor(windows.read_training(first_sequence, cfg.batch_size, cfg.seed), device)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming = reader.submit(load, first)
@@ -331,11 +333,12 @@ def train(run):
     accumulation = cfg.gradient_accumulation_steps
     batches = micro_batches(run.train_data, at.iter_num * accumulation, cfg, machine.device)
     step_loss = torch.zeros((), device=machine.device)
+    leave_garbage_to_evaluations()
     clock.restart()
 
     while True:
         run.rng = checkpoint.rng_of_iteration(run)
-        time_used = parallel.agree(run.stop, share_of_time(run))  # raises Stopped if asked to
+        time_used = parallel.agree(run.stop, share_of_time(run))  # the slowest's; may raise Stopped
         run.done = at.iter_num == cfg.max_iters or time_used == 1
 
         # evaluate
@@ -362,9 +365,6 @@ def train(run):
                 checkpoint.save_before_cooldown(run)
         if run.done:
             return
-        if gc.isenabled():
-            with clock.paused():
-                leave_garbage_to_evaluations()
 
         # update: forward and backward of every micro-batch, then the optimizers
         lr = set_learning_rate(run.optimizers, at.iter_num, cfg, time_used)
@@ -467,7 +467,7 @@ def train_until_it_fits(run):
     """Calls train, with ever smaller micro-batches while memory runs out. Saves if it is stopped."""
     while True:
         try:
-            with parallel.together(run.stop):
+            with parallel.leaving_together(run.stop):
                 return train(run)
         except (shards.DataError, parallel.Lost) as e:
             checkpoint.save_progress(run)  # nothing of the iteration has been applied yet
@@ -570,13 +570,13 @@ def finish(run, argv):
     sum_up(run)
 
 
-@parallel.one_voice()
+@parallel.only_process_0_prints()
 def main(argv):
     cfg = from_command_line(TrainConfig, __doc__, argv)
     machine = hardware.join(cfg, hardware.find_machine(cfg))
+    print_aligned([machine.line])
     for note in notes(cfg):
         print(note)
-    print_aligned([machine.line])
     lock = contextlib.nullcontext()
     if not (cfg.eval_only or cfg.dry_run or parallel.rank()):  # these leave it alone
         lock = sole_use(cfg.out_dir)
@@ -587,9 +587,10 @@ def main(argv):
             foretell(run)
             return
         run.clock = Clock(machine)
-        bar = progress_bar(cfg, run.at.iter_num)
-        request = StopRequest("stopping; Ctrl-C again leaves without saving")
-        with contextlib.closing(open_metrics(run)) as run.metrics, request as run.stop, bar as run.bar:
+        run.bar = progress_bar(cfg, run.at.iter_num)
+        run.stop = StopRequest("stopping; Ctrl-C again leaves without saving")
+        run.metrics = open_metrics(run)
+        with contextlib.closing(run.metrics), run.stop, run.bar:
             try:
                 train_until_it_fits(run)
             finally:

@@ -212,10 +212,10 @@ class Candidate(ModernGPT):
         x, targets = x.flatten(0, 1), targets.flatten()
         return None, self.compiled_loss(x, self.lm_head.weight, targets, chunks, self.softcap)
 
-    def embed(self, idx, position, past):
+    def embed(self, idx, position, pasts):
         x = self.transformer.wte(idx)
         if "no_smear" not in self.parts:
-            x = super().embed(idx, position, past)
+            x = super().embed(idx, position, pasts)
         if "pairs" in self.parts:
             pairs = idx.roll(1, dims=1) * 1_000_003 + idx  # that of the first token is any
             x = x + self.pairs(pairs % self.pairs.num_embeddings)

@@ -33,7 +33,7 @@ def rank():
 
 
 @contextlib.contextmanager
-def one_voice():
+def only_process_0_prints():
     """Returns a context in which only process 0 is heard, and at whose end they wait for each other."""
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
@@ -55,7 +55,7 @@ def one_voice():
 
 
 @contextlib.contextmanager
-def together(stop):
+def leaving_together(stop):
     """Returns a context that all processes leave when one does by an exception, as their next agree tells."""
     stop.agreed = False
     try:
@@ -83,7 +83,7 @@ def agree(stop, time_used=0.0, error=None):
         errors = [None] * processes()
         dist.all_gather_object(errors, failed and str(error))
         if failed:
-            return None  # together raises its own error
+            return None  # leaving_together raises its own error
         raise Lost(f"another process has failed: {next(text for text in errors if text is not False)}")
     if number:  # not stop.number, as a signal that has just come is for the next agreement
         stop.number = int(number)

@@ -336,12 +336,16 @@ class Windows:
         return chosen
 
     def shifts(self, first, count, seed):
-        """Returns the tokens, int64 (count,), by which the windows of these sequences begin later than they
+        """Returns the tokens, int64 (count,), by which the windows of those sequences begin later than they
         do in the first epoch."""
         if not self.shifting:
             return np.zeros(count, dtype=np.int64)
         epochs = np.arange(first, first + count) // len(self)
         return np.array([epoch_shift(self.block_size, seed, int(epoch)) for epoch in epochs])
+
+    def read_training(self, first, count, seed):
+        """Returns the tokens, as read does, of sequences first to first + count - 1 of a training run."""
+        return self.read(self.training(first, count, seed), self.shifts(first, count, seed))
 
     def spread(self, count):
         """Returns up to count windows, int64, evenly spread over the split: always the same ones."""
