@@ -56,7 +56,7 @@ from sologpt.errors import UserError, out_of_memory
 from sologpt.memory import memory_estimate
 from sologpt.optim import allocate_moments, make_optimizers
 from sologpt.report import parameters
-from sologpt.tokenizer import BPETokenizer, read_tokenizer
+from sologpt.tokenizer import gpt2_tokenizer, read_tokenizer
 from train import TrainConfig, host_tensor, micro_batches, micro_step, model_config, prepare_model, update
 
 BLOCK_SECONDS = 1.0  # for a block of micro-steps
@@ -79,7 +79,7 @@ class BenchConfig(TrainConfig):
     sweep_loss_chunks: str = key("", "values of loss_chunks to try; empty: the one that is set")
     real_data: bool = key(False, "read the batches from the dataset; False: random tokens")
     profile: bool = key(False, "instead of a sweep, list the slowest operations at batch_size")
-    hours: float = key(0.0, "instead of a sweep, what can be trained in so many hours; 0: a sweep", low=0)
+    hours: float = key(0.0, "instead of a sweep, what can be trained in this many hours; 0: a sweep", low=0)
     json: str = key("", "file to write all figures to")
 
     def problems(self):
@@ -139,7 +139,7 @@ def find_data(cfg):
     except FileNotFoundError:
         if cfg.real_data:
             raise
-        return None, BPETokenizer("gpt2", 50257, 50256), f"GPT-2's, as there is no dataset {cfg.dataset!r}"
+        return None, gpt2_tokenizer(), f"GPT-2's, as there is no dataset {cfg.dataset!r}"
     tokenizer = read_tokenizer(folder)
     return folder, tokenizer, f"{tokenizer.encoding}, of {folder}"
 
@@ -219,22 +219,23 @@ def measure(trainer):
         tokens_per_s=cfg.tokens_per_iter / dt,
         tflops=model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12,
         mfu=model.estimate_mfu(cfg.sequences_per_iter, dt, machine.peak) if machine.peak else None,
-        peak_memory=peak_memory(machine.device),
+        peak_memory=peak_of_process(machine.device),
         estimated_memory=trainer.estimate,
         reserved_memory=torch.cuda.max_memory_reserved(machine.device) if cuda else None,
     )
 
 
-def peak_memory(device):
+def peak_of_process(device):
     """Returns the most bytes that this process has had: allocated by torch on a CUDA device, resident on the
     CPU; None where neither is known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):  # Windows has no resource
+    if device.type != "cpu":
+        return hardware.peak_memory(device)
+    try:
         import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if device.type == "cpu" else None
+    except ImportError:  # on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def driver_version(device):

@@ -286,7 +286,8 @@ def usage(cls, doc, script):
     fields = dataclasses.fields(cls)
     if cls.base:
         lines[-1] = f"keys, besides those of {cls.base} (python {cls.base} --help):"
-        fields = fields[len(dataclasses.fields(cls.__mro__[1])) :]
+        inherited = {f.name for f in dataclasses.fields(cls.__base__)}
+        fields = [f for f in fields if f.name not in inherited]
     for f in fields:
         text, limits = f.metadata["text"], f.metadata
         if limits["choices"]:
@@ -319,11 +320,13 @@ def run_script(main, argv=None):
     A mistake of the user's (UserError, OSError, not enough memory) is one line on stderr and exit status 1; a
     fault of the program keeps its traceback. Text is UTF-8 whatever the locale, each line of stdout written
     at once."""
+    if argv is None:
+        argv = sys.argv[1:]
     prepare_streams()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the first lines of train.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        main(argv)
     except BrokenPipeError:  # whoever read the output, `head` perhaps, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at the end fails again
         sys.exit(1)
@@ -333,7 +336,8 @@ def run_script(main, argv=None):
     except Exception as e:
         if not isinstance(e, (UserError, OSError)) and not out_of_memory(e):
             raise
-        print(f"error: {str(e) or 'not enough memory'}".partition("\n")[0], file=sys.stderr)
+        message = str(e) or "not enough memory"
+        print(f"error: {message}".partition("\n")[0], file=sys.stderr)
         sys.exit(1)
 
 

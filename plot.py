@@ -34,7 +34,7 @@ class PlotConfig(Config):
     text: bool = key(False, "draw the loss in the terminal")
     over: str = key("tokens", "what runs to the right", choices=("tokens", "iterations", "hours"))
     reference: str = key("", "published runs to compare the loss with", choices=("", "gpt2_124m"))
-    watch: float = key(0.0, "draw again after so many seconds, until Ctrl-C; 0: draw once", low=0)
+    watch: float = key(0.0, "draw again after this many seconds, until Ctrl-C; 0: draw once", low=0)
 
     def problems(self):
         """Returns messages about conflicting values."""

@@ -51,7 +51,7 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from sologpt import characters, shards
 from sologpt.display import duration, print_aligned
-from sologpt.errors import UserError
+from sologpt.errors import UserError, first_line
 from sologpt.files import atomic_file, free_bytes, remove, sole_use
 from sologpt.source import (
     ENDINGS,
@@ -74,6 +74,8 @@ CHUNK = 2**20
 LONGEST = 2**22
 # characters that tiktoken gets at a time: without spaces between them, it takes about 50 bytes for each
 PIECE = 2**18
+# English text has about 4.4 bytes a GPT-2 token; the source's own ratio replaces it with the first chunk
+BYTES_PER_TOKEN = 4.4
 # configs by the most tokens that they are for; fineweb_125m_fast for more
 CONFIGS = ((3e6, "text_1m"), (30e6, "text_10m"), (1e9, "text_100m"))
 # what these configs have as their dataset
@@ -219,7 +221,9 @@ def read_text(path, divide):
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     newlines = io.IncrementalNewlineDecoder(None, translate=separator != EOT)  # \r\n and \r become \n
     with open_file(path) as f:
-        for block in itertools.chain(iter(lambda: f.read(CHUNK), b""), [b""]):
+        block = None
+        while block != b"":  # the empty one at the end lets the decoders finish
+            block = f.read(CHUNK)
             try:
                 held += newlines.decode(utf8.decode(block, final=not block), final=not block)
             except UnicodeDecodeError as e:
@@ -386,10 +390,6 @@ def retrying(rows):
                 ) from e
             print(f"the source cannot be reached ({why}); trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
-
-
-def first_line(error):
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 # between a letter and " a", or between the end of a line and a letter
@@ -636,11 +636,14 @@ def choose(progress, encoded, val_tokens, max_tokens):
     advance. A document in the heap reaches training late, or never. One that came in parts always goes to
     training: it alone would be more than the usual validation.
     """
-    heap, counts, train, end = progress.heap, progress.counts, [], 0
+    heap, counts = progress.heap, progress.counts
+    train = []
+    start = 0  # of the part in encoded.tokens
     for begins, whole, n, n_bytes, digest in encoded.parts:
         if max_tokens and counts["tokens"] >= max_tokens:
             break
-        tokens, end = encoded.tokens[end : end + n], end + n
+        tokens = encoded.tokens[start : start + n]
+        start += n
         counts["tokens"] += n
         counts["documents"] += begins
         counts["bytes"] += n_bytes
@@ -754,12 +757,16 @@ def expected_tokens(job, counts):
     expected = 0
     if job.text_size and tokens:
         expected = job.text_size * tokens / counts["bytes"]
+    elif job.text_size and cfg.encoding == "bytes":
+        expected = job.text_size
     elif job.text_size:
-        expected = job.text_size / (1 if cfg.encoding == "bytes" else 4.4)
+        expected = job.text_size / BYTES_PER_TOKEN
     # FineWeb's samples: sample-10BT has 10 billion GPT-2 tokens
     elif not cfg.input and (named := re.search(r"(\d+)BT$", cfg.subset)):
         expected = int(named[1]) * 1e9
-    return int(min(expected or cfg.max_tokens, cfg.max_tokens or expected))
+    if cfg.max_tokens:
+        expected = min(expected or cfg.max_tokens, cfg.max_tokens)
+    return int(expected)
 
 
 def check_space(out_dir, tokens, itemsize):
@@ -895,7 +902,8 @@ def write_train(job, progress, kept, train, stop):
         contextlib.closing(Workers(cfg.encoding, number_of_workers(cfg))) as workers,
     ):
         chunks = read_chunks(job.files, cfg, progress.position)
-        for progress.position, encoded in encode_chunks(chunks, workers):
+        for position, encoded in encode_chunks(chunks, workers):
+            progress.position = position
             if stop.number:
                 bar.close()
                 print("stopped; the same command continues after the last whole shard", file=sys.stderr)
@@ -1017,7 +1025,9 @@ def texts_in(sources, cfg):
     for _, parts in read_chunks(sources, cfg, Position()):
         for part in parts:
             text = without_surrogates(part.text).replace("\r\n", "\n").replace("\r", "\n")  # as nanoGPT reads
-            yield before * part.begins + text
+            if part.begins:
+                text = before + text
+            yield text
             before = "\n"
 
 

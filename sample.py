@@ -74,6 +74,13 @@ class SampleConfig(Config):
     )
     compile: bool = key(False, "torch.compile the step to the next token: pays off for long samples on a GPU")
 
+    @property
+    def sequences(self):
+        """Returns how many sequences are drawn at once."""
+        if self.interactive:
+            return 1
+        return self.num_samples
+
     def problems(self):
         """Returns messages about conflicting values."""
         found = []
@@ -199,7 +206,7 @@ class Session:
 
 def check_room(cfg, model, prompt):
     """Raises UserError if the samples that are asked for cannot fit into memory, before that is tried."""
-    count = 1 if cfg.interactive else cfg.num_samples
+    count = cfg.sequences
     c = model.config
     length = len(prompt) + cfg.max_new_tokens
     cached = min(length, c.block_size) * c.n_layer * 2 * c.n_embd * model.lm_head.weight.itemsize
@@ -217,10 +224,19 @@ def draw(session, context, first, count):
     cfg = session.cfg
     noise = np.stack([draw_noise(cfg.seed, first + i, cfg.max_new_tokens) for i in range(count)])
     idx = torch.tensor([context], device=session.device).expand(count, -1)
-    settings = (cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
-    stop_token = session.tokenizer.eot_token if cfg.stop_at_eot else None
+    stop_token = None
+    if cfg.stop_at_eot:
+        stop_token = session.tokenizer.eot_token
     return sampling.stream(
-        session.model, idx, *settings, stop_token, torch.from_numpy(noise), **session.options
+        session.model,
+        idx,
+        cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        stop_token=stop_token,
+        noise=torch.from_numpy(noise),
+        **session.options,
     )
 
 
@@ -293,8 +309,9 @@ def draw_batch(session, prompt):
     """Returns the ids of num_samples continuations of one batch; stop_at_eot cuts them after end-of-text."""
     texts = draw(session, prompt, 0, session.cfg.num_samples)
     total = session.cfg.max_new_tokens
-    *_, text = tqdm(texts, "sampling", total, leave=False, disable=None, unit="tok")
-    samples = [row[len(prompt) :] for row in text.tolist()]
+    for text in tqdm(texts, "sampling", total, leave=False, disable=None, unit="tok"):
+        whole = text  # each holds all tokens so far
+    samples = [row[len(prompt) :] for row in whole.tolist()]
     eot = session.tokenizer.eot_token
     if session.cfg.stop_at_eot:
         samples = [ids[: ids.index(eot) + 1] if eot in ids else ids for ids in samples]
@@ -339,7 +356,8 @@ def read_prompt(start):
             with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
                 return f.read()
     except UnicodeDecodeError as e:
-        raise UserError(f"the prompt in {'stdin' if start == '-' else start[5:]} is not UTF-8: {e}") from None
+        source = "stdin" if start == "-" else start.removeprefix("FILE:")
+        raise UserError(f"the prompt in {source} is not UTF-8: {e}") from None
     return start
 
 
@@ -373,7 +391,7 @@ def main(argv):
     with open(cfg.out or os.devnull, "w", encoding="utf-8", buffering=1) as out:  # line by line
         session = Session(cfg, model, tokenizer, device, out)
         if cfg.compile:
-            compile_step(session, 1 if cfg.interactive else cfg.num_samples)
+            compile_step(session, cfg.sequences)
         if cfg.interactive:
             converse(session, prompt)
         else:

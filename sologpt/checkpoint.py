@@ -21,7 +21,7 @@ import torch
 
 from sologpt import parallel
 from sologpt.display import say, warn
-from sologpt.errors import UserError
+from sologpt.errors import UserError, first_line, first_mismatch
 from sologpt.files import atomic_file, remove, remove_temporary
 from sologpt.optim import new_moments
 from sologpt.tokenizer import make_tokenizer
@@ -121,8 +121,8 @@ def load(path):
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch and zipfile raise many kinds for a damaged or foreign file
-        reason = str(e).partition("\n")[0] or type(e).__name__
-        raise UserError(f"cannot read the checkpoint {path}, damaged or not one of ours: {reason}") from None
+        reason = f"damaged or not one of ours: {first_line(e)}"
+        raise UserError(f"cannot read the checkpoint {path}, {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise UserError(f"{path} is no checkpoint of a GPT: it lacks 'model' or 'model_args'")
     check_types(state, path)
@@ -249,8 +249,7 @@ def restore_model(model, state, path):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:
-        first = " ".join(str(e).splitlines()[1:2]).strip()
-        raise UserError(f"the weights in {path} do not fit its model_args: {first}") from None
+        raise UserError(f"the weights in {path} do not fit its model_args: {first_mismatch(e)}") from None
 
 
 def restore_optimizers(optimizers, state, path):

@@ -1,5 +1,5 @@
 """
-A mistake of the user's, told apart from a fault of the program.
+A mistake of the user's, told apart from a fault of the program, and what libraries say of theirs.
 """
 
 
@@ -9,6 +9,16 @@ class UserError(ValueError):
     configurator.run_script prints it as one line, as it does OSError and running out of memory. Any other
     exception keeps its traceback.
     """
+
+
+def first_line(error):
+    """Returns the first line of an exception's message, or its kind if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def first_mismatch(error):
+    """Returns what load_state_dict's error lists first, of weights that do not fit a model."""
+    return " ".join(str(error).splitlines()[1:2]).strip()
 
 
 def out_of_memory(error):

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from sologpt import parallel
 from sologpt.display import warn
-from sologpt.errors import UserError, out_of_memory
+from sologpt.errors import UserError, first_line, out_of_memory
 
 # One line a GPU: words of torch.cuda.get_device_name() that identify it, number of SMs (CUs on AMD), then
 # TFLOP/s in bf16, fp16, tf32 and fp32; 0 where the hardware has none. AxBxC is SMs x FLOPs per SM and clock x
@@ -428,7 +428,7 @@ def compiling():
     except Exception as e:
         if isinstance(e, ValueError) or out_of_memory(e):
             raise
-        raise UserError(f"torch.compile failed: {str(e).partition(chr(10))[0]}; try --compile=False") from e
+        raise UserError(f"torch.compile failed: {first_line(e)}; try --compile=False") from e
 
 
 def forget_compiled(device):

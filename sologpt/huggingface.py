@@ -16,8 +16,8 @@ import os
 import torch
 
 from sologpt import remote_code
-from sologpt.errors import UserError
-from sologpt.tokenizer import EOT, BPETokenizer, CharacterTokenizer, read_tokenizer
+from sologpt.errors import UserError, first_line, first_mismatch
+from sologpt.tokenizer import EOT, CharacterTokenizer, gpt2_tokenizer, read_tokenizer
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's, on the hub
 
@@ -69,10 +69,9 @@ def find_folder(name):
             f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]
         )
     except Exception as e:  # of many kinds, most of them about the network
-        why = str(e).partition("\n")[0] or type(e).__name__
         raise OSError(
-            f"cannot download {name} from the Hugging Face hub ({why}); without a network, copy the model's "
-            f"folder here and give its path instead of {name}"
+            f"cannot download {name} from the Hugging Face hub ({first_line(e)}); without a network, "
+            f"copy the model's folder here and give its path instead of {name}"
         ) from e
 
 
@@ -186,8 +185,8 @@ def load_weights(model, weights, name):
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as e:
-        first = " ".join(str(e).splitlines()[1:2]).strip()
-        raise UserError(f"the weights of {name} are not those of a GPT-2 language model: {first}") from None
+        what = f"the weights of {name} are not those of a GPT-2 language model"
+        raise UserError(f"{what}: {first_mismatch(e)}") from None
 
 
 # sha256 of the vocabulary in GPT-2's tokenizer.json or vocab.json, as vocabulary_sha256 computes it
@@ -197,15 +196,14 @@ GPT2_VOCABULARY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30
 def read_folder_tokenizer(name):
     """Returns the Tokenizer of the model in a folder, or of OpenAI's of that name; None if the folder does
     not say, or has one that is not known here."""
-    gpt2 = BPETokenizer("gpt2", 50257, 50256)
     if name in PRETRAINED and not os.path.isdir(name):
-        return gpt2
+        return gpt2_tokenizer()
     if os.path.exists(os.path.join(name, "meta.json")):  # we exported it
         return read_tokenizer(name)
     model = read_json(os.path.join(name, "tokenizer.json")).get("model", {})
     vocabulary = model.get("vocab") or read_json(os.path.join(name, "vocab.json"))
     if vocabulary_sha256(vocabulary) == GPT2_VOCABULARY:
-        return gpt2
+        return gpt2_tokenizer()
     if model.get("type") == "WordLevel" and all(len(text) == 1 for text in vocabulary):
         itos = {i: text for text, i in vocabulary.items()}
         return CharacterTokenizer("characters", len(itos), None, itos)

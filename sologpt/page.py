@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from sologpt.display import warn
-from sologpt.errors import UserError
+from sologpt.errors import UserError, first_line
 from sologpt.files import atomic_file
 from sologpt.history import EVENTS, number, read_history, shown
 from sologpt.panels import make_panels, references
@@ -65,7 +65,7 @@ def page_of_run(out_dir):
     try:
         write_page([read_history(out_dir)], path)
     except Exception as e:
-        warn(f"no {path}: {str(e) or type(e).__name__}".partition("\n")[0])
+        warn(f"no {path}: {first_line(e)}")
         return None
     return path
 

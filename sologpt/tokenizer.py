@@ -145,6 +145,11 @@ class BPETokenizer(Tokenizer):
         return {self.bpe.decode_single_token_bytes(i): i for i in ids}
 
 
+def gpt2_tokenizer():
+    """Returns the Tokenizer of GPT-2's 50,257 ids."""
+    return BPETokenizer("gpt2", 50257, 50256)
+
+
 def make_tokenizer(fields):
     """Returns the Tokenizer with these fields, a dict. Raises UserError if they are not a tokenizer's."""
     kinds = dict(bytes=ByteTokenizer, characters=CharacterTokenizer)
@@ -204,7 +209,7 @@ def read_tokenizer(folder):
     path = os.path.join(folder, "meta.pkl")
     if os.path.exists(path):
         return read_meta_pkl(path)
-    return BPETokenizer("gpt2", 50257, 50256)
+    return gpt2_tokenizer()
 
 
 def read_meta_json(path):

@@ -10,6 +10,7 @@ import os
 
 from sologpt import parallel
 from sologpt.display import warn
+from sologpt.errors import first_line
 
 TRACKERS = ("wandb", "trackio", "tensorboard")
 NAMES = dict(train_loss="train/loss", val_loss="val/loss", val_bpb="val/bpb")
@@ -88,5 +89,4 @@ class Tracker:
             warn(f"no {self.name} ({e}): pip install {self.name}; metrics.jsonl has all figures")
         except Exception as e:  # each has errors of its own
             self.sink = None
-            reason = str(e).partition("\n")[0] or type(e).__name__
-            warn(f"{self.name} cannot be {what}: {reason}; metrics.jsonl has all figures")
+            warn(f"{self.name} cannot be {what}: {first_line(e)}; metrics.jsonl has all figures")
