@@ -291,28 +291,30 @@ def pick_dtype(asked, device):
     """
     if asked == "float16" and device.type != "cuda":
         raise UserError(f"dtype='float16' needs a CUDA GPU, this is {device.type}; use bfloat16 or float32")
-    has_bf16 = device.type != "cuda"
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "bfloat16" and not has_bf16:
+    if asked == "bfloat16" and device.type == "cuda" and not has_bf16(device):
         raise UserError(
             f"dtype='bfloat16', but {device_name(device)} has no bf16; use float16, or leave --dtype out"
         )
-    if asked == "bfloat16" and device.type == "cpu" and not cpu_has_bf16():
+    if asked == "bfloat16" and device.type == "cpu" and not has_bf16(device):
         return asked, "as asked; torch has no fast bf16 on this CPU: float32 is many times faster"
     if asked:
         return asked, "as asked"
     if device.type != "cuda":
         return "float32", f"the default on {device.type}"
-    if has_bf16:
+    if has_bf16(device):
         return "bfloat16", "this GPU has bf16"
     return "float16", "this GPU has no bf16; fp16 with loss scaling"
 
 
-def cpu_has_bf16():
-    """Returns whether torch multiplies bf16 matrices on this CPU about as fast as fp32 ones, or faster. On an
-    AMD EPYC without AVX-512, Zen 3, they take 47 times as long (1,024 * 1,024, one thread)."""
+def has_bf16(device):
+    """Returns whether a device multiplies bf16 matrices about as fast as fp32 ones, or faster; False where
+    that is not known. On an AMD EPYC without AVX-512, Zen 3, they take 47 times as long (1,024 * 1,024, one
+    thread)."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from sologpt.hardware import cpu_has_bf16
+from sologpt.hardware import has_bf16
 
 # What the modern architecture has besides matrices learns faster under AdamW: a value of x_mix, v_mix or
 # smear has further to go than one of a matrix, and a row of the table wve learns only where its token occurs.
@@ -94,8 +94,9 @@ def orthogonalize(matrices):
     Five steps of a Newton-Schulz iteration whose coefficients favour speed over an accuracy that makes no
     difference here (Jordan 2024, https://kellerjordan.github.io/posts/muon/).
     """
-    fast = matrices.is_cuda or (matrices.is_cpu and cpu_has_bf16())
-    x = matrices.bfloat16() if fast else matrices.float()
+    x = matrices.float()
+    if has_bf16(matrices.device):
+        x = matrices.bfloat16()
     tall = x.size(1) > x.size(2)
     if tall:
         x = x.mT  # the products below then have the shorter side
@@ -112,14 +113,15 @@ def evened(updates, squares):
     """Returns orthogonalized updates (N, A, B) with each row divided by its running root mean square, so that
     all neurons learn at the same rate; of wide matrices each column. Each update keeps its norm.
 
-    squares, (N, A, 1) or (N, 1, B), are the running means of squares, and are moved (Li et al. 2025,
-    https://arxiv.org/abs/2510.05491: NorMuon).
+    squares, (N, A, 1) or (N, 1, B), are the running means of squares; they and updates are overwritten (Li et
+    al. 2025, https://arxiv.org/abs/2510.05491: NorMuon).
     """
     along = 2 if squares.size(2) == 1 else 1
     squares.lerp_(updates.square().mean(along, keepdim=True), 0.05)
     norm = updates.norm(dim=(1, 2), keepdim=True)
-    updates = updates * (squares + 1e-10).rsqrt()
-    return updates * (norm / (updates.norm(dim=(1, 2), keepdim=True) + 1e-10))  # c_fc's first one is zero
+    updates *= (squares + 1e-10).rsqrt()
+    updates *= norm / (updates.norm(dim=(1, 2), keepdim=True) + 1e-10)  # c_fc's first one is zero
+    return updates
 
 
 class Muon(torch.optim.Muon):
@@ -142,7 +144,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self):
-        """Updates all parameters; each must have a gradient."""
+        """Updates all parameters. Each must have a gradient, which is overwritten."""
         same_shape = collections.defaultdict(list)
         for group in self.param_groups:
             settings = (group["lr"], group["weight_decay"])
@@ -157,7 +159,8 @@ class Muon(torch.optim.Muon):
             torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * lr)
 
     def moved(self, group):
-        """Moves the momenta of a group. Returns its matrices, their updates and their squares, in lists."""
+        """Moves the momenta of a group. Returns its matrices, their updates, which take the place of the
+        gradients, and their squares, in lists."""
         params = group["params"]
         grads = [p.grad for p in params]
         for p in params:
@@ -165,8 +168,8 @@ class Muon(torch.optim.Muon):
                 self.state[p].update(self.new_moments(p))
         means = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
+        torch._foreach_lerp_(grads, means, group["momentum"])  # Nesterov's momentum
         squares = [self.state[p]["squares"] for p in params]
         n = group["fused"]
-        lists = (params, updates, squares)
+        lists = (params, grads, squares)
         return [[part for whole in members for part in whole.chunk(n)] for members in lists]

@@ -171,9 +171,9 @@ def test_cpu_is_chosen_without_a_gpu_and_what_is_not_there_is_refused(monkeypatc
         with pytest.raises(ValueError, match="use cuda, cuda:N, mps or cpu"):
             hardware.pick_device(wrong)
     assert hardware.pick_dtype("", cpu)[0] == "float32"
-    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
     assert hardware.pick_dtype("bfloat16", cpu) == ("bfloat16", "as asked")
-    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
     dtype, reason = hardware.pick_dtype("bfloat16", cpu)
     assert dtype == "bfloat16" and "float32 is many times faster" in reason
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
@@ -345,6 +345,19 @@ def test_the_estimate_grows_with_what_it_is_made_of():
     assert total(8, compile=False) > total() > total(activation_memory=0.8) > total(activation_memory=0.3)
     # two sets of gradients, when there is nothing else
     assert total(1, loss_chunks=8) > 16 * 124e6 + 4 * 124e6
+
+
+@pytest.mark.parametrize(
+    "n_layer, params, optimizer, peak", [(24, 665.03e6, 3.43e9, 10.66e9), (22, 625.71e6, 3.28e9, 10.03e9)]
+)
+def test_an_update_of_muon_counts_where_activations_are_few(n_layer, params, optimizer, peak):
+    """Against the peaks of CUDA's allocator on a card that gives memory and computes nothing."""
+    config = GPTConfig(block_size=256, n_layer=n_layer, n_head=10, n_embd=1280, bias=False, arch="modern")
+    needed = memory.memory_needed(params, optimizer, config, 1, "bfloat16", compile=False)
+    assert 0.97 * peak < sum(needed.values()) < 1.03 * peak
+    # AdamW's moments are twice as large, and its update takes nothing more
+    adamw = memory.memory_needed(params, 8 * params, config, 1, "bfloat16", compile=False)
+    assert adamw["gradients"] == 4 * params < needed["gradients"]
 
 
 def test_the_memory_line_adds_up():

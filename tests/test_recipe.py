@@ -69,7 +69,7 @@ def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart_and_even_rows()
         grads = [torch.randn_like(w) * torch.rand(len(w), 1) for w in (fused, tall, wide)]
         grads[0][:48] *= 100  # of q: it must not make the updates of k and v small
         for p, grad in zip(ours, grads, strict=True):
-            p.grad = grad
+            p.grad = grad.clone()  # ours overwrites it
         for p, grad in zip(theirs, (*grads[0].chunk(3), *grads[1:]), strict=True):
             p.data.zero_()
             p.grad = grad
@@ -277,6 +277,11 @@ def test_a_width_that_is_proposed_is_taken(n_embd, n_head, arch):
     proposed = re.search(r"set n_embd to (\d+)(?: or (\d+))?,", problem).groups()
     for width in filter(None, proposed):
         assert width_problem(int(width), n_head, arch) is None
+
+
+def test_a_modern_config_never_makes_gpt2_silently():
+    with pytest.raises(ValueError, match="arch='modern' is ModernGPT's; make_gpt"):
+        GPT(GPTConfig(**TINY, arch="modern"))
 
 
 def test_a_cache_has_no_views_of_its_own_buffers():
