@@ -144,7 +144,7 @@ class TrainConfig(Config):
 
     @property
     def cooldown_start(self):
-        # exact: in floats 0.07 * 100 is 7.000000000000001
+        # in floats 0.07 * 100 is 7.000000000000001
         return self.max_iters - math.ceil(Fraction(str(self.cooldown_frac)) * self.max_iters)
 
     def problems(self):
@@ -257,14 +257,14 @@ def micro_step(model, tokens, scaler, machine, accumulation):
 
 def update(model, optimizers, scaler, grad_clip):
     """Clips and applies the gradients if they are finite, and frees them. Returns their norm, a float."""
-    for optimizer in optimizers.values():
-        scaler.unscale_(optimizer)
-    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = total.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
-    if math.isfinite(norm):
+    with nothing_half_done():
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
+        total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = total.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
         if norm > grad_clip > 0:  # else a pass for nothing
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total)
-        with nothing_half_done():
+        if math.isfinite(norm):
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
     scaler.update()

@@ -56,7 +56,6 @@ def use_smaller_batch(run):
     cfg, at, device = run.cfg, run.at, run.machine.device
     run.model.train()  # it may have been evaluating
     run.model.zero_grad(set_to_none=True)
-    run.scaler = renewed(run.scaler, device)
     set_rng(run.rng, device)
     forget_compiled(device)
     save_progress(run)
@@ -69,16 +68,6 @@ def use_smaller_batch(run):
     cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
     warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")
     run.metrics.record("smaller_batch", at.iter_num, batch_size=cfg.batch_size)
-
-
-def renewed(scaler, device):
-    """Returns a GradScaler in the state of this one, but with nothing unscaled yet: this one has begun to, if
-    memory ran out within an update."""
-    if not scaler.is_enabled():
-        return scaler
-    new = torch.amp.GradScaler(device.type)
-    new.load_state_dict(scaler.state_dict())
-    return new
 
 
 def smaller_batch(batch_size, sequences):
@@ -131,14 +120,14 @@ def no_room(params, optimizer, config, cfg, dtype, available):
 @contextlib.contextmanager
 def nothing_half_done():
     """Returns a context for an update: if memory runs out in the middle of it, some weights are new and some
-    are not, so that it cannot be repeated. Raises UserError then."""
+    are not, or another process has made the update, so that it cannot be repeated. Raises UserError then."""
     try:
         yield
     except Exception as e:
         if out_of_memory(e):
             raise UserError(
-                "out of memory in the middle of an update, which cannot be repeated; resume from the last "
-                "checkpoint with a smaller --batch_size"
+                "out of memory in the middle of an update, which cannot be repeated. It takes as much with "
+                "any batch_size: free memory and resume, or train a model of smaller --n_layer or --n_embd"
             ) from None
         raise
 
