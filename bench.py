@@ -94,6 +94,9 @@ class BenchConfig(TrainConfig):
                 found.append(f"hours has its own sizes: leave sweep_{name} out")
         if self.hours and self.profile:
             found.append("hours and profile exclude each other; leave one of them out")
+        folder = os.path.dirname(self.json)
+        if folder and not os.path.isdir(folder):
+            found.append(f"json is to be written into {folder}, and there is no such folder")
         return found
 
     def sweep(self, name):

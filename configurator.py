@@ -141,7 +141,7 @@ def read_file(path, fields, values, synonyms):
     new, problems = {}, []
     for name, value in sorted(namespace.items(), key=lambda item: lines.get(item[0], 0)):
         ignored = inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
-        if name.startswith("_") or ignored:
+        if name.startswith("_") or (ignored and name not in fields):
             continue
         where = f"{path}:{lines[name]}" if name in lines else path
         try:
@@ -172,7 +172,7 @@ def run_file(path, values):
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
         raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
-    for name in imported_names(tree) & namespace.keys():
+    for name in imported_names(tree) & namespace.keys() - values.keys():
         del namespace[name]
     lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
     return namespace, lines

@@ -150,6 +150,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.arch == "modern" and type(self) is GPT:
+            raise UserError("arch='modern' is ModernGPT's; make_gpt(config) makes either")
         self.config = config
         self.loss_chunks = 0  # as in train.py; not in config: it changes how, not what, is computed
         self.make_layers(config)

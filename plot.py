@@ -34,12 +34,12 @@ class PlotConfig(Config):
     text: bool = key(False, "draw the loss in the terminal")
     over: str = key("tokens", "what runs to the right", choices=("tokens", "iterations", "hours"))
     reference: str = key("", "published runs to compare the loss with", choices=("", "gpt2_124m"))
-    watch: float = key(0.0, "draw again after this many seconds, until Ctrl-C; 0: draw once", low=0)
+    watch: float = key(0.0, "draw again after this many seconds, until Ctrl-C; 0: draw once", low=0, high=1e6)
 
     def problems(self):
         """Returns messages about conflicting values."""
         found = []
-        if self.out and not self.out.endswith(FORMATS):
+        if self.out and os.path.splitext(self.out)[1] not in FORMATS:
             found.append(f"out must end in {' or '.join(FORMATS)}, not {self.out!r}; a page is --html=")
         if self.html and not self.html.endswith(".html"):
             found.append(f"html is the page to write, as in --html=run.html, not {self.html!r}")

@@ -115,7 +115,7 @@ def plan(size, speed, seconds, block_size, most_sequences, most_eval_iters):
     iters = max(1, int(left / iteration))
     keys = dict(n_layer=size.n_layer, n_head=size.n_head, n_embd=size.n_embd)
     keys |= dict(batch_size=batch_size, gradient_accumulation_steps=accumulation, eval_iters=eval_iters)
-    keys |= dict(max_minutes=round(seconds / 60, 3), **lengths(iters, evaluations))
+    keys |= dict(max_minutes=max(0.001, round(seconds / 60, 3)), **lengths(iters, evaluations))
     tokens = batch_size * accumulation * block_size
     return Plan(size, speed, keys, tokens / iteration, iters, evaluations, iters * tokens)
 

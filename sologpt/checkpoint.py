@@ -129,12 +129,15 @@ def load(path):
     missing = [name for name in MODEL_ARGS if name not in state["model_args"]]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)} in its model_args")
-    state["model_args"] = {name: state["model_args"][name] for name in MODEL_ARGS}
+    unknown = sorted(map(str, state["model_args"].keys() - MODEL_ARGS.keys()))
+    if unknown:
+        raise UserError(f"{path} is of another model: its model_args have {', '.join(unknown)}, unknown here")
     state.setdefault("arch", "gpt2")  # not in model_args, which nanoGPT passes to its GPTConfig
     state.setdefault("gelu", "none")
     weights = {strip(name): tensor for name, tensor in state["model"].items()}
     state["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
     check_sizes(state, path)
+    check_tied(state, path)
     state["earlier_version"] = state["arch"] == "modern" and "smear" not in state["model"]
     if state["earlier_version"]:
         table = torch.zeros(1, 1).expand_as(state["model"]["transformer.wte.weight"])  # takes no memory
@@ -188,6 +191,15 @@ def check_sizes(state, path):
         raise UserError(
             f"the weights in {path} do not fit its model_args: {len(layers)} layers, an embedding of {shape}"
         )
+
+
+def check_tied(state, path):
+    """Raises UserError if GPT-2's head is not its embedding: loading would take the head for both."""
+    table, head = (state["model"].get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
+    if state["arch"] != "gpt2" or head is None or head.data_ptr() == table.data_ptr():
+        return
+    if not torch.equal(head.float(), table.float()):
+        raise UserError(f"{path} has an untied output head; GPT-2's is tied to the token embedding")
 
 
 def check_archive(path):

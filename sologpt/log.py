@@ -77,31 +77,40 @@ def share_of(cfg, seconds):
     return min(1.0, seconds / (60 * cfg.max_minutes))
 
 
-def rewind_metrics(path, iter_num):
+def rewind_metrics(path, iter_num, evaluates):
     """Drops the lines of metrics.jsonl from iter_num on, so that no iteration appears twice after resuming
-    there, and lines that cannot be read; a last line that was cut short is no news, others are counted."""
-    kept, unreadable = [], 0
+    there. An evaluation at iter_num stays if the run will not evaluate there again; returns whether there is
+    one. Lines that cannot be read are dropped too; a last one that was cut short is no news, others are
+    counted."""
+    kept, unreadable, evaluated = [], 0, False
     if os.path.exists(path):
         with open(path, "rb") as f:
             for line in f:
-                iteration = iteration_of(line)
+                iteration, kind = iteration_and_kind(line)
                 if iteration is None:
                     unreadable += line.endswith(b"\n")
                 elif iteration < iter_num:
                     kept.append(line)
+                elif iteration == iter_num and kind == "eval" and not evaluates:
+                    kept.append(line)
+                    evaluated = True
     if unreadable:
         warn(f"{path}: {unreadable} lines that cannot be read are left out")
     with atomic_file(path) as f:
         f.write(b"".join(kept))
+    return evaluated
 
 
-def iteration_of(line):
-    """Returns the iteration of a line of metrics.jsonl, bytes; None if it cannot be read."""
+def iteration_and_kind(line):
+    """Returns both of a line of metrics.jsonl, bytes; Nones if it cannot be read."""
     try:
-        iteration = json.loads(line)["iter"]
+        entry = json.loads(line)
+        iteration = entry["iter"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return iteration if type(iteration) is int else None
+        return None, None
+    if type(iteration) is not int:
+        return None, None
+    return iteration, entry.get("kind")
 
 
 class Metrics:
@@ -155,14 +164,19 @@ def finite_or_none(value):
 def open_metrics(run):
     """Returns the Metrics of a Run of train.py, with its first line, and prepares its out_dir."""
     cfg, iter_num = run.cfg, run.at.iter_num
+    if cfg.sample_interval:
+        run.tokenizer.decode([0])  # may need a download: better missed now than at the first evaluation
+    first = iter_num  # that the tracker has not got yet
     path = os.devnull  # eval_only leaves out_dir alone: a run may be writing there
     if not (cfg.eval_only or parallel.rank()):
         path = run.files.metrics
         run.files.remove_partial()
         if run.files.newest is None:
             set_aside(run.files)
-        rewind_metrics(path, iter_num)
-    metrics = Metrics(path, Tracker(cfg, iter_num))
+        evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
+        if rewind_metrics(path, iter_num, evaluates):
+            first += 1
+    metrics = Metrics(path, Tracker(cfg, first))
     kind = "resume" if iter_num else "config"
     facts = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
     metrics.record(kind, iter_num, **facts, processes=parallel.processes())

@@ -22,6 +22,9 @@ from sologpt.page import page_of_run
 def notes(cfg):
     """Returns lines about values of train.py's keys that are allowed but perhaps not meant."""
     found = schedule_notes(cfg)
+    for name, schedule in (("lr_decay_iters", "cosine"), ("cooldown_frac", "wsd")):
+        if name in cfg.given and cfg.schedule != schedule:
+            found.append(f"note: {name} has no effect with schedule={cfg.schedule!r}")
     if cfg.keep_before_cooldown and cfg.max_minutes:
         found.append("note: keep_before_cooldown=True has no effect with max_minutes")
     if "backend" in cfg.given and parallel.processes() == 1:
@@ -43,6 +46,8 @@ def schedule_notes(cfg):
     warmup = cfg.warmup_iters
     if not cfg.decay_lr:
         return []
+    if cfg.min_lr > cfg.learning_rate:
+        return [f"note: lr rises to min_lr={cfg.min_lr:g}: it is above learning_rate={cfg.learning_rate:g}"]
     if 0 < cfg.max_iters <= warmup:
         return [f"note: the learning rate still rises when this run ends: warmup_iters={warmup}"]
     if cfg.schedule == "wsd" and cfg.cooldown_start < warmup:

@@ -126,7 +126,7 @@ def restore(run, state, data_changed):
     restore_scaler_and_rng(run, state, path)
     at.iter_num = run.first_iter = iter_num
     at.best_val_loss = float(state["best_val_loss"])
-    at.tokens_seen = state.get("tokens_seen", iter_num * run.cfg.tokens_per_iter)
+    at.tokens_seen = state.get("tokens_seen", iter_num * settings_before(run.cfg, state).tokens_per_iter)
     at.bad_steps = state.get("bad_steps", 0)
     at.bad_in_row = state.get("bad_in_row", 0)
     at.resumed = state.get("resumed", 0) + 1
@@ -144,8 +144,8 @@ def restore(run, state, data_changed):
         reason = "the data has changed"
     elif "data" not in state:
         reason = "nanoGPT evaluates random batches"
-        trained_on = os.path.basename(str(saved.get("dataset", run.folder)))
-        if trained_on != os.path.basename(run.folder):
+        trained_on = os.path.basename(os.path.normpath(str(saved.get("dataset", run.folder))))
+        if trained_on != os.path.basename(os.path.normpath(run.folder)):
             warn(f"{path} was trained on {trained_on}, from here on it is {run.folder}")
     elif saved.get("eval_iters", run.cfg.eval_iters) != run.cfg.eval_iters:
         reason = "eval_iters has changed"
@@ -197,8 +197,20 @@ def warn_of_changes(cfg, machine, state, get_lr):
         )
 
 
+# what nanoGPT does, and its checkpoints do not say
+NANOGPTS = dict(schedule="cosine", max_minutes=0.0)
+
+
 def settings_before(cfg, state):
     """Returns cfg with the values that the state was saved with, as far as it records them."""
-    known = {f.name: f.type for f in dataclasses.fields(cfg)}
-    saved = state.get("config", {})
-    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known and type(v) is known[k]})
+    saved = NANOGPTS | state.get("config", {})
+    values = {}
+    for field in dataclasses.fields(cfg):
+        value = saved.get(field.name)
+        if field.type is float and type(value) is int:
+            value = float(value)
+        if field.type is int and type(value) is float and value.is_integer():  # as in nanoGPT's max_iters=1e5
+            value = int(value)
+        if type(value) is field.type:
+            values[field.name] = value
+    return dataclasses.replace(cfg, **values)

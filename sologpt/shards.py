@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sologpt.display import warn
 from sologpt.errors import UserError
 from sologpt.files import atomic_file, remove, sha256_of, sync_and_rename, temporary_name
 
@@ -299,8 +300,14 @@ def epoch_shift(block_size, seed, epoch):
 
 
 def open_splits(folder, block_size, n_ids):
-    """Returns the Windows of train and of val. Raises as find_shards and Windows do."""
+    """Returns the Windows of train and of val. Raises as find_shards and Windows do, and warns of shards that
+    meta.json lists and the folder lacks."""
     splits = [find_shards(folder, split) for split in ("train", "val")]
+    found = {os.path.basename(shard.path) for shards in splits for shard in shards}
+    missing = sorted(recorded_sha256s(folder).keys() - found)
+    if missing:
+        more = ", ..." if len(missing) > 4 else ""
+        warn(f"{folder} lacks {', '.join(missing[:4])}{more}, which its meta.json lists; going on without")
     return [Windows(shards, block_size, n_ids) for shards in splits]
 
 

@@ -74,6 +74,12 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocab_size > 256 and (self.vocab_size, self.eot_token) != (257, 256):
+            ids = f"vocab_size={self.vocab_size} and eot_token={self.eot_token}"
+            raise UserError(f"the encoding 'bytes' has vocab_size=257 and eot_token=256, not {ids}")
+
     def ids_of(self, text):
         first, *others = text.split(EOT)
         ids = list(first.encode())

@@ -34,11 +34,11 @@ class Wandb:
 class TensorBoard:
     """Files in out_dir/tensorboard, for `tensorboard --logdir=out_dir`."""
 
-    def __init__(self, cfg, iter_num):
+    def __init__(self, cfg, first):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = os.path.join(cfg.out_dir, "tensorboard")
-        self.writer = SummaryWriter(folder, purge_step=iter_num)  # a resumed run does these iterations again
+        self.writer = SummaryWriter(folder, purge_step=first)  # a resumed run does these iterations again
 
     def send(self, iter_num, figures):
         for name, value in figures.items():
@@ -50,9 +50,9 @@ class TensorBoard:
 
 
 class Tracker:
-    """What cfg.tracker names, or nothing."""
+    """What cfg.tracker names, or nothing. first: the first step that it is going to get."""
 
-    def __init__(self, cfg, iter_num):
+    def __init__(self, cfg, first):
         self.name = cfg.tracker
         if cfg.wandb_log and not self.name:
             self.name = "wandb"
@@ -63,7 +63,7 @@ class Tracker:
             return  # a run may be writing there
         with self.guarded("started"):
             if self.name == "tensorboard":
-                self.sink = TensorBoard(cfg, iter_num)
+                self.sink = TensorBoard(cfg, first)
             elif self.name:
                 self.sink = Wandb(self.name, cfg)
 

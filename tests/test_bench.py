@@ -219,3 +219,8 @@ def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byt
     assert listed[0][-1] == "aten::mm"  # half of the time at this width
     times = [float(line[0]) for line in listed]
     assert times == sorted(times, reverse=True) and 5 < len(times) <= 15
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(run, tmp_path):
+    out = run("bench.py", "--json=nowhere/x.json", status=2)
+    assert "json is to be written into nowhere, and there is no such folder" in out.stderr

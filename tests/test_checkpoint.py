@@ -52,6 +52,21 @@ def test_the_state_before_the_newest_is_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_prev.pt"]
 
 
+def test_a_checkpoint_of_another_kind_of_gpt_is_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    untied = state(5)
+    untied["model"]["lm_head.weight"] = untied["model"]["lm_head.weight"] + 1
+    torch.save(untied, path)
+    with pytest.raises(ValueError, match="has an untied output head; GPT-2's is tied"):
+        checkpoint.load(path)
+    untied["model"]["lm_head.weight"] = untied["model"]["transformer.wte.weight"].clone()
+    torch.save(untied, path)
+    checkpoint.load(path)
+    torch.save(state(5) | dict(model_args=ARGS | dict(softcap=15.0, activation="relu")), path)
+    with pytest.raises(ValueError, match="its model_args have activation, softcap, unknown here"):
+        checkpoint.load(path)
+
+
 def test_a_new_run_sets_the_files_of_an_old_one_aside(tmp_path):
     for number in (1, 2):
         old = checkpoint.RunFiles(str(tmp_path))

@@ -145,6 +145,17 @@ def test_imported_names_are_no_keys_but_those_of_a_loop_are(tmp_path):
     assert configure(Toy, [write(tmp_path, "for _i in range(3):\n    steps = 10 + _i\n")]).steps == 12
 
 
+def test_a_key_that_a_config_file_imports_or_gives_a_function_is_not_ignored(tmp_path, monkeypatch):
+    (tmp_path / "shared_by_runs.py").write_text("steps = 7\nrate = 0.25\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write(tmp_path, "from shared_by_runs import rate, steps\nsteps = steps * 2\n")
+    config = configure(Toy, [path])
+    assert (config.rate, config.steps) == (0.25, 14)
+    path = write(tmp_path, "def total():\n    return 5\n\nsteps = total\n")
+    [error] = errors([path])
+    assert error.startswith(f"{path}:4: steps needs an int, not <function total")
+
+
 def test_a_value_that_is_not_utf8_is_refused_and_one_that_is_comes_through_any_locale():
     assert errors(["--name=caf\udce9"]) == [
         "--name: name is not UTF-8 text: unexpected end of data at byte 3"

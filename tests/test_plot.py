@@ -408,7 +408,9 @@ def test_mistakes_are_one_line_each(run, tmp_path):
         "--out=a.pdf": "out must end in .png or .svg",
         "--html=True": "html is the page to write, as in --html=run.html",
         "--out=no/a.png": "out is to be written into no, and there is no such folder",
+        "--out=.png": "out must end in .png or .svg",
         "--watch=-1": "watch must be at least 0",
+        "--watch=1e300": "watch must be at most 1000000.0",
         "--reference=gpt3": "must be '' or 'gpt2_124m'",
     }.items():
         assert message in run("plot.py", "out", argument, status=2).stderr

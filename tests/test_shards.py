@@ -141,6 +141,19 @@ def test_a_shard_is_hashed_again_only_if_it_is_newer_than_meta_json(tmp_path):
         assert shards.current_sha256(path, "recorded") == expected
 
 
+def test_a_shard_that_meta_json_lists_and_is_not_there_is_pointed_out(tmp_path, capsys):
+    for name in ("x_train_000001.bin", "x_val_000000.bin"):
+        write_shard(tmp_path / name, IDS)
+    listed = {name: dict(sha256="0") for name in ("x_val_000000.bin", "x_train_000001.bin")}
+    (tmp_path / "meta.json").write_text(json.dumps(dict(files=listed)))
+    shards.open_splits(tmp_path, 4, 2**16)
+    assert capsys.readouterr().err == ""
+    listed["x_train_000002.bin"] = dict(sha256="0")
+    (tmp_path / "meta.json").write_text(json.dumps(dict(files=listed)))
+    shards.open_splits(tmp_path, 4, 2**16)
+    assert "lacks x_train_000002.bin, which its meta.json lists" in capsys.readouterr().err
+
+
 def test_a_digest_is_of_all_of_a_file(tmp_path):
     content = np.random.RandomState(0).bytes(2_500_000)
     (tmp_path / "file").write_bytes(content)

@@ -99,3 +99,13 @@ def test_a_new_model_has_rows_for_all_ids_in_a_multiple_of_64():
     assert ByteTokenizer("bytes", 257, 256).embedding_rows() == 320
     assert ByteTokenizer("bytes", 256, 255).embedding_rows() == 256
     assert CharacterTokenizer("characters", 65, None, {}).embedding_rows() == 65  # nanoGPT's own
+
+
+def test_bytes_have_no_more_ids_than_bytes_and_one(tmp_path):
+    (tmp_path / "meta.json").write_text('{"encoding": "bytes", "vocab_size": 65536, "eot_token": 256}')
+    with pytest.raises(
+        ValueError, match="'bytes' has vocab_size=257 and eot_token=256, not vocab_size=65536"
+    ):
+        read_tokenizer(tmp_path)
+    (tmp_path / "meta.json").write_text('{"encoding": "bytes", "vocab_size": 256, "eot_token": null}')
+    assert read_tokenizer(tmp_path).decode([0x68, 0x69]) == "hi"

@@ -31,7 +31,6 @@ from model import GPT, GPTConfig
 from sologpt import checkpoint, fit, hardware, report, shards
 from sologpt.display import duration
 from sologpt.errors import UserError, out_of_memory
-from sologpt.fit import renewed
 from train import TrainConfig, get_lr
 
 STEP = re.compile(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)", re.M)
@@ -636,22 +635,13 @@ def test_memory_that_runs_out_in_an_update_ends_the_run_as_that_cannot_be_repeat
     assert same(weights(tmp_path / "out"), before)
 
 
-def test_gradients_that_were_unscaled_before_memory_ran_out_are_unscaled_again():
-    """In fp16, which only a GPU trains in; the scaler itself also works on a CPU."""
-    p = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([p], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(p.sum()).backward()
-    scaler.update(8.0)
-    scaler.unscale_(optimizer)
-    scaler = renewed(scaler, torch.device("cpu"))
-    p.grad = None
-    scaler.scale(p.sum()).backward()
-    assert p.grad.item() == 8
-    scaler.unscale_(optimizer)
-    assert p.grad.item() == 1
-    off = torch.amp.GradScaler("cpu", enabled=False)
-    assert renewed(off, torch.device("cpu")) is off
+def test_memory_that_runs_out_before_an_update_is_applied_ends_the_run_too(
+    run, byte_data, tiny, tmp_path, monkeypatch
+):
+    """As another process may have applied it by then."""
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", runs_out_of_memory)
+    out = run("train.py", *tiny, status=1)
+    assert out.stderr.splitlines()[-1].startswith("error: out of memory in the middle of an update, which")
 
 
 @pytest.mark.parametrize(
@@ -865,6 +855,20 @@ def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tm
     assert text.stdout.splitlines()[0] == "pack my box with"
 
 
+def test_resuming_from_nanogpt_knows_its_schedule_and_the_tokens_it_has_seen(run, byte_data, tiny, tmp_path):
+    nanogpt_checkpoint(tmp_path / "out", 8)
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["config"] |= dict(learning_rate=1e-2, min_lr=0, warmup_iters=0, lr_decay_iters=16.0, max_iters=16)
+    state["config"] |= dict(batch_size=12, gradient_accumulation_steps=1)
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    argv = ["--init_from=resume", "--max_iters=16", "--schedule=wsd", "--warmup_iters=0", "--eval_interval=4"]
+    out = run("train.py", *tiny, *argv)
+    # half way down a cosine from 1e-2 to 0
+    assert "the learning rate of iteration 8 is 1.000e-02, the schedule so far has 5.000e-03" in out.stderr
+    # 12 windows of 16 in each of its iterations, 4 * 2 in each of ours
+    assert metrics(tmp_path / "out", "iter")[-1]["tokens"] == 8 * 12 * 16 + 8 * 8 * 16
+
+
 def test_our_checkpoint_holds_what_nanogpt_reads(run, byte_data, tiny, tmp_path):
     run("train.py", *tiny, "--max_iters=2", "--compile=False")
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
@@ -974,6 +978,14 @@ def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tin
     assert "note: after warmup_iters=5 lr drops to min_lr: lr_decay_iters=4" in out.stdout
     out = run("train.py", *tiny, "--warmup_iters=1", "--lr_decay_iters=4", "--max_iters=6", "--dry_run=True")
     assert "note: lr stays at min_lr from lr_decay_iters=4 to 6" in out.stdout
+    out = run("train.py", *tiny, "--learning_rate=1e-5", "--dry_run=True").stdout
+    assert "note: lr rises to min_lr=6e-05: it is above learning_rate=1e-05" in out
+    out = run("train.py", *tiny, "--schedule=wsd", "--dry_run=True").stdout
+    assert "note: lr_decay_iters has no effect with schedule='wsd'" in out
+    assert "has no effect" not in run("train.py", *tiny, "--dry_run=True").stdout
+    assert (
+        "cooldown_frac has no effect" in run("train.py", *tiny, "--cooldown_frac=1", "--dry_run=True").stdout
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4 cut short"])
@@ -1223,6 +1235,18 @@ def test_iterations_end_a_run_that_has_more_time(run, byte_data, tiny, tmp_path)
         assert [row[name] for row in timed] == pytest.approx([row[name] for row in plain], rel=1e-3)
 
 
+def test_samples_that_need_a_download_end_a_run_before_it_begins(spawn, byte_data, tiny, tmp_path):
+    (byte_data / "meta.json").write_text('{"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ckpt.pt").touch()
+    (tmp_path / "cache").mkdir()
+    proxy = "http://127.0.0.1:9"
+    offline = dict(TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"), https_proxy=proxy, HTTPS_PROXY=proxy)
+    out = spawn("train.py", *tiny, "--sample_interval=6", status=1, **offline)
+    assert "cannot download tiktoken's 'gpt2'" in out.stderr and "iter 0" not in out.stdout
+    assert os.listdir(tmp_path / "out") == ["ckpt.pt"]  # nothing was set aside
+
+
 def test_samples_come_at_evaluations_and_leave_the_run_as_it_was(run, byte_data, tiny, tmp_path):
     plain = run("train.py", *tiny, "--dropout=0.1")
     sampled = run("train.py", *tiny, "--dropout=0.1", "--sample_interval=12", "--out_dir=sampled")
@@ -1281,6 +1305,20 @@ def test_keys_that_a_time_limit_or_another_tracker_rules_out(run, byte_data, tin
     assert not (tmp_path / "out/before_cooldown.pt").exists()
     both = run("train.py", *tiny, "--wandb_log=True", "--tracker=tensorboard", status=2).stderr
     assert "wandb_log=True means tracker='wandb', not 'tensorboard'" in both
+
+
+def test_the_last_evaluation_of_a_run_stays_when_it_is_lengthened(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--eval_interval=5"]
+    run("train.py", *argv, "--max_iters=7")
+    last = metrics(tmp_path / "out", "eval")[-1]
+    run("train.py", *argv, "--max_iters=9", "--init_from=resume")
+    found = metrics(tmp_path / "out", "eval")
+    assert [row["iter"] for row in found] == [0, 5, 7, 9] and found[2] == last
+    # where the run evaluates again, the line is the new one
+    run("train.py", *argv, "--max_iters=9", "--init_from=resume")
+    run("train.py", *argv, "--max_iters=10", "--init_from=resume")
+    run("train.py", *argv, "--max_iters=11", "--init_from=resume")
+    assert [row["iter"] for row in metrics(tmp_path / "out", "eval")] == [0, 5, 7, 9, 10, 11]
 
 
 def test_every_resume_is_counted_and_another_time_limit_is_pointed_out(run, byte_data, tiny, tmp_path):
