@@ -23,7 +23,7 @@ from model import make_gpt  # noqa: E402
 from sologpt.hardware import peak_flops  # noqa: E402
 from sologpt.memory import checkpoint_bytes, memory_estimate  # noqa: E402
 from sologpt.optim import allocate_moments, make_optimizers  # noqa: E402
-from sologpt.tokenizer import BPETokenizer  # noqa: E402
+from sologpt.tokenizer import gpt2_tokenizer  # noqa: E402
 from train import TrainConfig, model_config  # noqa: E402
 
 GPT2 = 854.7e6  # FLOPs for each token of GPT-2 124M, with 1,024 tokens of context
@@ -102,7 +102,7 @@ def settings_of(path):
 
 def model_of(cfg):
     """Returns a config's model, on the meta device: no memory, no numbers. The vocabulary is GPT-2's."""
-    tokenizer = BPETokenizer("gpt2", 50257, 50256)
+    tokenizer = gpt2_tokenizer()
     with torch.device("meta"):
         return make_gpt(model_config(cfg, tokenizer, tokenizer.embedding_rows()))
 
