@@ -126,6 +126,7 @@ def load(path):
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise UserError(f"{path} is no checkpoint of a GPT: it lacks 'model' or 'model_args'")
     check_types(state, path)
+    state["model_args"] = dict(bias=True) | state["model_args"]  # nanoGPT's oldest had no choice
     missing = [name for name in MODEL_ARGS if name not in state["model_args"]]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)} in its model_args")

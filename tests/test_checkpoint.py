@@ -312,3 +312,19 @@ def test_fuzzed_configurations_are_right_or_refused(tmp_path):
     from benchmarks import fuzz
 
     assert ROOT == fuzz.ROOT and fuzz.fuzz_configure(360, tmp_path) >= 300
+
+
+def test_nanogpts_oldest_checkpoints_have_biases_without_saying_so(tmp_path):
+    args = {name: value for name, value in ARGS.items() if name != "bias"}
+    with_biases = GPT(GPTConfig(**args, bias=True))
+    torch.save(state(5) | dict(model=with_biases.state_dict(), model_args=args), tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
+    model = GPT(GPTConfig(**loaded["model_args"]))
+    checkpoint.restore_model(model, loaded, "ckpt.pt")
+    idx = torch.arange(4)[None]
+    assert torch.equal(model.eval()(idx)[0], with_biases.eval()(idx)[0])
+    # one of today's that has lost the word is still refused
+    torch.save(state(5) | dict(model_args=args), tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="do not fit its model_args"):
+        checkpoint.restore_model(GPT(GPTConfig(**loaded["model_args"])), loaded, "ckpt.pt")
