@@ -52,7 +52,7 @@ from configurator import Config, from_command_line, key, run_script
 from sologpt import characters, shards
 from sologpt.display import duration, print_aligned
 from sologpt.errors import UserError, first_line
-from sologpt.files import atomic_file, free_bytes, remove, sole_use
+from sologpt.files import atomic_file, free_bytes, remove, remove_temporary, sole_use
 from sologpt.source import (
     ENDINGS,
     KINDS,
@@ -316,7 +316,10 @@ def read_csv(path, text_key):
     with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as f:
         rows = csv.DictReader(f, strict=True)
         try:
-            check_column(rows.fieldnames or ["nothing"], text_key)
+            names = rows.fieldnames or ["nothing"]
+            check_column(names, text_key)
+            if names.count(text_key) > 1:
+                raise UserError(f"{names.count(text_key)} columns are called {text_key!r}")
             for row in rows:
                 if None in row or None in row.values():
                     raise csv.Error("not as many columns as the first row")
@@ -624,7 +627,7 @@ class Progress:
             return progress, facts["settings"]
         except Exception as e:  # NumPy and zipfile raise many kinds
             raise UserError(
-                f"{path} is damaged ({first_line(e)}); delete its folder and begin again"
+                f"{path} is damaged ({first_line(e)}); delete it and the shards beside it, and begin again"
             ) from None
 
 
@@ -699,15 +702,20 @@ def prepared_already(out_dir, settings):
         if not files:
             raise UserError("it lists no files")
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete {out_dir} or choose another --out_dir") from None
+        raise UserError(
+            f"{path} is damaged ({e}); delete it and the shards beside it, or choose another --out_dir"
+        ) from None
     if differing := differences(there, settings):
         raise UserError(
-            f"{out_dir} was prepared with other settings ({differing}); choose another --out_dir or delete it"
+            f"{out_dir} was prepared with other settings ({differing}); choose another --out_dir, or delete "
+            f"meta.json and the shards there"
         )
     for name, tokens in files.items():
-        if shards.read_header(os.path.join(out_dir, name)).count != tokens:
+        path = os.path.join(out_dir, name)
+        if not os.path.exists(path) or shards.read_header(path).count != tokens:
             raise UserError(
-                f"{out_dir}/{name} is not the file that meta.json lists; delete {out_dir} and begin again"
+                f"{path} is missing or not the file that meta.json lists; delete meta.json and the shards in "
+                f"{out_dir}, and begin again"
             )
     return True
 
@@ -727,7 +735,7 @@ def unfinished(out_dir, path, settings):
         if shards_in(out_dir):
             raise UserError(
                 f"{out_dir} holds an unfinished run with other settings ({differing}); "
-                f"use those to continue it, or choose another --out_dir, or delete it"
+                f"use those to continue it, or choose another --out_dir, or delete {path} and the shards"
             )
     elif shards_in(out_dir) or os.path.exists(os.path.join(out_dir, "train.bin")):
         raise UserError(f"{out_dir} holds tokens of another origin; delete them or choose another --out_dir")
@@ -835,6 +843,8 @@ def find_and_say(cfg):
     """Returns the files of the input, and says how many there are and what was passed over, by frequency."""
     more = tuple(ending.strip().lower() for ending in cfg.endings.split(",") if ending.strip())
     files, passed_over = find_files(cfg.input, ENDINGS + more)
+    ours = os.path.realpath(os.path.join(cfg.folder, "meta.json"))  # where it is written among its source
+    files = [path for path in files if os.path.realpath(path) != ours]
     common = [(reason, count) for reason, count in passed_over.most_common(8) if count]
     others = ", ".join(f"{count:,} {reason}" for reason, count in common)
     print(f"source: {len(files):,} files{f'; passed over: {others}' if others else ''}")
@@ -878,8 +888,10 @@ def begin(job):
         kept = job.settings | dict(hub_files=job.files)
     before = progress.counts["tokens"]
     check_space(out_dir, expected_tokens(job, progress.counts) - before, job.itemsize)
-    for partial in glob.glob(f"{glob.escape(out_dir)}/*.tmp"):
+    for partial in glob.glob(f"{glob.escape(out_dir)}/*_[0-9]*.bin.*.tmp"):
         os.remove(partial)
+    for path in (job.progress_path, os.path.join(out_dir, "meta.json")):
+        remove_temporary(path)
     progress.save(job.progress_path, kept)
     if before:
         print(f"continuing {out_dir} after {before:,} tokens in {len(progress.files)} whole shards")
@@ -929,7 +941,7 @@ def write_val(job, progress, train, val):
     held = sorted(progress.heap, key=lambda entry: entry[1])  # in the order of the source
     n_val = dict(tokens=sum(len(e[3]) for e in held), documents=len(held), bytes=sum(e[2] for e in held))
     n_train = {name: count - n_val[name] for name, count in progress.counts.items()}
-    if n_train["tokens"] <= n_val["tokens"]:
+    if not held or n_train["tokens"] <= n_val["tokens"]:
         raise UserError(
             f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes "
             f"whole documents, and these are too few, or one is huge. Separate them by {EOT}, or use "
@@ -947,7 +959,7 @@ def write_meta(job, progress, counts, files):
     if job.source_times and times_of(job.files) != job.source_times:
         raise UserError(
             f"the files of --input={job.cfg.input} were changed while they were read; "
-            f"delete {job.out_dir} and prepare it again"
+            f"delete {job.progress_path} and the shards beside it, and prepare them again"
         )
     position = progress.position
     meta = job.settings | dict(source_times=job.source_times) | counts | dict(files=files)
@@ -980,6 +992,11 @@ def prepare(job, stop):
         print(
             f"{writer.split}: {n['tokens']:,} tokens of {n['documents']:,} documents, "
             f"{n['bytes']:,} bytes of text; shards: {len(writer.files)}"
+        )
+    wanted = min(job.cfg.val_tokens, progress.counts["tokens"] // 10)
+    if counts["val"]["tokens"] < wanted // 2:
+        print(
+            f"note: validation takes whole documents, and most are too long for the {wanted:,} that it needs"
         )
     skipped = progress.position
     print(
@@ -1020,15 +1037,18 @@ def prepare_characters(cfg):
 
 
 def texts_in(sources, cfg):
-    """Yields the texts of all documents of these files, the second and later ones after a line end."""
-    before = ""
+    """Yields the texts of all documents of these files, in parts, with a line end between two documents. As
+    nanoGPT reads them: \\r\\n and \\r become \\n."""
+    newlines = None
     for _, parts in read_chunks(sources, cfg, Position()):
         for part in parts:
-            text = without_surrogates(part.text).replace("\r\n", "\n").replace("\r", "\n")  # as nanoGPT reads
+            if part.begins and newlines:
+                yield newlines.decode("", final=True) + "\n"
             if part.begins:
-                text = before + text
-            yield text
-            before = "\n"
+                newlines = io.IncrementalNewlineDecoder(None, translate=True)  # a part may end within \r\n
+            yield newlines.decode(without_surrogates(part.text))
+    if newlines:
+        yield newlines.decode("", final=True)
 
 
 def foretell_job(job):

@@ -54,9 +54,12 @@ def write(folder, files):
         if name in files:
             other = not holds(os.path.join(folder, name), files[name])
         else:
-            other = name.endswith((".bin", ".npy"))
+            # beside meta.json, train.py would not read meta.pkl
+            other = name.endswith((".bin", ".npy")) or name in ("meta.json", "unfinished.npz")
         if other:
-            raise UserError(f"{folder} holds other data ({name}); choose another --out_dir or delete it")
+            raise UserError(
+                f"{folder} holds other data ({name}); choose another --out_dir or delete that file"
+            )
     new = []
     for name, content in files.items():
         if not os.path.exists(os.path.join(folder, name)):

@@ -208,10 +208,15 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_tokenizer(folder):
     """Returns the Tokenizer of a data folder, from meta.json (prepare_fineweb.py) or meta.pkl (nanoGPT);
-    without either it is GPT-2's, as in nanoGPT. Raises UserError for a file that cannot be read."""
+    without either it is GPT-2's, as in nanoGPT. Raises UserError for a file that cannot be read, and for a
+    preparation that is not finished."""
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):
         return read_meta_json(path)
+    if os.path.exists(os.path.join(folder, "unfinished.npz")):
+        raise UserError(
+            f"the preparation of {folder} is not finished; the same prepare_fineweb.py command continues it"
+        )
     path = os.path.join(folder, "meta.pkl")
     if os.path.exists(path):
         return read_meta_pkl(path)

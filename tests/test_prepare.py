@@ -604,6 +604,60 @@ def test_documents_by_characters_have_a_line_end_between_them(run, tmp_path):
     assert len(text) == 4_000_000 and text.rstrip("x") == "first text\nhalf \ufffd a character\n"
 
 
+def test_a_line_end_that_the_parts_of_a_text_divide_is_one(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"123\r\n" * 900_000)  # one document, cut within \r\n
+    prepare(run, "--input=a.txt", "--encoding=characters")
+    count = sum((tmp_path / "out" / name).stat().st_size // 2 for name in ("train.bin", "val.bin"))
+    assert count == 4 * 900_000
+
+
+def test_one_text_too_long_for_validation_is_refused_and_a_tiny_validation_is_pointed_out(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/big.txt").write_bytes(b"some words " * 400_000)
+    error = prepare(run, "--input=in", status=1).stderr
+    assert "4,400,001 tokens to train on and 0 to validate" in error and "--txt_documents" in error
+    (tmp_path / "in/small.txt").write_bytes(b"hello there!")
+    out = prepare(run, "--input=in", "--out_dir=both").stdout
+    assert "val: 13 tokens" in out and "most are too long for the 440,001 that it needs" in out
+
+
+def test_an_unfinished_preparation_is_not_taken_for_gpt2s_tokens(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    prepare(run, "--input=a.jsonl")
+    (tmp_path / "out/meta.json").unlink()  # as if it had been killed at the very end
+    (tmp_path / "out/unfinished.npz").touch()
+    error = run("train.py", "--dataset=out", "--device=cpu", "--dry_run=True", status=1).stderr
+    assert "the preparation of out is not finished; the same prepare_fineweb.py command continues it" in error
+
+
+def test_characters_beside_another_preparations_meta_json_are_refused(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    prepare(run, "--input=a.jsonl")
+    for path in (tmp_path / "out").glob("*.bin"):
+        path.unlink()
+    error = prepare(run, "--input=a.jsonl", "--encoding=characters", status=1).stderr
+    assert "out holds other data (meta.json)" in error
+    # and the command of before says what is missing
+    error = prepare(run, "--input=a.jsonl", status=1).stderr
+    assert "is missing or not the file that meta.json lists; delete meta.json" in error
+
+
+def test_a_folder_may_be_prepared_in_its_place_and_loses_nothing(run, tmp_path):
+    folder = tmp_path / "data/books"
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    (folder / "notes.tmp").write_text("mine")
+    first = run("prepare_fineweb.py", "--input=data/books", "--encoding=bytes")
+    again = run("prepare_fineweb.py", "--input=data/books", "--encoding=bytes")
+    assert "wrote" in first.stdout and "data/books is prepared already" in again.stdout
+    assert (folder / "notes.tmp").read_text() == "mine"
+
+
+def test_two_columns_of_a_name_are_refused(run, tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\none,two\n")
+    assert "2 columns are called 'text'" in prepare(run, "--input=a.csv", status=1).stderr
+
+
 def test_characters_never_overwrite_other_data(run, tmp_path):
     (tmp_path / "a.txt").write_text("one two three four " * 9)
     first = prepare(run, "--input=a.txt", "--encoding=characters")
