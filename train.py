@@ -106,7 +106,7 @@ class TrainConfig(Config):
     # learning rate schedule
     decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
     schedule: str = key("cosine", "wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
-    cooldown_frac: float = key(0.4, "wsd: last fraction of max_iters, the cooldown to min_lr", low=0, high=1)
+    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, the cooldown to min_lr", low=0, high=1)
     keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, for a longer run to start from")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration that reaches min_lr, usually max_iters", low=0)

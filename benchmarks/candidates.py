@@ -41,7 +41,7 @@ CANDIDATES = dict(
     normed_embedding="embedding N(0, 1), normalised, with 25 times the learning rate",
     no_fast_rate="mixing weights and the table of values at the learning rate of the rest",
     usual_adamw="AdamW's beta1 0.9 and eps 1e-8 instead of 0.8 and 1e-10",
-    long_cooldown="cooldown over the last 0.7",
+    short_cooldown="cooldown over the last 0.4",
     no_warmup="no warmup",
     no_value_embeddings="without the table of values",
     uneven_rows="Muon's updates as they are orthogonalized",
@@ -290,8 +290,8 @@ class Ours(compare_modded.Ours):
         if cfg.compile and machine.device.type == "cuda":  # on a CPU it takes longer than it saves
             for block in self.model.transformer.h:
                 block.compile(dynamic=False)
-        if "long_cooldown" in self.parts:
-            keys.cooldown_frac = 0.7
+        if "short_cooldown" in self.parts:
+            keys.cooldown_frac = 0.4
         if "no_warmup" in self.parts:
             keys.warmup_iters = 0
         self.optimizers = self.make_optimizers(keys, machine)

@@ -123,7 +123,6 @@ def train(cfg, run):
     argv += [f"--max_iters={run.iters}", f"--lr_decay_iters={run.iters}", f"--warmup_iters={run.iters // 20}"]
     argv += [
         "--beta2=0.95",
-        "--cooldown_frac=0.4",
         f"--eval_interval={max(1, cfg.iters // 15)}",
         "--eval_iters=16",
     ]

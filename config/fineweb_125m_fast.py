@@ -32,6 +32,6 @@ min_lr = 0.0
 weight_decay = 0.1
 schedule = "wsd"
 warmup_iters = 250
-cooldown_frac = 0.4  # iterations 3,000 to 5,000
+cooldown_frac = 0.7  # iterations 1,500 to 5,000
 keep_before_cooldown = True
 max_iters = 5000
