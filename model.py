@@ -150,7 +150,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.arch == "modern" and type(self) is GPT:
+        if type(self) is GPT and config.arch == "modern":
             raise UserError("arch='modern' is ModernGPT's; make_gpt(config) makes either")
         self.config = config
         self.loss_chunks = 0  # as in train.py; not in config: it changes how, not what, is computed

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+UserError = ValueError  # in soloGPT a class of its own
+
 # [here an export has the classes of model.py]
 
 

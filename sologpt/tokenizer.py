@@ -76,9 +76,8 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     def __post_init__(self):
         super().__post_init__()
-        if self.vocab_size > 256 and (self.vocab_size, self.eot_token) != (257, 256):
-            ids = f"vocab_size={self.vocab_size} and eot_token={self.eot_token}"
-            raise UserError(f"the encoding 'bytes' has vocab_size=257 and eot_token=256, not {ids}")
+        if self.vocab_size > 257:
+            raise UserError(f"the encoding 'bytes' has 257 ids, not vocab_size={self.vocab_size}")
 
     def ids_of(self, text):
         first, *others = text.split(EOT)

@@ -244,7 +244,7 @@ def test_a_source_that_changes_while_it_is_read_is_not_called_complete(run, tmp_
 
     monkeypatch.setattr(prepare_fineweb, "write_val", and_edit)
     with pytest.raises(
-        AssertionError, match="were changed while they were read; delete data/toy and prepare it again"
+        AssertionError, match="were changed while they were read; delete data/toy/unfinished.npz and the"
     ):
         prepare_toy(run, tmp_path)
     assert not (tmp_path / "data/toy/meta.json").exists()
