@@ -5,9 +5,9 @@
 # $ python prepare_fineweb.py --input=stdlib --encoding=bytes
 # $ python train.py config/quickstart.py
 # $ python sample.py --out_dir=out-quickstart --start="def "
-# Measured with torch 2.13: 2 minutes 52 seconds on 2 cores of an AMD EPYC, 5 minutes 11 seconds on 2 of another
-# one (Zen 3, without AVX-512), where the validation loss is 1.137 (nats per byte). GPT-2's architecture with
-# AdamW, on an Intel Xeon, needs 3,500 iterations for a loss of 1.331.
+# Measured with torch 2.13: 2 minutes 52 seconds on 2 cores of an AMD EPYC, 5 minutes 11 seconds on 2 of
+# another one (Zen 3, without AVX-512); there the validation loss is 1.137 (nats per byte). GPT-2's
+# architecture with AdamW, on an Intel Xeon, needs 3,500 iterations for a loss of 1.331.
 
 out_dir = "out-quickstart"
 dataset = "stdlib"
