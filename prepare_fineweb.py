@@ -703,7 +703,8 @@ def prepared_already(out_dir, settings):
             raise UserError("it lists no files")
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(
-            f"{path} is damaged ({e}); delete it and the shards beside it, or choose another --out_dir"
+            f"{path} is damaged, or not a preparation's ({e}); choose another --out_dir, or delete it and "
+            f"the shards beside it"
         ) from None
     if differing := differences(there, settings):
         raise UserError(

@@ -53,6 +53,11 @@ def full(loss):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
 
+def full_in_update(loss):
+    torch.nn.utils.get_total_norm = full
+    return loss
+
+
 def killed(loss):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -249,6 +254,17 @@ def test_an_error_of_one_process_ends_all_with_one_line(folder):
     assert lines == [
         "error: another process has failed: data/toy is gone (data_error/ckpt.pt holds iteration 12)"
     ]
+
+
+def test_memory_that_runs_out_in_an_update_of_one_process_ends_all_and_no_weights_differ(folder):
+    """The other one has made the update by then, and saves it."""
+    _, errors = both(folder, ["--out_dir=update"], "full_in_update", 25)
+    [line] = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: another process has failed: out of memory in the middle of an update")
+    assert line.endswith("(update/ckpt.pt holds iteration 13)")
+    run_here(folder, "train.py", *ARGV, "--out_dir=update", "--init_from=resume")
+    same_losses(folder / "update", folder / "one")
+    same_weights(folder / "update", folder / "one", tolerance=1e-5)
 
 
 def test_a_process_that_hangs_is_given_up(folder):

@@ -446,7 +446,9 @@ def test_a_damaged_meta_json_is_named(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/meta.json").write_text("{")
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert "out/meta.json is damaged" in prepare(run, "--input=a.jsonl", status=1).stderr
+    assert (
+        "out/meta.json is damaged, or not a preparation's" in prepare(run, "--input=a.jsonl", status=1).stderr
+    )
 
 
 BPE_CACHED = os.environ.get("TIKTOKEN_CACHE_DIR")
