@@ -138,7 +138,6 @@ def load(path):
     weights = {strip(name): tensor for name, tensor in state["model"].items()}
     state["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
     check_sizes(state, path)
-    check_tied(state, path)
     state["earlier_version"] = state["arch"] == "modern" and "smear" not in state["model"]
     if state["earlier_version"]:
         table = torch.zeros(1, 1).expand_as(state["model"]["transformer.wte.weight"])  # takes no memory
@@ -192,15 +191,6 @@ def check_sizes(state, path):
         raise UserError(
             f"the weights in {path} do not fit its model_args: {len(layers)} layers, an embedding of {shape}"
         )
-
-
-def check_tied(state, path):
-    """Raises UserError if GPT-2's head is not its embedding: loading would take the head for both."""
-    table, head = (state["model"].get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
-    if state["arch"] != "gpt2" or head is None or head.data_ptr() == table.data_ptr():
-        return
-    if not torch.equal(head.float(), table.float()):
-        raise UserError(f"{path} has an untied output head; GPT-2's is tied to the token embedding")
 
 
 def check_archive(path):
@@ -258,11 +248,17 @@ def model_fields(state, tokenizer):
 
 
 def restore_model(model, state, path):
-    """Loads the weights of a state from load(path). Raises UserError if they do not fit the model."""
+    """Loads the weights of a state from load(path). Raises UserError if they do not fit the model, or if
+    GPT-2's head is not its embedding, which would have taken the head's weights."""
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:
         raise UserError(f"the weights in {path} do not fit its model_args: {first_mismatch(e)}") from None
+    head, table = state["model"]["lm_head.weight"], state["model"]["transformer.wte.weight"]
+    if model.config.arch == "modern" or head.data_ptr() == table.data_ptr():  # tied, even if of NaN
+        return
+    if not torch.equal(head, table):
+        raise UserError(f"{path} has an untied output head; GPT-2's is tied to the token embedding")
 
 
 def restore_optimizers(optimizers, state, path):

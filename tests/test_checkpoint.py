@@ -57,11 +57,12 @@ def test_a_checkpoint_of_another_kind_of_gpt_is_refused(tmp_path):
     untied = state(5)
     untied["model"]["lm_head.weight"] = untied["model"]["lm_head.weight"] + 1
     torch.save(untied, path)
+    model = GPT(GPTConfig(**ARGS))
     with pytest.raises(ValueError, match="has an untied output head; GPT-2's is tied"):
-        checkpoint.load(path)
+        checkpoint.restore_model(model, checkpoint.load(path), path)
     untied["model"]["lm_head.weight"] = untied["model"]["transformer.wte.weight"].clone()
     torch.save(untied, path)
-    checkpoint.load(path)
+    checkpoint.restore_model(model, checkpoint.load(path), path)
     torch.save(state(5) | dict(model_args=ARGS | dict(softcap=15.0, activation="relu")), path)
     with pytest.raises(ValueError, match="its model_args have activation, softcap, unknown here"):
         checkpoint.load(path)
