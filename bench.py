@@ -94,6 +94,8 @@ class BenchConfig(TrainConfig):
                 found.append(f"hours has its own sizes: leave sweep_{name} out")
         if self.hours and self.profile:
             found.append("hours and profile exclude each other; leave one of them out")
+        if os.path.isdir(self.json):
+            found.append(f"json={self.json!r} is a folder; give a file in it, such as bench.json")
         folder = os.path.dirname(self.json)
         if folder and not os.path.isdir(folder):
             found.append(f"json is to be written into {folder}, and there is no such folder")
@@ -379,7 +381,7 @@ def columns_of(cfg):
             columns[name] = (name, "{:g}")
     columns["ms_per_iter"] = ("ms/iter", "{:,.2f}")
     columns["tokens_per_s"] = ("tokens/s", "{:,.0f}")
-    columns["tflops"] = ("TFLOP/s", "{:.2f}")
+    columns["tflops"] = ("TFLOP/s", "{:.3g}")
     columns["mfu"] = ("MFU", "{:.2%}")
     columns["peak_memory"] = ("peak GB", "{:.2f}")
     columns["estimated_memory"] = ("estimate GB", "{:.2f}")

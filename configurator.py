@@ -9,6 +9,12 @@ file is plain Python: it runs in its own namespace, which starts with the values
 `lr_decay_iters = max_iters` works), and may do whatever Python may. Run only files that you trust.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(
+        "error: this configurator.py is not nanoGPT's, and exec'ing it would set nothing; give your script a "
+        "copy of nanoGPT's, or read its keys with from_command_line"
+    )
+
 import ast
 import dataclasses
 import difflib
@@ -62,8 +68,9 @@ class ConfigError(UserError):
 
 
 def convert(value, field):
-    """Returns value in the field's type: only an int is converted, to float. Raises UserError if invalid."""
-    if field.type is float and type(value) is int:
+    """Returns value in the field's type: an int, and NumPy's float64, become float, nothing else is
+    converted. Raises UserError if invalid."""
+    if field.type is float and (type(value) is int or isinstance(value, float)):
         try:
             value = float(value)
         except OverflowError:
@@ -171,7 +178,10 @@ def run_file(path, values):
     except (Exception, SystemExit) as e:  # whatever a user's file may raise
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
-        raise ConfigError(f"{where}: {type(e).__name__}: {e}") from None
+        hint = ""
+        if isinstance(e, NameError) and e.name in {"np", "torch", *sys.stdlib_module_names}:
+            hint = "; a config file imports what it uses"  # in nanoGPT it has the imports of train.py
+        raise ConfigError(f"{where}: {type(e).__name__}: {e}{hint}") from None
     for name in imported_names(tree) & namespace.keys() - values.keys():
         del namespace[name]
     lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}

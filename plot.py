@@ -71,8 +71,8 @@ def draw(folders, cfg):
     histories = [read_history(folder) for folder in folders]
     for history in histories:
         if history.skipped:
-            text = f"{history.skipped:,} lines of metrics.jsonl are damaged or of an unknown kind"
-            print(f"warning: {history.name}: {text}, and left out", file=sys.stderr)
+            text = f"lines of metrics.jsonl left out as damaged or of an unknown kind: {history.skipped:,}"
+            print(f"warning: {history.name}: {text}", file=sys.stderr)
     picture = cfg.out
     if not (cfg.out or cfg.html or cfg.text):
         picture = os.path.join(os.path.dirname(find_metrics(folders[0])), "run.png")

@@ -131,20 +131,20 @@ def load_checkpoint(path):
     checkpoint.restore_model(model, state, path)
     loss = ""
     if "best_val_loss" in state:
-        loss = f", val loss {float(state['best_val_loss']):.4f} at best"
+        loss = f", lowest val loss so far {float(state['best_val_loss']):.4f}"
     print(f"{path}: iteration {state.get('iter_num', '?')}{loss}", file=sys.stderr)
     return model, tokenizer, state
 
 
 def checkpoint_tokenizer(state, path):
     """Returns the Tokenizer that train.py recorded in a checkpoint; nanoGPT records none, so then that of its
-    data folder: GPT-2's without a meta.pkl. Raises UserError if the model has too few rows for it."""
+    data folder: GPT-2's without a meta.pkl. Raises UserError if the model is not of that tokenizer's ids."""
     if "tokenizer" in state:
         return make_tokenizer(state["tokenizer"])
     folder = os.path.join("data", state.get("config", {}).get("dataset", ""))
     tokenizer = read_tokenizer(folder)
     vocab_size = state["model_args"]["vocab_size"]
-    if tokenizer.vocab_size > vocab_size:
+    if not tokenizer.fits_nanogpts(vocab_size):
         raise UserError(
             f"{path} does not say what its {vocab_size} token ids mean; put its meta.pkl into {folder}"
         )
@@ -349,16 +349,19 @@ def converse(session, history):
 
 def read_prompt(start):
     """Returns start, or the UTF-8 text of the file in FILE:name or, for -, of stdin."""
+    if start == "-":
+        source, raw = "stdin", sys.stdin.buffer.read()
+    elif start.startswith("FILE:"):
+        source = start.removeprefix("FILE:")
+        with open(source, "rb") as f:
+            raw = f.read()
+    else:
+        return start
     try:
-        if start == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        if start.startswith("FILE:"):
-            with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
-                return f.read()
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        source = "stdin" if start == "-" else start.removeprefix("FILE:")
         raise UserError(f"the prompt in {source} is not UTF-8: {e}") from None
-    return start
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as prepare_fineweb.py reads texts
 
 
 def main(argv):
@@ -382,9 +385,10 @@ def main(argv):
     if not cfg.interactive or "start" in cfg.given:
         prompt = tokenizer.encode(read_prompt(cfg.start))
     if not prompt and not cfg.interactive:
-        raise UserError(
-            'the prompt is empty; give at least one character with --start=, or --start="<|endoftext|>"'
-        )
+        hint = ""
+        if tokenizer.eot_token is not None:
+            hint = ', or --start="<|endoftext|>"'
+        raise UserError(f"the prompt is empty; give at least one character with --start={hint}")
     if cfg.stop_at_eot and tokenizer.eot_token is None:
         raise UserError(f"stop_at_eot=True, but the encoding {tokenizer.encoding!r} has no end-of-text token")
     check_room(cfg, model, prompt)

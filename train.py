@@ -530,7 +530,7 @@ def set_up(cfg, machine):
     folder = shards.find_data(cfg.dataset)
     tokenizer = read_tokenizer(folder)
     vocab_size = fields.get("vocab_size", tokenizer.embedding_rows())
-    resume.check_vocabulary(vocab_size, source, tokenizer, folder)
+    resume.check_vocabulary(vocab_size, source, tokenizer, folder, state)
     if pretrained:
         resume.check_tokenizer(cfg, source, tokenizer, folder)
     train_data, val_data = shards.open_splits(folder, cfg.block_size, tokenizer.vocab_size)

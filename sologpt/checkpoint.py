@@ -277,6 +277,11 @@ def restore_optimizers(optimizers, state, path):
         raise UserError(
             f"{path} is of a run with --optimizer={before}, not {now}; moments differ: resume with the former"
         )
+    what_now = "finish it with the soloGPT that began it, or start anew in another --out_dir"
+    reason = "as Muon's were before November 2026"
+    if "data" not in state:
+        reason = "as those of an old nanoGPT are"
+        what_now = "sample.py --export=FOLDER writes its weights to where --init_from=FOLDER trains on"
     for name, optimizer in optimizers.items():
         saved = state[name]
         kind = "Muon" if name == "muon" else "AdamW"
@@ -287,8 +292,7 @@ def restore_optimizers(optimizers, state, path):
         if not fits:
             raise UserError(
                 f"the optimizer state in {path} is not that of {kind} for this model: its groups of "
-                f"parameters or their moments are others (as Muon's were before November 2026); finish it "
-                f"with the soloGPT that began it, or start anew in another --out_dir"
+                f"parameters or their moments are others ({reason}); {what_now}"
             )
         for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({name: value for name, value in current.items() if name != "params"})

@@ -111,7 +111,7 @@ def terminal_text(history, over, width, color):
     if not len(x):
         raise UserError(f"{history.name} has no loss over {over}; try another --over=")
     columns = max(20, width - LABEL - 2)
-    edges = np.linspace(0, max(x.max(), 1e-9), columns + 1)
+    edges = np.linspace(0, max(x.max(), val_x.max(initial=0), 1e-9), columns + 1)
     heights = by_column(x, y, edges)
     bottom, top = value_range(heights, val_x, val_y, edges)
 
@@ -132,10 +132,10 @@ def terminal_text(history, over, width, color):
 
 def by_column(x, y, edges):
     """Returns the mean of y in each interval between two edges; where there is none, on the line between its
-    neighbours."""
+    neighbours, or NaN before the first and after the last."""
     number, _ = np.histogram(x, edges)
     total, _ = np.histogram(x, edges, weights=y)
-    means = np.interp((edges[:-1] + edges[1:]) / 2, x, y)
+    means = np.interp((edges[:-1] + edges[1:]) / 2, x, y, left=np.nan, right=np.nan)
     return np.divide(total, number, out=means, where=number > 0)
 
 
@@ -143,7 +143,9 @@ def value_range(heights, val_x, val_y, edges):
     """Returns the losses at the bottom and the top of the picture: all but those of the START."""
     first = int(START * len(heights))
     later = np.concatenate([heights[first:], val_y[val_x >= edges[first]]])
-    bottom, top = later.min(), later.max()
+    if np.isnan(later).all():
+        later = heights
+    bottom, top = np.nanmin(later), np.nanmax(later)
     if not top > bottom:
         return bottom - 0.5, top + 0.5
     margin = 0.1 * (top - bottom)

@@ -5,6 +5,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -86,7 +87,8 @@ def newest(name, hint):
     """Returns the path of the youngest file of that name where configs put their runs: out/, out-mine/ or
     out/mine/. Raises FileNotFoundError if there is none."""
     found = [*glob.glob(f"out*/{name}"), *glob.glob(f"out*/*/{name}")]
-    found = [path for path in found if "earlier-" not in path]
+    # runs that a later one has moved aside
+    found = [path for path in found if not re.fullmatch(r"earlier-\d+", path.split(os.sep)[-2])]
     if not found:
         raise FileNotFoundError(f"no {name} in out*/ or out*/*/: train a model, or {hint}")
     return max(found, key=os.path.getmtime)

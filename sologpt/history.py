@@ -202,7 +202,7 @@ class History:
     losses: list = None  # of the last evaluation, in the order of EVAL
     best_val_loss: float = math.inf
     best_iter: float = math.nan
-    last: Moment = None  # of a line that is not an iteration's
+    last: Moment = None  # after the last line
     exact_hours: bool = True  # False: the sum over iterations, without evaluations, checkpoints and so on
     skipped: int = 0  # lines that could not be read, or are of an unknown kind
 
@@ -307,6 +307,7 @@ class Reader:
             self.seconds += iterations * dt
             h.exact_hours = False
         self.updates, self.tokens = n + 1, tokens
+        h.last = Moment(n + 1, tokens, self.seconds / 3600)
         tokens_per_s = math.nan
         if 0 < dt < math.inf:
             self.seconds_per_iter = dt

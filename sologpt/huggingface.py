@@ -108,12 +108,14 @@ def read_config(folder):
     return fields | dict(n_ids=fields["vocab_size"], bias=True, gelu=GELUS[gelu])
 
 
-def read_folder(name, dropout=0.0, block_size=None):
+def read_folder(name, dropout=0.0, block_size=None, **others):
     """Returns GPTConfig's fields and the weights, fp32, by our names, of the GPT-2 that find_folder finds.
 
-    A block_size below its own cuts its position embeddings. Raises UserError for what GPT cannot represent
-    and OSError for files that are not there.
+    A block_size below its own cuts its position embeddings. Raises UserError for what GPT cannot represent,
+    for others, and OSError for files that are not there.
     """
+    if others:
+        raise UserError(f"override_args may set dropout and block_size, not {', '.join(others)}")
     folder = find_folder(name)
     fields = read_config(folder)
     weights = read_weights(folder)
@@ -378,15 +380,20 @@ def tokenizer_json(tokenizer):
     byte_level = dict(
         type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=encoding == "gpt2"
     )
+    vocabulary = {spell(token): i for token, i in ranks.items()}
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = []
+    if eot is not None:
+        added = [dict(id=eot, content=EOT) | special]
+        vocabulary[EOT] = eot
     return dict(
         version="1.0",
-        added_tokens=[dict(id=eot, content=EOT) | special],
+        added_tokens=added,
         pre_tokenizer=byte_level,
         decoder=byte_level,
         model=dict(
             type="BPE",
-            vocab={spell(token): i for token, i in ranks.items()} | {EOT: eot},
+            vocab=vocabulary,
             merges=[[spell(a), spell(b)] for a, b in bpe_merges(ranks)],
         ),
     )

@@ -81,10 +81,14 @@ class CachedLayer:
 
 
 def make_room_for_embeddings(cache, n_layer):
-    """Adds a layer to a cache that generate() made with one for each block; others grow by themselves."""
+    """Adds a layer to a cache that generate() made with one for each block; others grow by themselves. Raises
+    ValueError for a cache of a fixed length."""
     layers = getattr(cache, "layers", [])
-    if len(layers) == n_layer:
-        layers.append(type(layers[-1])())
+    if len(layers) != n_layer:
+        return
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"this model needs a DynamicCache, not a {type(cache).__name__}")
+    layers.append(type(layers[-1])())
 
 
 class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -116,6 +120,15 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, head):
         self.gpt.lm_head = head
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Does what transformers does, and the same for the table of values, which has as many rows."""
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        rows = embedding.num_embeddings
+        table = self.gpt.transformer.wve
+        table = self._get_resized_embeddings(table, rows, mean_resizing=mean_resizing)
+        self.gpt.transformer.wve = table
+        return embedding
+
     def forward(
         self,
         input_ids,
@@ -133,8 +146,12 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: int64 (B, T), the new tokens. attention_mask: (B, L), 0 where there is padding. labels:
         int64 (B, T), the same ids, -100 where one does not count; the loss is the mean cross-entropy, in
         nats, of predicting each from those before it. position_ids: (B, T); None: padding is not counted.
-        Raises ValueError for more than block_size tokens, padding and cache included.
+        Raises ValueError for more than block_size tokens, padding and cache included, and for what only
+        other models take or return.
         """
+        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
+            if kwargs.pop(name, None) not in (None, False):
+                raise ValueError(f"this model does not serve {name}")
         B, T = input_ids.shape
         if use_cache is None:
             use_cache = not self.training

@@ -222,7 +222,10 @@ def sum_up(run):
     if page := page_of_run(cfg.out_dir):
         lines.append(f"page: {page}")
     if at.iter_num:  # else there is nothing to sample
-        lines.append(f"next: python sample.py {shlex.join([f'--out_dir={cfg.out_dir}'])}")
+        arguments = [f"--out_dir={cfg.out_dir}"]
+        if figures["val_loss"] > at.best_val_loss and os.path.exists(run.files.best):
+            arguments.append("--init_from=best")
+        lines.append(f"next: python sample.py {shlex.join(arguments)}")
     print_aligned(lines)
 
 
@@ -246,5 +249,5 @@ def final_lines(run, figures):
     if figures["peak_memory"]:
         lines.append(f"memory: {figures['peak_memory'] / 1e9:.2f} GB at most")
     if figures["bad_steps"] or figures["resumed"]:
-        lines.append(f"trouble: {figures['bad_steps']} updates skipped, resumed {figures['resumed']} times")
+        lines.append(f"trouble: updates skipped: {figures['bad_steps']}, times resumed: {figures['resumed']}")
     return lines

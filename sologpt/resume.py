@@ -32,7 +32,7 @@ def load_state(cfg, files):
         state, reason = files.load()
         if reason:
             warn(f"{reason}; taking {files.newest} instead")
-        if state["iter_num"] > cfg.max_iters:
+        if state["iter_num"] > cfg.max_iters and not cfg.eval_only:
             raise UserError(
                 f"{files.newest} is at iteration {state['iter_num']}, past max_iters={cfg.max_iters}; "
                 f"to train on, raise --max_iters"
@@ -56,11 +56,17 @@ def with_architecture(cfg, fields, source):
     return changed
 
 
-def check_vocabulary(vocab_size, source, tokenizer, folder):
-    """Raises UserError if a model with vocab_size rows, from source, cannot train on the data in folder."""
+def check_vocabulary(vocab_size, source, tokenizer, folder, state):
+    """Raises UserError if a model with vocab_size rows, from source, cannot train on the data in folder.
+    state: the one that is resumed from, if any."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{folder} has {tokenizer.vocab_size} token ids, the model in {source} only {vocab_size}"
+        )
+    if state and "tokenizer" not in state and not tokenizer.fits_nanogpts(vocab_size):
+        raise UserError(
+            f"the {tokenizer.vocab_size} characters of {folder} are not those of the {vocab_size} ids that "
+            f"nanoGPT trained {source} with; put that meta.pkl and its data there"
         )
 
 
@@ -187,9 +193,11 @@ def warn_of_changes(cfg, machine, state, get_lr):
     phrases = [f"{name}={getattr(cfg, name)}, was {getattr(before, name)}" for name in changed]
     if state.get("dtype", machine.dtype) != machine.dtype:
         phrases.append(f"dtype={machine.dtype}, was {state['dtype']}")
+    S, S_before = cfg.sequences_per_iter, before.sequences_per_iter
+    if "data" not in state and S != S_before:
+        phrases.append(f"{S} sequences per iteration, was {S_before}")
     if phrases:
         warn(f"from here on with other settings: {'; '.join(phrases)}")
-    S, S_before = cfg.sequences_per_iter, before.sequences_per_iter
     if "data" in state and (S, cfg.seed) != (S_before, before.seed):  # nanoGPT's batches are random anyway
         warn(
             f"from here on the data comes in another order, parts of it twice or never: "

@@ -17,7 +17,7 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
     An id is where the cumulative distribution reaches 1 - noise, so it is a function of these arguments
     alone: the same noise gives the same text on any device and in any batch, up to rounding of the logits.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or as good as 0: divided by it, logits become infinite
         return logits.argmax(-1)
     V = logits.size(-1)
     nucleus = top_p is not None and top_p < 1
@@ -76,7 +76,19 @@ def step(model, token, position, cache, noise, temperature, top_k, top_p):
     return pick(logits[:, : model.config.n_ids], noise, temperature, top_k, top_p)
 
 
-def check_prompt(idx, n_ids):
+def check_arguments(idx, n_ids, temperature, noise, lengths):
+    """Raises UserError for what stream would stumble over, or take for something else."""
+    B, T = idx.shape
+    if idx.dtype != torch.int64:
+        raise UserError(f"the prompt's ids are {idx.dtype}; they must be torch.int64")
+    if not temperature >= 0:
+        raise UserError(f"temperature={temperature} must be at least 0")
+    if noise is not None and (noise.dim() != 2 or len(noise) != B):
+        raise UserError(f"noise has the shape {tuple(noise.shape)}; it needs a row for each of {B} prompts")
+    if lengths is not None and lengths.shape != (B,):
+        raise UserError(f"lengths has the shape {tuple(lengths.shape)}, not ({B},)")
+    if lengths is not None and lengths.max() > T:
+        raise UserError(f"a prompt of {lengths.max()} ids is longer than the {T} that are there")
     if not idx.numel():
         raise UserError("the prompt is empty; sampling needs a token to start from")
     if idx.min() < 0 or idx.max() >= n_ids:
@@ -113,7 +125,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     B, T = idx.shape
     block_size, n_ids = model.config.block_size, model.config.n_ids
     device = idx.device
-    check_prompt(idx, n_ids)
+    check_arguments(idx, n_ids, temperature, noise, lengths)
     if noise is None:
         noise = torch.rand(B, max_new_tokens, device=device)
     if lengths is None:

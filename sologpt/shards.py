@@ -123,8 +123,11 @@ def read_header(path):
     size = os.path.getsize(path)
     header = np.fromfile(path, dtype="<i4", count=3)
     if len(header) < 3 or header[0] not in FORMATS or header[1] != FORMATS[header[0]][0]:
+        hint = ""
+        if os.path.exists(os.path.join(os.path.dirname(path), "train.bin")):
+            hint = ", or move it away, as its name hides nanoGPT's train.bin"
         raise UserError(
-            f"{path} does not start with llm.c's shard header; write it again with prepare_fineweb.py"
+            f"{path} does not start with llm.c's shard header; write it again with prepare_fineweb.py{hint}"
         )
     dtype = FORMATS[header[0]][1]
     count = int(header[2])

@@ -68,6 +68,10 @@ class Tokenizer:
         """Returns the vocab_size of a new model: the number of ids, padded to a multiple of 64 for speed."""
         return math.ceil(self.vocab_size / 64) * 64
 
+    def fits_nanogpts(self, rows):
+        """Whether nanoGPT would give a model of these ids so many rows."""
+        return rows >= self.vocab_size
+
     def fields(self):
         """Returns a dict of plain values, from which make_tokenizer makes it again; checkpoints keep it."""
         return dataclasses.asdict(self)
@@ -80,6 +84,8 @@ class ByteTokenizer(Tokenizer):
             raise UserError(f"the encoding 'bytes' has 257 ids, not vocab_size={self.vocab_size}")
 
     def ids_of(self, text):
+        if self.eot_token is None:
+            return list(text.encode())
         first, *others = text.split(EOT)
         ids = list(first.encode())
         for part in others:
@@ -125,6 +131,9 @@ class CharacterTokenizer(Tokenizer):
     def embedding_rows(self):
         """Returns the number of ids: nanoGPT does not pad the vocabulary of its own character data either."""
         return self.vocab_size
+
+    def fits_nanogpts(self, rows):
+        return rows == self.vocab_size
 
 
 class BPETokenizer(Tokenizer):

@@ -224,3 +224,6 @@ def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byt
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(run, tmp_path):
     out = run("bench.py", "--json=nowhere/x.json", status=2)
     assert "json is to be written into nowhere, and there is no such folder" in out.stderr
+    (tmp_path / "there").mkdir()
+    out = run("bench.py", "--json=there", status=2)
+    assert "json='there' is a folder; give a file in it" in out.stderr

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from conftest import ENV
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,6 +177,10 @@ def test_a_config_file_is_utf8_whatever_its_comments_say(tmp_path):
     [
         ("steps = = 3", ":1: invalid syntax"),
         ("steps = 1\nrate = oops", ":2: NameError: name 'oops' is not defined"),
+        (
+            "rate = np.sqrt(4)",
+            ":1: NameError: name 'np' is not defined; a config file imports what it uses",
+        ),
         ("steps = 1 / 0", ":1: ZeroDivisionError: division by zero"),
         ("steps = 1\0", ":1: source code string cannot contain null bytes"),
         ("raise SystemExit('no')", ":1: SystemExit: no"),
@@ -184,6 +189,21 @@ def test_a_config_file_is_utf8_whatever_its_comments_say(tmp_path):
 def test_a_broken_config_file_names_its_line(tmp_path, text, message):
     path = write(tmp_path, text)
     assert errors([path]) == [path + message]
+
+
+def test_a_number_of_numpys_is_a_float_and_any_float_is_no_int(tmp_path):
+    path = write(tmp_path, "import numpy as np\nrate = 3e-4 * np.sqrt(4)")
+    rate = configure(Toy, [path]).rate
+    assert type(rate) is float and rate == 6e-4
+    assert errors([write(tmp_path, "steps = 1e3")]) == [f"{path}:1: steps needs an int, not 1000.0 (a float)"]
+
+
+def test_a_script_that_execs_it_as_nanogpts_do_is_told_so(tmp_path):
+    text = f"batch_size = 12\nexec(open({str(ROOT / 'configurator.py')!r}).read())\nprint(batch_size)\n"
+    command = [sys.executable, write(tmp_path, text, "mine.py"), "--batch_size=3"]
+    process = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.startswith("error: this configurator.py is not nanoGPT's")
 
 
 def test_a_misspelt_file_name_is_guessed():

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -179,9 +180,29 @@ def test_the_context_ends_at_block_size_with_a_clear_error(tmp_path):
         greedy(other, idx[:, :30], torch.ones(1, 30), 4)
 
 
+def test_with_more_tokens_it_still_computes_the_same_and_is_saved_whole(tmp_path):
+    ours = modern(n_ids=97, vocab_size=97)
+    other = exported(tmp_path, ours)
+    other.resize_token_embeddings(100)
+    idx = torch.randint(97, (2, 8))
+    expected = ours(idx, idx)[0]
+    other.save_pretrained(tmp_path / "larger")
+    shutil.copy(tmp_path / "modeling_sologpt.py", tmp_path / "larger")
+    for model in (other.eval(), load(tmp_path / "larger")):
+        logits = model(idx).logits
+        assert logits.shape == (2, 8, 100)
+        torch.testing.assert_close(logits[..., :97], expected, atol=1e-5, rtol=1e-5)
+        assert model(torch.full((1, 3), 99)).logits.isfinite().all()
+
+
 def test_what_it_cannot_do_is_refused(tmp_path):
     other = exported(tmp_path, modern())
     idx = torch.randint(97, (2, 4))
+    for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"does not serve {name}"):
+            other(idx, **{name: True})
+    with pytest.raises(ValueError, match="needs a DynamicCache, not a StaticCache"):
+        greedy(other, idx, torch.ones_like(idx), 2, cache_implementation="static")
     past = other(idx).past_key_values
     message = r"attention_mask has the shape \(2, 1\), it must be \(2, 5\)"
     with pytest.raises(ValueError, match=message):

@@ -437,6 +437,26 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
         assert row[: length + count] == without_a_cache(SMALL, prompt[:length], count, u, *options)
 
 
+@pytest.mark.parametrize(
+    "idx, options, message",
+    [
+        (torch.zeros(2, 3, dtype=torch.int32), {}, "ids are torch.int32; they must be torch.int64"),
+        (torch.zeros(2, 3).long(), dict(temperature=-1.0), "temperature=-1.0 must be at least 0"),
+        (torch.zeros(2, 3).long(), dict(noise=torch.zeros(1, 4)), r"needs a row for each of 2 prompts"),
+        (torch.zeros(2, 3).long(), dict(lengths=torch.tensor([3])), r"the shape \(1,\), not \(2,\)"),
+        (torch.zeros(2, 3).long(), dict(lengths=torch.tensor([3, 4])), "4 ids is longer than the 3"),
+    ],
+)
+def test_arguments_that_would_be_misunderstood_are_refused(idx, options, message):
+    with pytest.raises(ValueError, match=message):
+        SMALL.generate(idx, 4, **options)
+
+
+def test_a_temperature_next_to_zero_is_greedy():
+    logits = torch.tensor([[0.0, 1.0, 0.5]])
+    assert pick(logits, torch.tensor([0.5]), 1e-46).tolist() == [1]
+
+
 def test_a_token_is_computed_once_until_the_window_slides():
     """What each call reads, counted at the first matmul: the prompt, then a token a call, then whole
     windows."""

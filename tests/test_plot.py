@@ -30,7 +30,7 @@ from plot import PlotConfig, split_arguments
 from sologpt.figures import terminal_text
 from sologpt.files import newest
 from sologpt.history import POINTS, Series, Sparse, printable, read_history
-from sologpt.page import page_of_run
+from sologpt.page import page_of_run, results
 from sologpt.panels import make_panels, references, short, smoothed
 
 CONFIG = dict(batch_size=2, gradient_accumulation_steps=5, block_size=10, learning_rate=0.1, max_iters=8)
@@ -214,7 +214,7 @@ def test_a_file_with_damage_is_drawn_with_one_warning(run, tmp_path):
     for over in ("tokens", "iterations", "hours"):
         done = run("plot.py", "out", f"--over={over}", "--out=a.svg", "--html=a.html", "--text=True")
         assert done.stderr == (
-            "warning: out: 17 lines of metrics.jsonl are damaged or of an unknown kind, and left out\n"
+            "warning: out: lines of metrics.jsonl left out as damaged or of an unknown kind: 17\n"
         )
         xml.etree.ElementTree.parse(tmp_path / "a.svg")
 
@@ -385,6 +385,26 @@ def test_the_terminal_picture_fits_and_falls(tmp_path):
 def test_the_terminal_picture_of_a_single_point(tmp_path):
     history = read_history(write(tmp_path / "a", [line("eval", 0, val_loss=3.0)]))
     assert "3.0" in terminal_text(history, "iterations", 10, color=True)
+
+
+def test_the_terminal_picture_is_as_wide_as_all_losses_and_blank_where_there_is_none(tmp_path):
+    lines = falling(81)
+    rare = [text for text in lines if '"kind": "iter"' not in text]
+    first = [text for text in lines if '"kind": "iter", "iter": 0,' in text]
+    text = terminal_text(read_history(write(tmp_path / "a", rare + first)), "iterations", 60, color=False)
+    assert text.split()[-1] == "80"
+    marks = [row.find("o") for row in text.splitlines()[1:] if "o" in row]
+    assert marks == sorted(marks) and marks[-1] - marks[0] > 35  # falling, over the whole width
+    late = [text for text in lines if json.loads(text)["iter"] >= 40]
+    text = terminal_text(read_history(write(tmp_path / "b", late)), "iterations", 60, color=False)
+    assert all(not row[10:32].strip() for row in text.splitlines()[1:-2])
+
+
+def test_the_table_has_the_last_iteration_of_a_run_that_goes_on(tmp_path):
+    found = results(read_history(write(tmp_path / "a", falling(40)[:-1])))
+    assert (found["iterations"], found["tokens"], found["finished"]) == ("39", "3,900", "no")
+    found = results(read_history(write(tmp_path / "b", falling(40))))
+    assert (found["iterations"], found["tokens"]) == ("40", "4,000")
 
 
 # -----------------------------------------------------------------------------

@@ -129,6 +129,15 @@ def test_a_prompt_may_come_from_stdin(trained, tmp_path):
     assert out.stderr.splitlines()[-1].startswith("error: the prompt in stdin is not UTF-8")
 
 
+def test_a_file_and_stdin_give_the_same_prompt_read_as_texts_of_data_are(trained, tmp_path):
+    raw = b"\xef\xbb\xbfbox\r\nwi"
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    argv = ["sample.py", *GREEDY, "--max_new_tokens=3"]
+    expected = trained(*argv, "--start=box\nwi").stdout
+    assert trained(*argv, "--start=FILE:prompt.txt").stdout == expected
+    assert trained(*argv, "--start=-", input=raw).stdout == expected
+
+
 def test_a_conversation_keeps_what_was_said_and_an_empty_line_goes_on(trained, tmp_path):
     argv = ["sample.py", *GREEDY, "--interactive=True", "--max_new_tokens=5", "--out=o"]
     assert trained(*argv, input=b"pack my\n\n\n").stdout == " box \nwith \njugs \n"
@@ -273,6 +282,10 @@ def test_without_out_dir_it_takes_the_newest_run(trained, tmp_path):
     assert trained("sample.py", *short).stderr.startswith("out-new/ckpt.pt: iteration 150")
     (tmp_path / "out-new/ckpt.pt").unlink()
     assert trained("sample.py", *short).stderr.startswith("out/sub/ckpt.pt: iteration 150")
+    (tmp_path / "out/sub").rename(tmp_path / "out/earlier-1")  # moved aside by the run in out
+    assert trained("sample.py", *short).stderr.startswith("out/ckpt.pt: iteration 150")
+    (tmp_path / "out/earlier-1").rename(tmp_path / "out-earlier-1")
+    assert trained("sample.py", *short).stderr.startswith("out-earlier-1/ckpt.pt: iteration 150")
 
 
 def test_without_any_run_it_says_so(run, tmp_path):

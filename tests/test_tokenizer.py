@@ -72,6 +72,11 @@ def test_bytes_round_trip_with_end_of_text():
     assert bytes(tokenizer.encode_document(text)) == text.encode()
 
 
+def test_bytes_without_an_end_of_text_have_none():
+    plain = ByteTokenizer("bytes", 256, None)
+    assert plain.encode("a<|endoftext|>") == list(b"a<|endoftext|>")
+
+
 def test_characters_round_trip_and_a_foreign_one_is_named():
     tokenizer = CharacterTokenizer("characters", 2, None, {0: "a", 1: "b"})
     assert tokenizer.encode("abba") == [0, 1, 1, 0] and tokenizer.decode([1, 0]) == "ba"

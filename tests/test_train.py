@@ -550,7 +550,7 @@ def test_a_bad_step_is_skipped_and_resuming_across_it_is_exact(run, byte_data, t
         "warning: loss nan and gradient norm nan in iteration 5: its update is skipped (1 in a row)"
         in out.stderr
     )
-    assert f"{len(bad)} updates skipped" in out.stdout and out.stderr.count("its update is skipped") == len(
+    assert f"updates skipped: {len(bad)}," in out.stdout and out.stderr.count("its update is skipped") == len(
         bad
     )
     state = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)
@@ -867,6 +867,53 @@ def test_resuming_from_nanogpt_knows_its_schedule_and_the_tokens_it_has_seen(run
     assert "the learning rate of iteration 8 is 1.000e-02, the schedule so far has 5.000e-03" in out.stderr
     # 12 windows of 16 in each of its iterations, 4 * 2 in each of ours
     assert metrics(tmp_path / "out", "iter")[-1]["tokens"] == 8 * 12 * 16 + 8 * 8 * 16
+
+
+def test_a_run_of_nanogpts_on_other_characters_or_in_other_batches_is_pointed_out(
+    run, byte_data, tiny, tmp_path
+):
+    nanogpt_checkpoint(tmp_path / "out", 8)  # of 320 ids
+    argv = [*tiny, "--init_from=resume", "--max_iters=8"]
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["config"] |= dict(batch_size=12, gradient_accumulation_steps=1)
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    assert "8 sequences per iteration, was 12" in run("train.py", *argv).stderr
+    nanogpt_checkpoint(tmp_path / "other", 8)
+    (byte_data / "meta.json").unlink()
+    for rows, status in ((320, 0), (300, 1)):
+        characters = {i: chr(i) for i in range(rows)}
+        (byte_data / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=rows, itos=characters)))
+        out = run("train.py", *argv, "--out_dir=other", "--eval_only=True", status=status)
+        text = run("sample.py", "--out_dir=other", "--device=cpu", "--max_new_tokens=1", status=status)
+    assert "the 300 characters of data/toy are not those of the 320 ids that nanoGPT trained" in out.stderr
+    assert "does not say what its 320 token ids mean" in text.stderr
+
+
+def test_moments_in_another_order_have_a_way_on(run, byte_data, tiny, tmp_path):
+    nanogpt_checkpoint(tmp_path / "out", 8)
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    moments = state["optimizer"]["state"]
+    moments[0], moments[2] = moments[2], moments[0]
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    out = run("train.py", *tiny, "--init_from=resume", status=1)
+    assert "as those of an old nanoGPT are); sample.py --export=FOLDER" in out.stderr
+    run("sample.py", "--export=exported", "--device=cpu")
+    argv = [*tiny, "--init_from=exported", "--out_dir=on", "--max_iters=1"]
+    assert "done: iteration 1" in run("train.py", *argv).stdout
+
+
+def test_a_run_past_its_best_loss_says_where_that_is(run, byte_data, tiny, tmp_path):
+    steady = [*tiny, "--decay_lr=False", "--out_dir=worse"]
+    run("train.py", *steady, "--max_iters=6")
+    out = run("train.py", *steady, "--init_from=resume", "--max_iters=12", "--learning_rate=0.9")
+    assert re.search(r"^next: +python sample.py --out_dir=worse --init_from=best$", out.stdout, re.M)
+    assert "lowest val loss so far" in run("sample.py", "--out_dir=worse", "--device=cpu").stderr
+    # an evaluation alone does not need a larger max_iters
+    out = run("train.py", *steady, "--init_from=resume", "--max_iters=5", "--eval_only=True")
+    assert "step 12: train loss" in out.stdout
+    assert (
+        "past max_iters=5" in run("train.py", *steady, "--init_from=resume", "--max_iters=5", status=1).stderr
+    )
 
 
 def test_our_checkpoint_holds_what_nanogpt_reads(run, byte_data, tiny, tmp_path):
@@ -1282,7 +1329,7 @@ def test_a_run_ends_with_a_summary_which_is_in_metrics_too(run, byte_data, tiny,
     assert [line.partition(":")[0] for line in tail] == [
         "done", "model", "data", "at the end", "speed", "trouble", "page", "next",
     ]  # fmt: skip
-    assert f"val loss {last['val_loss']:.4f}" in tail[3] and "resumed 1 times" in tail[5]
+    assert f"val loss {last['val_loss']:.4f}" in tail[3] and "times resumed: 1" in tail[5]
 
 
 def test_the_warmup_takes_a_tenth_of_the_time_at_most():
