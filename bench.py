@@ -94,6 +94,9 @@ class BenchConfig(TrainConfig):
                 found.append(f"hours has its own sizes: leave sweep_{name} out")
         if self.hours and self.profile:
             found.append("hours and profile exclude each other; leave one of them out")
+        for name in ("json", *(f"sweep_{name}" for name in SWEPT)):
+            if self.profile and getattr(self, name):
+                found.append(f"profile lists operations at one batch_size: leave {name} out")
         if os.path.isdir(self.json):
             found.append(f"json={self.json!r} is a folder; give a file in it, such as bench.json")
         folder = os.path.dirname(self.json)
@@ -149,8 +152,8 @@ def find_data(cfg):
     return folder, tokenizer, f"{tokenizer.encoding}, of {folder}"
 
 
-class Trainer:
-    """The model and optimizers of a run, with train.py's micro_step and update as methods to be timed."""
+class Timed:
+    """The model and optimizers of a run, whose micro-step and update, train.py's, are to be timed."""
 
     def __init__(self, cfg, machine):
         self.cfg, self.machine = cfg, machine
@@ -174,11 +177,11 @@ class Trainer:
             windows = shards.Windows(shards.find_shards(folder, "train"), cfg.block_size, self.n_ids)
             self.batches = micro_batches(windows, 0, cfg, machine.device)
 
-    def micro_step(self):
+    def one_micro_step(self):
         accumulation = self.cfg.gradient_accumulation_steps
         micro_step(self.model, next(self.batches), self.scaler, self.machine, accumulation)
 
-    def update(self):
+    def one_update(self):
         update(self.model, self.optimizers, self.scaler, self.cfg.grad_clip)
 
     def seconds(self, work, times=1):
@@ -193,23 +196,23 @@ class Trainer:
     def warm_up(self):
         """Returns the seconds of the first micro-step, which compiles the model."""
         with hardware.compiling() if self.cfg.compile else contextlib.nullcontext():
-            first = self.seconds(self.micro_step)
-        self.seconds(self.update)
+            first = self.seconds(self.one_micro_step)
+        self.seconds(self.one_update)
         return first
 
 
-def measure(trainer):
+def measure(timed):
     """Returns the figures of one row; the docstring of this file explains them."""
-    cfg, machine, model = trainer.cfg, trainer.machine, trainer.model
+    cfg, machine, model = timed.cfg, timed.machine, timed.model
     accumulation = cfg.gradient_accumulation_steps
-    first = trainer.warm_up()
-    block = min(accumulation, max(1, round(BLOCK_SECONDS / trainer.seconds(trainer.micro_step))))
-    trainer.seconds(trainer.update)
+    first = timed.warm_up()
+    block = min(accumulation, max(1, round(BLOCK_SECONDS / timed.seconds(timed.one_micro_step))))
+    timed.seconds(timed.one_update)
     micro, updates = [], []
     start = time.perf_counter()
     while not micro or (time.perf_counter() - start < ROW_SECONDS and len(micro) < MOST_REPEATS):
-        micro.append(trainer.seconds(trainer.micro_step, block))
-        updates.append(trainer.seconds(trainer.update))
+        micro.append(timed.seconds(timed.one_micro_step, block))
+        updates.append(timed.seconds(timed.one_update))
     iters = [m * accumulation + u for m, u in zip(micro, updates, strict=True)]
     dt = statistics.median(micro) * accumulation + statistics.median(updates)
     cuda = machine.device.type == "cuda"
@@ -225,7 +228,7 @@ def measure(trainer):
         tflops=model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12,
         mfu=model.estimate_mfu(cfg.sequences_per_iter, dt, machine.peak) if machine.peak else None,
         peak_memory=peak_of_process(machine.device),
-        estimated_memory=trainer.estimate,
+        estimated_memory=timed.estimate,
         reserved_memory=torch.cuda.max_memory_reserved(machine.device) if cuda else None,
     )
 
@@ -252,15 +255,15 @@ def driver_version(device):
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def about(trainer):
+def about(timed):
     """Returns the context of the figures: a dict with the lines to print and entries for the JSON file."""
-    machine, model = trainer.machine, trainer.model
+    machine, model = timed.machine, timed.model
     vocab_size = model.config.vocab_size
     flops = f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"
     lines = [
         machine.line,
         f"model: {parameters(model)}, {flops}",
-        f"vocabulary: {trainer.n_ids:,} ids in {vocab_size:,} rows ({trainer.vocabulary})",
+        f"vocabulary: {timed.n_ids:,} ids in {vocab_size:,} rows ({timed.vocabulary})",
     ]
     return dict(
         lines=lines,
@@ -278,9 +281,10 @@ def row_process(cfg, pipe):
     """Sends ("about", dict), then ("row", figures); if it fails, ("memory", None) or ("error", text)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C and ends this process
     try:
-        trainer = Trainer(cfg, hardware.find_machine(cfg))
-        pipe.send(("about", about(trainer)))
-        pipe.send(("row", profile(trainer) if cfg.profile else measure(trainer)))
+        timed = Timed(cfg, hardware.find_machine(cfg))
+        pipe.send(("about", about(timed)))
+        figures = profile(timed) if cfg.profile else measure(timed)
+        pipe.send(("row", figures))
     except Exception as e:
         if out_of_memory(e):
             pipe.send(("memory", None))
@@ -290,18 +294,18 @@ def row_process(cfg, pipe):
             raise  # a fault of the program: traceback and exit status show it
 
 
-def profile(trainer, count=5, rows=15):
+def profile(timed, count=5, rows=15):
     """Returns lines about the operations with the most self time in count micro-steps."""
-    trainer.warm_up()
+    timed.warm_up()
     activities = [torch.profiler.ProfilerActivity.CPU]
     kind, attribute = torch.autograd.DeviceType.CPU, "self_cpu_time_total"
     # kernels only: an operation's time is that of the kernels it launched
-    if trainer.machine.device.type == "cuda":
+    if timed.machine.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         kind, attribute = torch.autograd.DeviceType.CUDA, "self_device_time_total"
     # acc_events: of one cycle it keeps the same, but torch 2.11 would warn without it
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        total = 1e6 * count * trainer.seconds(trainer.micro_step, count)
+        total = 1e6 * count * timed.seconds(timed.one_micro_step, count)
     events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
     slowest = sorted(((getattr(e, attribute), e.count, e.key) for e in events), reverse=True)[:rows]
     return [f"{count} micro-steps in {total / 1e3:.1f} ms", *profile_table(slowest, total)]
@@ -482,7 +486,9 @@ def measure_around_optimum(cfg, seconds, size_of, tell):
         if width not in measured and (speed := speed_of(cfg, size_of(width), tell)):
             measured[width] = speed
 
-    measure(128 if hardware.pick_device(cfg.device)[0].type == "cpu" else 512)
+    device, _ = hardware.pick_device(cfg.device)
+    first_width = 128 if device.type == "cpu" else 512
+    measure(first_width)
     for _ in range(2):  # a wider model may be faster, which makes a still wider one optimal
         if not measured:
             raise UserError("the first size does not fit into memory; try a smaller --block_size")

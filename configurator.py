@@ -272,7 +272,8 @@ def configure(cls, argv):
             following = arguments[0] if arguments else None
             problem, takes_next = malformed(argument, following, fields, cls.synonyms)
             problems.append(problem)
-            del arguments[: int(takes_next)]
+            if takes_next:
+                del arguments[0]
         else:
             new, found = read_file(argument, fields, values, cls.synonyms)
             problems += found

@@ -219,7 +219,8 @@ def read_text(path, divide):
     if divide != "file" and not contains(path, EOT.encode()):
         separator = {"blank_line": "\n\n", "line": "\n"}[divide]
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=separator != EOT)  # \r\n and \r become \n
+    # where line ends divide documents, \r\n and \r become \n
+    newlines = io.IncrementalNewlineDecoder(None, translate=separator != EOT)
     with open_file(path) as f:
         block = None
         while block != b"":  # the empty one at the end lets the decoders finish
@@ -386,12 +387,13 @@ def retrying(rows):
         except (ValueError, FileNotFoundError, ImportError):  # a wrong name, a damaged file
             raise
         except Exception as e:  # each library below has network errors of its own
-            why, pause = first_line(e), next(pauses, None)
+            reason = first_line(e)
+            pause = next(pauses, None)
             if pause is None:
                 raise ConnectionError(
-                    f"the source cannot be reached ({why}); the same command continues later"
+                    f"the source cannot be reached ({reason}); the same command continues later"
                 ) from e
-            print(f"the source cannot be reached ({why}); trying again in {pause} s", file=sys.stderr)
+            print(f"the source cannot be reached ({reason}); trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
 
 
@@ -500,9 +502,14 @@ def encode_parts(parts, tokenizer):
         text = without_surrogates(text)
         raw = text.encode()
         encoded = [tokenizer.encode_document(piece) for piece in pieces(text, PIECE)]
-        arrays += [end_of_text, *encoded] if begins else encoded
+        if begins:
+            arrays.append(end_of_text)
+        arrays += encoded
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
-        rows.append((begins, whole, sum(map(len, encoded)) + begins, len(raw), digest))
+        n = sum(map(len, encoded))
+        if begins:
+            n += 1  # the end-of-text token
+        rows.append((begins, whole, n, len(raw), digest))
     dtype = token_dtype(tokenizer.vocab_size)
     if not arrays:
         return Encoded(np.empty(0, dtype), rows)
@@ -648,9 +655,11 @@ def choose(progress, encoded, val_tokens, max_tokens):
         tokens = encoded.tokens[start : start + n]
         start += n
         counts["tokens"] += n
-        counts["documents"] += begins
+        if begins:
+            counts["documents"] += 1
         counts["bytes"] += n_bytes
-        progress.eligible += n * whole
+        if whole:
+            progress.eligible += n
         if not whole or (heap and progress.held >= val_tokens and -digest < heap[0][0]):
             train.append(tokens)
         else:
@@ -848,7 +857,10 @@ def find_and_say(cfg):
     files = [path for path in files if os.path.realpath(path) != ours]
     common = [(reason, count) for reason, count in passed_over.most_common(8) if count]
     others = ", ".join(f"{count:,} {reason}" for reason, count in common)
-    print(f"source: {len(files):,} files{f'; passed over: {others}' if others else ''}")
+    text = f"source: {len(files):,} files"
+    if others:
+        text += f"; passed over: {others}"
+    print(text)
     return files
 
 
@@ -1092,18 +1104,17 @@ def main(argv):
     if cfg.encoding == "characters":
         prepare_characters(cfg)
         return
-    with StopRequest("stopping; Ctrl-C again leaves at once") as stop:
-        job = plan(cfg)
-        if cfg.dry_run:
-            foretell_job(job)
-            return
-        if cfg.input:
-            job.settings["source"] = describe_source(job)
-        if is_done(job):
-            return
-        with sole_use(job.out_dir):
-            if not is_done(job):  # by another process, meanwhile
-                prepare(job, stop)
+    job = plan(cfg)
+    if cfg.dry_run:
+        foretell_job(job)
+        return
+    if cfg.input:
+        job.settings["source"] = describe_source(job)
+    if is_done(job):
+        return
+    with StopRequest("stopping; Ctrl-C again leaves at once") as stop, sole_use(job.out_dir):
+        if not is_done(job):  # by another process, meanwhile
+            prepare(job, stop)
 
 
 if __name__ == "__main__":

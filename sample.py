@@ -67,11 +67,7 @@ class SampleConfig(Config):
     )
     encoding: str = key("", "tokenizer of a folder, if not the one it names: bytes or a name of tiktoken's")
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
-    dtype: str = key(
-        "",
-        "dtype of the weights; empty: what suits the device",
-        choices=("", "bfloat16", "float16", "float32"),
-    )
+    dtype: str = key("", "dtype of the weights; empty: what suits the device", choices=("", *hardware.DTYPES))
     compile: bool = key(False, "torch.compile the step to the next token: pays off for long samples on a GPU")
 
     @property
@@ -361,7 +357,7 @@ def read_prompt(start):
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"the prompt in {source} is not UTF-8: {e}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # as prepare_fineweb.py reads texts
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # an editor's line ends, not the model's
 
 
 def main(argv):

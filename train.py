@@ -140,7 +140,7 @@ class TrainConfig(Config):
 
     @property
     def eval_windows(self):
-        return 12 * self.eval_iters  # 12 is nanoGPT's batch_size; a fixed number, so that losses compare
+        return 12 * self.eval_iters  # nanoGPT's batch_size, fixed so that losses compare
 
     @property
     def cooldown_start(self):
@@ -369,7 +369,7 @@ def train(run):
         # update: forward and backward of every micro-batch, then the optimizers
         lr = set_learning_rate(run.optimizers, at.iter_num, cfg, time_used)
         step_loss.zero_()
-        with run.stop.interrupts():  # a large model on a CPU takes minutes for this
+        with run.stop.interrupts():  # on a CPU a large model takes minutes
             for _ in range(accumulation // parallel.processes()):
                 step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
         parallel.sum_gradients(run, step_loss)
@@ -388,7 +388,7 @@ def train(run):
 
 
 def compile_model(run):
-    """Compiles the model by one evaluation and one training pass, whose random draws are undone."""
+    """Compiles the passes that the run needs by running each; random draws are undone."""
     cfg, machine = run.cfg, run.machine
     say("compiling the model (may take a minute)")
     start = time.perf_counter()
@@ -397,7 +397,8 @@ def compile_model(run):
     try:
         with run.stop.interrupts(), hardware.compiling(), torch.random.fork_rng(cuda):
             estimate_loss(run.model, run.val_data, parallel.processes(), cfg.batch_size, machine)
-            micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
+            if not cfg.eval_only:
+                micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
     except UserError:
         run.stop.check()  # Ctrl-C ends the compiler, a process of its own, too
         raise
@@ -407,7 +408,7 @@ def compile_model(run):
 
 
 def leave_garbage_to_evaluations():
-    """Disables Python's garbage collector, which would halt the loop, and exempts all that exists now."""
+    """Disables Python's garbage collector, which would halt the loop; exempts what exists."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -541,6 +542,7 @@ def set_up(cfg, machine):
     # model and optimizers
     config = model_config(cfg, tokenizer, vocab_size, fields.get("gelu", "none"))
     model = pretrained or make_gpt(config)
+    model.config = config  # n_ids
     prepare_model(model, cfg, machine)
     optimizers = make_optimizers(model, cfg, machine.device)
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
@@ -548,7 +550,7 @@ def set_up(cfg, machine):
     if state:
         resume.restore(run, state, changed)
         resume.warn_of_changes(cfg, machine, state, get_lr)
-    else:
+    elif not cfg.eval_only:
         allocate_moments(optimizers)
     run.memory = start_with_what_fits(model, optimizers, cfg, machine)
     resume.check_alike(run)

@@ -26,7 +26,7 @@ from sologpt.files import atomic_file, remove, remove_temporary
 from sologpt.optim import new_moments
 from sologpt.tokenizer import make_tokenizer
 
-NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no EDQUOT
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NUMBER = (int, float)
 # types of the parts of a state
 TYPES = dict(
@@ -48,6 +48,7 @@ TYPES = dict(
     seconds=NUMBER,
     bad_steps=int,
     bad_in_row=int,
+    resumed=int,
     shifting=bool,
 )
 # and of its model_args: the fields of GPTConfig that nanoGPT has too
@@ -107,8 +108,8 @@ def load(path):
     """Returns the dict saved at path, by us or by nanoGPT, with its tensors on the CPU.
 
     Parameter names lose the prefixes of torch.compile and DDP, and the attention mask that nanoGPT kept among
-    them before torch 2.0 is left out. A model of the modern architecture from before November 2026
-    gets zeros for the parts it lacks, which change nothing, and "earlier_version" in the state is True.
+    them before torch 2.0 is left out. A model of the modern architecture from before 28 November
+    2026 gets zeros for the parts it lacks, which change nothing, and "earlier_version" in the state is True.
 
     Raises FileNotFoundError without a file, and UserError for one that is damaged (every tensor's checksum is
     compared) or not the checkpoint of a GPT.
@@ -156,8 +157,8 @@ def check_types(state, path):
     for name, text in state.get("data", {}).items():
         if type(name) is not str or type(text) is not str:
             raise UserError(f"{path} is damaged: its data holds {name!r}, which is no named text")
-    for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row"):
-        if state.get(name, 0) < 0:
+    for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row", "resumed"):
+        if not 0 <= state.get(name, 0) < math.inf:
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
     loss = torch.as_tensor(state.get("best_val_loss", 0.0))
     if loss.numel() != 1 or loss.isnan():
@@ -272,13 +273,14 @@ def restore_optimizers(optimizers, state, path):
             f"{path} has an earlier version of arch='modern', which sample.py takes, but train.py does not "
             f"go on with; finish it with the soloGPT that began it, or start anew in another --out_dir"
         )
-    before, now = ("muon" if "muon" in names else "adamw" for names in (state, optimizers))
+    before = "muon" if "muon" in state else "adamw"
+    now = "muon" if "muon" in optimizers else "adamw"
     if before != now:
         raise UserError(
             f"{path} is of a run with --optimizer={before}, not {now}; moments differ: resume with the former"
         )
     what_now = "finish it with the soloGPT that began it, or start anew in another --out_dir"
-    reason = "as Muon's were before November 2026"
+    reason = "as Muon's were before 28 November 2026"
     if "data" not in state:
         reason = "as those of an old nanoGPT are"
         what_now = "sample.py --export=FOLDER writes its weights to where --init_from=FOLDER trains on"

@@ -19,14 +19,14 @@ from sologpt.memory import memory_estimate, memory_needed
 def start_with_what_fits(model, optimizers, cfg, machine):
     """Returns memory_estimate, after lowering cfg.batch_size until that is within 1.1 times a GPU's free
     memory (more would fail at the first step, after compiling) or 0.8 times a computer's (the system kills a
-    process that takes all of it).
+    process that takes all of it). An evaluation alone takes less, and is left to try.
 
     Raises UserError if what is left to try cannot fit into a computer's memory.
     """
     on_cpu = machine.device.type == "cpu"
     has = total_memory(machine.device) if on_cpu else available_memory(machine.device)
     needed = memory_estimate(model, optimizers, cfg, machine.dtype)
-    if has is None:
+    if has is None or cfg.eval_only:
         return needed
     if on_cpu:
         has /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share it
@@ -83,6 +83,8 @@ def no_room(params, optimizer, config, cfg, dtype, available):
 
     params, optimizer, config: as in memory_needed. cfg: train.py's keys. available: bytes; None: unknown.
     """
+    if cfg.matmul == "fp8":
+        dtype = "fp8"
     text = f"out of memory with batch_size={cfg.batch_size}"
     if cfg.batch_size > 1:
         batch_size, accumulation = smaller_batch(

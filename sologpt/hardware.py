@@ -206,14 +206,16 @@ def find_machine(cfg):
         check_compiler(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as in nanoGPT
-    mfu = f"mfu {'of' if peak else 'n/a,'} {peak_reason}"
+    mfu = f"mfu n/a, {peak_reason}"
+    if peak:
+        mfu = f"mfu of {peak_reason}"
     line = f"device: {device_name(device)} ({device_reason}), {dtype} ({dtype_reason}); {mfu}"
     return Machine(device, dtype, peak, line)
 
 
 def join(cfg, machine):
     """Connects the processes of a run of train.py. Returns the Machine of all: its peak is the sum of theirs,
-    0 if one is unknown. Raises UserError if they cannot share the run."""
+    None if one is unknown. Raises UserError if they cannot share the run."""
     count, steps = parallel.processes(), cfg.gradient_accumulation_steps
     if count == 1:
         return machine
@@ -234,7 +236,9 @@ def join(cfg, machine):
     except RuntimeError as e:
         raise UserError(f"the {count} processes cannot reach each other: {e}") from None
     parallel.combine([torch.zeros(1, device=machine.device)], parallel.SUM)  # takes the memory for it now
-    peak = max(0.0, parallel.over_all([machine.peak or -math.inf], parallel.SUM)[0])
+    peak = parallel.over_all([machine.peak or -math.inf], parallel.SUM)[0]
+    if peak < 0:
+        peak = None  # that of one is unknown
     return dataclasses.replace(machine, peak=peak, line=f"{machine.line}; {count} processes")
 
 

@@ -37,7 +37,10 @@ def count_bad_steps(run, step_loss, norm):
     only a loss that is not finite counts."""
     at = run.at
     finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
-    if math.isfinite(step_loss.item() if finding_scale else norm):
+    decisive = norm
+    if finding_scale:
+        decisive = step_loss.item()
+    if math.isfinite(decisive):
         at.bad_in_row = 0
         if math.isfinite(norm) and run.norms.spikes(norm):
             point_out_spike(run, "gradient norm", norm, run.norms, loss=step_loss.item(), norm=norm)

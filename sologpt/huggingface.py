@@ -91,7 +91,7 @@ def read_config(folder):
     if theirs.get("model_type") == remote_code.CONFIG["model_type"]:
         raise UserError(
             f"{folder} is an export of arch='modern', which only transformers reads; take the checkpoint "
-            f"that it was made of: --init_from=resume or best, and its --out_dir"
+            f"that it was made of: --init_from=resume, and its --out_dir"
         )
     if theirs.get("n_inner") == 4 * theirs.get("n_embd", 0):
         theirs["n_inner"] = None

@@ -88,7 +88,8 @@ def rewind_metrics(path, iter_num, evaluates):
             for line in f:
                 iteration, kind = iteration_and_kind(line)
                 if iteration is None:
-                    unreadable += line.endswith(b"\n")
+                    if line.endswith(b"\n"):
+                        unreadable += 1
                 elif iteration < iter_num:
                     kept.append(line)
                 elif iteration == iter_num and kind == "eval" and not evaluates:

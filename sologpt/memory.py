@@ -46,7 +46,9 @@ def checkpoint_bytes(memory, keep_before_cooldown):
     """Returns the most bytes of checkpoints of a run with this memory_estimate: ckpt.pt, ckpt_prev.pt, a
     third one that is being written, best.pt, and before_cooldown.pt."""
     state = memory["weights"] + memory["optimizer"]
-    states = 3 + keep_before_cooldown
+    states = 3
+    if keep_before_cooldown:
+        states += 1
     return states * state + memory["weights"]
 
 

@@ -76,15 +76,15 @@ def step(model, token, position, cache, noise, temperature, top_k, top_p):
     return pick(logits[:, : model.config.n_ids], noise, temperature, top_k, top_p)
 
 
-def check_arguments(idx, n_ids, temperature, noise, lengths):
+def check_arguments(idx, n_ids, max_new_tokens, temperature, noise, lengths):
     """Raises UserError for what stream would stumble over, or take for something else."""
     B, T = idx.shape
     if idx.dtype != torch.int64:
         raise UserError(f"the prompt's ids are {idx.dtype}; they must be torch.int64")
     if not temperature >= 0:
         raise UserError(f"temperature={temperature} must be at least 0")
-    if noise is not None and (noise.dim() != 2 or len(noise) != B):
-        raise UserError(f"noise has the shape {tuple(noise.shape)}; it needs a row for each of {B} prompts")
+    if noise is not None and (noise.dim() != 2 or len(noise) != B or noise.size(1) < max_new_tokens):
+        raise UserError(f"noise has the shape {tuple(noise.shape)}; it must be {(B, max_new_tokens)}")
     if lengths is not None and lengths.shape != (B,):
         raise UserError(f"lengths has the shape {tuple(lengths.shape)}, not ({B},)")
     if lengths is not None and lengths.max() > T:
@@ -125,7 +125,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     B, T = idx.shape
     block_size, n_ids = model.config.block_size, model.config.n_ids
     device = idx.device
-    check_arguments(idx, n_ids, temperature, noise, lengths)
+    check_arguments(idx, n_ids, max_new_tokens, temperature, noise, lengths)
     if noise is None:
         noise = torch.rand(B, max_new_tokens, device=device)
     if lengths is None:

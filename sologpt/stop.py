@@ -24,6 +24,7 @@ class StopRequest:
         self.text = text
         self.number = 0  # of the signal; 0: nobody has asked
         self.interrupting = False
+        self.agreed = False  # whether all processes of a run know why they leave; parallel.py
 
     def __enter__(self):
         self.before = {number: signal.getsignal(number) for number in SIGNALS}

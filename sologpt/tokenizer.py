@@ -194,10 +194,9 @@ def load_bpe(encoding):
         files = "the two files vocab.bpe and encoder.json" if encoding == "gpt2" else "the file of merges"
         command = f"import tiktoken; tiktoken.get_encoding('{encoding}')"
         raise UserError(
-            f"cannot download tiktoken's {encoding!r}, {files} ({type(e).__name__}). --encoding=bytes needs "
-            f"no download; or on a machine with a "
+            f"cannot download tiktoken's {encoding!r}, {files} ({type(e).__name__}): on a machine with a "
             f'network run TIKTOKEN_CACHE_DIR=DIR python -c "{command}", copy DIR here and set '
-            f"TIKTOKEN_CACHE_DIR to it"
+            f"TIKTOKEN_CACHE_DIR to it; data of prepare_fineweb.py --encoding=bytes need no download"
         ) from None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
-from bench import BenchConfig, Trainer, profile_table, recommend, training_command
+from bench import BenchConfig, Timed, profile_table, recommend, training_command
 from configurator import ConfigError, configure
 from sologpt import hardware
 
@@ -164,12 +164,13 @@ def test_the_command_keeps_what_was_asked_for_and_drops_what_is_of_the_benchmark
             "sweep_activation_memory: activation_memory must be at most 1, not 1.5",
         ),
         ("--sweep_loss_chunks=2,,4", "sweep_loss_chunks: loss_chunks needs an int, not ''"),
+        ("--profile=True --json=x.json", "profile lists operations at one batch_size: leave json out"),
         ("--sweep_loss_chunk=2", "unknown key 'sweep_loss_chunk' (did you mean 'sweep_loss_chunks'?)"),
     ],
 )
 def test_nonsense_is_an_error_that_says_what_would_do(flag, message):
     with pytest.raises(ConfigError) as error:
-        configure(BenchConfig, ["--batch_size=2", "--gradient_accumulation_steps=6", flag])
+        configure(BenchConfig, ["--batch_size=2", "--gradient_accumulation_steps=6", *flag.split()])
     assert message in str(error.value)
 
 
@@ -204,10 +205,10 @@ def test_a_profile_without_kernels_says_why():
 
 def test_what_fails_without_the_compiler_is_not_its_fault(monkeypatch):
     cfg = configure(BenchConfig, [*SMALL, "--compile=False"])
-    trainer = Trainer(cfg, hardware.find_machine(cfg))
-    monkeypatch.setattr(trainer.model, "forward", lambda *args: 1 / 0)
+    timed = Timed(cfg, hardware.find_machine(cfg))
+    monkeypatch.setattr(timed.model, "forward", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        trainer.warm_up()
+        timed.warm_up()
 
 
 def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byte_data):

@@ -505,6 +505,8 @@ ALTERED = [
     (("tokens_seen",), -1),
     (("bad_in_row",), -1),
     (("seconds",), -5.0),
+    (("seconds",), math.nan),
+    (("resumed",), "x"),
     (("bad_steps",), []),
     (("model",), []),
     (("model", "lm_head.weight"), 7),

@@ -442,7 +442,8 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
     [
         (torch.zeros(2, 3, dtype=torch.int32), {}, "ids are torch.int32; they must be torch.int64"),
         (torch.zeros(2, 3).long(), dict(temperature=-1.0), "temperature=-1.0 must be at least 0"),
-        (torch.zeros(2, 3).long(), dict(noise=torch.zeros(1, 4)), r"needs a row for each of 2 prompts"),
+        (torch.zeros(2, 3).long(), dict(noise=torch.zeros(1, 4)), r"shape \(1, 4\); it must be \(2, 4\)"),
+        (torch.zeros(2, 3).long(), dict(noise=torch.zeros(2, 3)), r"shape \(2, 3\); it must be \(2, 4\)"),
         (torch.zeros(2, 3).long(), dict(lengths=torch.tensor([3])), r"the shape \(1,\), not \(2,\)"),
         (torch.zeros(2, 3).long(), dict(lengths=torch.tensor([3, 4])), "4 ids is longer than the 3"),
     ],

@@ -1102,6 +1102,18 @@ def test_killed_anywhere_it_continues_to_the_same_files(run, tmp_path, big_sourc
     assert kills >= 4 and contents(tmp_path / "again") == expected
 
 
+def test_ctrl_c_before_anything_is_written_ends_it_at_once(run, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text")
+
+    def interrupted(job):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr(prepare_fineweb, "describe_source", interrupted)
+    out = run("prepare_fineweb.py", "--input=a.txt", "--encoding=bytes", "--out_dir=out", status=130)
+    assert out.stderr.endswith("interrupted\n") and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_source, number):
     process = start(tmp_path, *big_source, "--out_dir=out", start_new_session=True)

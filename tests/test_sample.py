@@ -129,7 +129,7 @@ def test_a_prompt_may_come_from_stdin(trained, tmp_path):
     assert out.stderr.splitlines()[-1].startswith("error: the prompt in stdin is not UTF-8")
 
 
-def test_a_file_and_stdin_give_the_same_prompt_read_as_texts_of_data_are(trained, tmp_path):
+def test_a_file_and_stdin_give_the_same_prompt_whatever_its_line_ends(trained, tmp_path):
     raw = b"\xef\xbb\xbfbox\r\nwi"
     (tmp_path / "prompt.txt").write_bytes(raw)
     argv = ["sample.py", *GREEDY, "--max_new_tokens=3"]

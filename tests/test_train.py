@@ -889,6 +889,20 @@ def test_a_run_of_nanogpts_on_other_characters_or_in_other_batches_is_pointed_ou
     assert "does not say what its 320 token ids mean" in text.stderr
 
 
+def test_samples_of_a_model_of_another_vocabulary_are_of_the_ids_of_the_data(run, byte_data, tiny, tmp_path):
+    nanogpt_checkpoint(tmp_path / "out", 8)
+    run("sample.py", "--export=exported", "--device=cpu")  # of 257 ids
+    few = tmp_path / "data/few"
+    few.mkdir()
+    for split in ("train", "val"):
+        np.arange(2000, dtype=np.uint16).__mod__(5).tofile(few / f"{split}.bin")
+    (few / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=5, itos=dict(enumerate("abcde")))))
+    argv = ["--init_from=exported", "--dataset=few", "--allow_data_change=True", "--sample_interval=6"]
+    run("train.py", *tiny, *argv, "--out_dir=on", "--max_iters=1")
+    [row] = metrics(tmp_path / "on", "sample")
+    assert set("".join(text for sample in row["samples"] for text in sample.values())) <= set("abcde")
+
+
 def test_moments_in_another_order_have_a_way_on(run, byte_data, tiny, tmp_path):
     nanogpt_checkpoint(tmp_path / "out", 8)
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
@@ -1151,6 +1165,13 @@ def test_a_batch_that_cannot_fit_is_made_smaller_before_it_is_tried(
     assert [float(x) for x in losses(out).values()] == pytest.approx(
         [float(x) for x in losses(whole).values()], abs=1e-3
     )
+
+
+def test_an_evaluation_alone_needs_no_memory_for_training(run, byte_data, tiny, monkeypatch):
+    run("train.py", *tiny, "--max_iters=6")
+    monkeypatch.setattr(fit, "total_memory", lambda device: 5e5)
+    out = run("train.py", *tiny, "--init_from=resume", "--eval_only=True")
+    assert "step 6: train loss" in out.stdout and "batch_size=" not in out.stderr
 
 
 def test_what_cannot_fit_into_a_computer_at_all_is_refused(run, byte_data, tiny, monkeypatch):
