@@ -738,10 +738,10 @@ def unfinished(out_dir, path, settings):
     """Returns the Progress saved at path, and its settings, or a new one where nothing is there to be lost.
     Raises UserError if out_dir holds shards that are not from a run with these settings."""
     if os.path.exists(path):
-        progress, kept = Progress.load(path)
-        differing = differences(kept, settings)
+        progress, saved_settings = Progress.load(path)
+        differing = differences(saved_settings, settings)
         if not differing:
-            return progress, kept
+            return progress, saved_settings
         if shards_in(out_dir):
             raise UserError(
                 f"{out_dir} holds an unfinished run with other settings ({differing}); "
@@ -894,21 +894,21 @@ def record_in(out_dir):
 def begin(job):
     """Starts or continues a preparation. Returns its (Progress, settings). Raises OSError on a full disk."""
     cfg, out_dir = job.cfg, job.out_dir
-    progress, kept = unfinished(out_dir, job.progress_path, job.settings)
-    kept = kept | dict(source_times=job.source_times)
+    progress, saved_settings = unfinished(out_dir, job.progress_path, job.settings)
+    saved_settings = saved_settings | dict(source_times=job.source_times)
     if not cfg.input:  # the hub's files as they were at the start, whatever has been changed there since
-        job.files = kept.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
-        kept = job.settings | dict(hub_files=job.files)
+        job.files = saved_settings.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
+        saved_settings = job.settings | dict(hub_files=job.files)
     before = progress.counts["tokens"]
     check_space(out_dir, expected_tokens(job, progress.counts) - before, job.itemsize)
     for partial in glob.glob(f"{glob.escape(out_dir)}/*_[0-9]*.bin.*.tmp"):
         os.remove(partial)
     for path in (job.progress_path, os.path.join(out_dir, "meta.json")):
         remove_temporary(path)
-    progress.save(job.progress_path, kept)
+    progress.save(job.progress_path, saved_settings)
     if before:
         print(f"continuing {out_dir} after {before:,} tokens in {len(progress.files)} whole shards")
-    return progress, kept
+    return progress, saved_settings
 
 
 def number_of_workers(cfg):
@@ -917,7 +917,7 @@ def number_of_workers(cfg):
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def write_train(job, progress, kept, train, stop):
+def write_train(job, progress, saved_settings, train, stop):
     """Writes the training tokens, one chunk of text at a time. Asked to stop, it ends the script; the same
     command continues after the last whole shard."""
     cfg, counts = job.cfg, progress.counts
@@ -940,7 +940,7 @@ def write_train(job, progress, kept, train, stop):
             bar.update(counts["tokens"] - bar.n)
             if len(progress.files) > whole:
                 progress.tail = tokens[len(tokens) - train.open_tokens :]
-                progress.save(job.progress_path, kept)
+                progress.save(job.progress_path, saved_settings)
                 check_space(job.out_dir, (bar.total or 0) - counts["tokens"], job.itemsize)
             if cfg.max_tokens and counts["tokens"] >= cfg.max_tokens:
                 break
@@ -984,7 +984,7 @@ def write_meta(job, progress, counts, files):
 
 def prepare(job, stop):
     """Does the job, or what is left of it, and says what it did."""
-    progress, kept = begin(job)
+    progress, saved_settings = begin(job)
     before = progress.counts["tokens"]
     start = time.perf_counter()
     prefix = job.cfg.name
@@ -994,7 +994,7 @@ def prepare(job, stop):
         shards.ShardWriter(job.out_dir, prefix, "train", shard_tokens, progress.files) as train,
         shards.ShardWriter(job.out_dir, prefix, "val", shard_tokens, {}) as val,
     ):
-        write_train(job, progress, kept, train, stop)
+        write_train(job, progress, saved_settings, train, stop)
         counts = write_val(job, progress, train, val)
     files = val.files | train.files
     write_meta(job, progress, counts, files)

@@ -472,7 +472,7 @@ def train_until_it_fits(run):
                 return train(run)
         except (shards.DataError, parallel.Lost) as e:
             checkpoint.save_progress(run)  # nothing of the iteration has been applied yet
-            raise UserError(f"{e} ({run.files.kept})") from None
+            raise UserError(f"{e} ({run.files.saved_text})") from None
         except Stopped:
             if not run.cfg.eval_only and run.files.saved_iter != run.at.iter_num:
                 checkpoint.save_checkpoint(run)
@@ -565,7 +565,7 @@ def finish(run, argv):
             sys.exit(128 + run.stop.number)
         return
     if run.files.saved_iter != at.iter_num:
-        raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.kept}")
+        raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.saved_text}")
     if not run.done or run.evaluated_iter != at.iter_num:
         say(f"stopped at iteration {at.iter_num}; continue with: {resume_command(argv)}")
         sys.exit(128 + run.stop.number)

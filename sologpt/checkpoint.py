@@ -380,7 +380,7 @@ class RunFiles:
         self.metrics = os.path.join(out_dir, "metrics.jsonl")
         self.saved_iter = None
         self.newest = None  # path of the newest whole state of this run
-        self.kept = "nothing of this run is saved yet"  # which state that is, in words
+        self.saved_text = "nothing of this run is saved yet"  # what the newest state is, in words
 
     def exist(self):
         return os.path.exists(self.ckpt) or os.path.exists(self.previous)
@@ -397,7 +397,7 @@ class RunFiles:
             raise UserError(f"{self.newest} is damaged: it lacks the random state")
         if self.newest == self.ckpt:
             self.saved_iter = state["iter_num"]
-        self.kept = f"{self.newest} holds iteration {state['iter_num']}"
+        self.saved_text = f"{self.newest} holds iteration {state['iter_num']}"
         return state, reason
 
     def load_either(self):
@@ -421,7 +421,7 @@ class RunFiles:
             return False
         self.newest = self.ckpt
         self.saved_iter = state["iter_num"]
-        self.kept = f"{self.ckpt} holds iteration {self.saved_iter}"
+        self.saved_text = f"{self.ckpt} holds iteration {self.saved_iter}"
         return True
 
     def write(self, path, state, previous=None):
@@ -438,11 +438,11 @@ class RunFiles:
                 remove(previous)  # ckpt.pt is whole, and a new state is worth more than a second old one
                 return self.write(path, state, previous)
             reason = f"cannot write {path}: {e.strerror or e}"
-            warn(f"cannot save iteration {state['iter_num']}: {reason}; {self.kept}")
+            warn(f"cannot save iteration {state['iter_num']}: {reason}; {self.saved_text}")
             return False
         except UserError as e:
             raise UserError(
-                f"{e}; {self.kept}. Try a lower --learning_rate or --grad_clip=1.0 from there"
+                f"{e}; {self.saved_text}. Try a lower --learning_rate or --grad_clip=1.0 from there"
             ) from None
         return True
 

@@ -63,7 +63,7 @@ def use_smaller_batch(run):
         params = run.model.get_num_params(non_embedding=False)
         available = available_memory(device)
         advice = no_room(params, run.memory["optimizer"], run.model.config, cfg, run.machine.dtype, available)
-        raise UserError(f"{advice} ({run.files.kept}, this is iteration {at.iter_num})")
+        raise UserError(f"{advice} ({run.files.saved_text}, this is iteration {at.iter_num})")
     text = f"out of memory with batch_size={cfg.batch_size}; from iteration {at.iter_num} on"
     cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
     warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")

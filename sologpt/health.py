@@ -58,7 +58,7 @@ def check_bad_steps(run):
     if at.bad_in_row >= run.cfg.max_bad_steps:
         raise UserError(
             f"no finite gradient in the {at.bad_in_row} iterations {at.iter_num - at.bad_in_row + 1} to "
-            f"{at.iter_num}; {run.files.kept}. Try a lower --learning_rate, --grad_clip=1.0 or "
+            f"{at.iter_num}; {run.files.saved_text}. Try a lower --learning_rate, --grad_clip=1.0 or "
             f"--dtype=float32 from there"
         )
 

@@ -92,7 +92,7 @@ def test_a_broken_ckpt_never_takes_the_place_of_the_good_one_before_it(tmp_path,
     assert (
         loaded["iter_num"] == 5
         and files.saved_iter is None
-        and files.kept.endswith("ckpt_prev.pt holds iteration 5")
+        and files.saved_text.endswith("ckpt_prev.pt holds iteration 5")
     )
     assert ("damaged or not one of ours" if broken == "damaged" else f"{path} is missing") in why
     files.save(state(11))
