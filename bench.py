@@ -465,6 +465,8 @@ def what_can_be_trained(cfg, argv, tell):
             budget.plan(size, speed, seconds, cfg.block_size, cfg.sequences_per_iter, cfg.eval_iters)
         )
     best = budget.nearest_to_optimal(plans)
+    if best.tokens // best.iters <= budget.FEW_TOKENS and "beta2" not in cfg.given:
+        best.keys["beta2"] = budget.BETA2
     with tempfile.TemporaryDirectory() as scratch:
         trial = tried(cfg, argv, best, folder or random_dataset(scratch, cfg.block_size, tokenizer), scratch)
     if trial:

@@ -262,6 +262,8 @@ def keys_of(cfg, run):
     config = os.path.join(ROOT, CONFIGS.get(run.model, CONFIGS["ours"]))
     argv = [config, *SIZES[cfg.size].split(), f"--seed={run.seed}"]
     argv += [f"--n_head={width // HEAD[run.model]}", f"--compile={cfg.compile}", f"--dtype={cfg.dtype}"]
+    if cfg.size != "gpu":
+        argv.append("--beta2=0.99")  # few tokens per iteration, as in config/text_1m.py
     keys = from_command_line(TrainConfig, "", argv)
     rate = keys.learning_rate
     if run.model == "gpt2":

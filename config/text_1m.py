@@ -26,6 +26,7 @@ dropout = 0.3  # more than one pass over the text: without it the model learns i
 
 optimizer = "muon"
 beta1 = 0.8
+beta2 = 0.99  # few tokens per iteration: a longer memory of squared gradients
 learning_rate = 4e-3
 min_lr = 0.0
 weight_decay = 0.1

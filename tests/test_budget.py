@@ -92,6 +92,7 @@ def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, m
     assert out.count("nearest to 20 tokens per parameter") == 1
     command = shlex.split(out.splitlines()[-1])
     assert command[:3] == ["python", "train.py", "mine.py"] and "--max_minutes=0.06" in command
+    assert "--beta2=0.99" in command  # iterations this short have few tokens
     rows = json.loads((tmp_path / "hours.json").read_text())["rows"]
     widths = [row["size"]["n_embd"] for row in rows]
     assert widths == sorted(widths) and sum(row["speed"]["measured"] for row in rows) >= 2

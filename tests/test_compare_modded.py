@@ -89,7 +89,7 @@ def test_ours_is_what_train_does(modded, tmp_path, monkeypatch, run):
     found = compare_modded.train(cfg, one)
     keys = keys_of(cfg, one)
     same = "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps learning_rate".split()
-    same += "min_lr warmup_iters max_iters lr_decay_iters seed compile dtype".split()
+    same += "min_lr warmup_iters max_iters lr_decay_iters beta2 seed compile dtype".split()
     argv = [f"--{name}={getattr(keys, name)}" for name in same]
     recipe = ROOT / "config/fineweb_125m_fast.py"
     out = run("train.py", recipe, *argv, "--dataset=toy", "--device=cpu", "--eval_iters=1").stdout
