@@ -100,7 +100,7 @@ def test_a_new_run_in_a_used_out_dir_never_mixes_with_the_old_one(run, trained, 
     assert best["model_args"]["n_layer"] == 1 and best["best_val_loss"] > old["best_val_loss"]
     assert [line["iter"] for line in read_metrics(tmp_path / "out", "iter")] == list(range(6))
     assert (
-        "iteration 6, val loss"
+        "iteration 6, lowest val loss so far"
         in run("sample.py", "--init_from=best", "--device=cpu", "--num_samples=1").stderr
     )
     run("train.py", *worse, "--init_from=resume", "--max_iters=7")

@@ -311,9 +311,9 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
         hardware.own_gpu(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("other, peak", [(300e12, 400e12), (-math.inf, 0.0)])
+@pytest.mark.parametrize("other, peak", [(300e12, 400e12), (-math.inf, None)])
 def test_mfu_is_measured_against_the_sum_of_the_cards(monkeypatch, other, peak):
-    """A card that the table does not know has no peak: minus infinity in the sum, and then 0, so n/a."""
+    """A card that the table does not know has no peak: minus infinity in the sum, and then None, so n/a."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "localhost")

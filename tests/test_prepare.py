@@ -1110,7 +1110,11 @@ def test_ctrl_c_before_anything_is_written_ends_it_at_once(run, tmp_path, monkey
         pytest.fail("it goes on")
 
     monkeypatch.setattr(prepare_fineweb, "describe_source", interrupted)
-    out = run("prepare_fineweb.py", "--input=a.txt", "--encoding=bytes", "--out_dir=out", status=130)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has SIGINT ignored
+    try:
+        out = run("prepare_fineweb.py", "--input=a.txt", "--encoding=bytes", "--out_dir=out", status=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert out.stderr.endswith("interrupted\n") and not (tmp_path / "out").exists()
 
 
