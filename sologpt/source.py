@@ -1,9 +1,10 @@
 """
 The files that a preparation reads: which there are, each once, and whether they are still the same. They are
-local, or each has an address like https://...
+local, or each has an address like https://... or, on the hub, hf://...
 """
 
 import collections
+import contextlib
 import errno
 import glob
 import hashlib
@@ -19,7 +20,7 @@ import urllib.request
 
 from tqdm import tqdm
 
-from sologpt.errors import UserError
+from sologpt.errors import UserError, first_line
 from sologpt.files import sha256_of
 
 KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
@@ -55,6 +56,25 @@ def find_files(source, endings=ENDINGS):
             raise FileNotFoundError(f"--input={part}: {nothing_found(part, endings)}")
         found += sorted(matching)
     return each_once(found, passed_over), passed_over
+
+
+def find_hub_files(repo, subset, split):
+    """Returns the addresses of a dataset's files, pinned to its present revision, from the datasets library.
+    Raises UserError if there is no such dataset, or its files are of a kind that is not read here."""
+    import datasets
+
+    try:
+        # tries for half a minute to reach the hub
+        builder = datasets.load_dataset_builder(repo, subset or None)
+    except Exception as e:  # a wrong name, no network, ...
+        raise UserError(f"cannot open {repo} {subset} (--repo, --subset): {first_line(e)}") from e
+    found = builder.config.data_files or {}
+    if split not in found:
+        splits = ", ".join(map(str, found)) or "no files"
+        raise UserError(f"{repo} {subset} has no split {split!r} (--split); it has {splits}")
+    if not all(name.lower().endswith(ENDINGS) for name in found[split]):
+        raise UserError(f"{repo} {subset} has files like {found[split][0]}; it reads {', '.join(ENDINGS)}")
+    return list(found[split])
 
 
 def nothing_found(part, endings):
@@ -217,3 +237,17 @@ def contents_of(files):
         content = str(status_of(path)) if is_address(path) else sha256_of(path)
         digest.update(os.fsencode(path) + b"\0" + content.encode())
     return digest.hexdigest()
+
+
+def text_bytes(path):
+    """Returns the approximate bytes of text in a file, for the estimates of time and disk; 0: unknown."""
+    size = size_of(path)
+    if path.lower().endswith(".parquet") and not is_address(path):
+        import pyarrow.parquet
+
+        with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
+            footer = pyarrow.parquet.read_metadata(path)
+            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+            # the largest column is the text
+            return sum(max(g.column(i).total_uncompressed_size for i in range(g.num_columns)) for g in groups)
+    return 4 * size if name_in(path).lower().endswith((".gz", ".zst")) else size

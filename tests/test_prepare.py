@@ -40,25 +40,17 @@ from hypothesis import strategies as st
 import prepare_fineweb
 from configurator import configure
 from prepare_fineweb import (
-    Part,
-    Position,
     PrepareConfig,
     Progress,
     choose,
     encode_parts,
-    find_files,
-    pieces,
     push_out,
-    read_chunks,
-    read_json,
-    read_parts,
-    read_text,
-    retrying,
     train_command,
 )
-from sologpt import characters, shards
+from sologpt import characters, documents, shards
+from sologpt.documents import Part, Position, pieces, read_chunks, read_json, read_parts, read_text, retrying
 from sologpt.errors import UserError
-from sologpt.source import name_of
+from sologpt.source import find_files, name_of
 from sologpt.tokenizer import find_tokenizer, read_tokenizer
 
 TEXTS = [f"Document {i}: " + "some words, ünd möre. " * (1 + i % 7) for i in range(200)]
@@ -282,7 +274,7 @@ def test_every_kind_of_file_gives_the_shards_of_jsonl(run, tmp_path, name, write
 def test_each_kind_is_continued_from_any_place(tmp_path, name, monkeypatch):
     write = dict(json=write_json, csv=write_csv, stream=write_arrow, file=write_arrow_file)
     write[name.removeprefix("a.").removesuffix(".arrow")](tmp_path / name, TEXTS)
-    monkeypatch.setattr(prepare_fineweb, "CHUNK", 1500)  # some twenty places
+    monkeypatch.setattr(documents, "CHUNK", 1500)  # some twenty places
     cfg = configure(PrepareConfig, [])
     files = [str(tmp_path / name)]
     chunks = list(read_chunks(files, cfg, Position()))
@@ -727,7 +719,7 @@ def address():
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.json", "a.arrow"])
 def test_a_file_is_read_from_its_address(run, tmp_path, address, name, monkeypatch):
-    monkeypatch.setattr(prepare_fineweb, "PAUSES", (0, 0))
+    monkeypatch.setattr(documents, "PAUSES", (0, 0))
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "a.parquet")
@@ -745,7 +737,7 @@ def test_a_file_is_read_from_its_address(run, tmp_path, address, name, monkeypat
 
 
 def test_a_connection_that_breaks_off_is_asked_again(address, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_fineweb, "PAUSES", (0, 0))
+    monkeypatch.setattr(documents, "PAUSES", (0, 0))
     Files.content, Files.cut = b"line of text\n" * 100_000, 1
     cfg = configure(PrepareConfig, ["--txt_documents=file"])
     text = "".join(part.text for part in read_parts(f"{address}/a.txt", cfg))
@@ -915,7 +907,7 @@ def test_a_network_that_fails_for_a_while_is_asked_again(spawn, tmp_path, hub):
 
 
 def test_trying_again_ends_and_leaves_nothing_out(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_fineweb, "PAUSES", (0, 0))
+    monkeypatch.setattr(documents, "PAUSES", (0, 0))
     failures = []
 
     def rows():
@@ -983,7 +975,7 @@ def test_text_files_are_divided_alike_however_they_are_read(tmp_path_factory, te
     else:
         expected = text.split("<|endoftext|>")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_fineweb, "CHUNK", block)
+        patch.setattr(documents, "CHUNK", block)
         found = [text for text, ends in read_text(str(path), divide)]
     assert found == expected[: len(expected) - (not expected[-1])]
 
@@ -1000,7 +992,7 @@ def test_json_arrays_are_read_alike_in_whatever_blocks(tmp_path_factory, texts, 
     raw = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode("utf-8", "replace")
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_fineweb, "CHUNK", block)
+        patch.setattr(documents, "CHUNK", block)
         found = [text for text, _ in read_json(str(path), "text")]
     assert found == [row["text"] for row in json.loads(raw)]
 
@@ -1021,7 +1013,7 @@ def test_cutting_a_long_text_changes_no_token(name, text):
         patch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
         patch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
         pattern = regex.compile(getattr(tiktoken_ext.openai_public, name)()["pat_str"])
-    for match in prepare_fineweb.SAFE.finditer(text):
+    for match in documents.SAFE.finditer(text):
         before, after = text[: match.start()], text[match.start() :]
         assert pattern.findall(text) == pattern.findall(before) + pattern.findall(after), (before, after)
 
@@ -1036,7 +1028,7 @@ def test_a_long_text_is_cut_at_a_word_or_anywhere_if_it_has_none():
 
 def test_a_line_that_is_read_in_several_parts_is_one_document_in_any_kind_of_file(run, tmp_path):
     line = "all work and no play makes a dull line. " * 250_000  # 10 MB
-    assert len(line) > 2 * prepare_fineweb.LONGEST
+    assert len(line) > 2 * documents.LONGEST
     others = [f"another text, number {i}" for i in range(5000)]
     write_jsonl(tmp_path / "a.jsonl", [*others, line])
     (tmp_path / "b.txt").write_text("\n".join([*others, line]))
