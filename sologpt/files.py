@@ -94,6 +94,14 @@ def newest(name, hint):
     return max(found, key=os.path.getmtime)
 
 
+def make_folder(folder):
+    """Makes a folder if need be. Raises UserError where a ~ in its path is still there: no shell replaces one
+    after `--out_dir=`, and the folder would be called that."""
+    if os.fspath(folder).startswith("~") and not os.path.isdir(folder):
+        raise UserError(f"{folder}: the shell has left the ~ as it is; write {os.path.expanduser(folder)}")
+    os.makedirs(folder, exist_ok=True)
+
+
 def free_bytes(path):
     """Returns how much is free on the disk of a folder that need not be there yet."""
     folder = path
@@ -116,7 +124,7 @@ def sole_use(folder):
     other process, and OSError if the folder cannot be written.
     """
     made = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     path = os.path.join(folder, ".lock")
     f = open_lock(path, folder)
     try:

@@ -17,6 +17,7 @@ import torch
 
 from sologpt import remote_code
 from sologpt.errors import UserError, first_line, first_mismatch
+from sologpt.files import make_folder
 from sologpt.tokenizer import EOT, CharacterTokenizer, gpt2_tokenizer, read_tokenizer
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's, on the hub
@@ -241,7 +242,7 @@ def make_room(folder):
     UserError if it has files that no export of ours writes, or is somebody else's model, or if safetensors,
     which writes the weights, is not installed."""
     require("safetensors.torch")
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     names = sorted(os.listdir(folder))
     others = [name for name in names if name not in WRITTEN]
     if names and not is_export(folder):
@@ -314,7 +315,7 @@ def named_tensors(model):
 def write_files(folder, config, tokens, weights):
     """Writes config.json, generation_config.json and model.safetensors."""
     save_file = require("safetensors.torch").save_file
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", tokens)
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))

@@ -107,6 +107,17 @@ def test_a_new_run_in_a_used_out_dir_never_mixes_with_the_old_one(run, trained, 
     assert not (tmp_path / "out/earlier-2").exists()
 
 
+def test_a_tilde_that_no_shell_has_replaced_makes_no_folder_of_that_name(run, trained, tiny, tmp_path):
+    home = os.path.expanduser("~/mine")
+    for argv in (
+        ["train.py", *tiny, "--out_dir=~/mine"],
+        ["sample.py", "--export=~/mine"],
+        ["prepare_fineweb.py", "--input=data/toy/meta.json", "--endings=.json5", "--out_dir=~/mine"],
+    ):
+        assert f"error: ~/mine: the shell has left the ~ as it is; write {home}\n" in run(*argv, status=1).stderr
+    assert not (tmp_path / "~").exists()
+
+
 # -----------------------------------------------------------------------------
 # data that change
 
