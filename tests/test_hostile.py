@@ -147,7 +147,7 @@ def byte_copy(tmp_path):
 def prepare_toy(run, tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"pack my box with {i} jugs now.\n" for i in range(2000)))
     argv = ["--input=a.txt", "--txt_documents=line", "--encoding=bytes", "--out_dir=data/toy"]
-    return run("prepare_fineweb.py", *argv, "--shard_tokens=30000", "--val_tokens=2000")
+    return run("prepare_fineweb.py", *argv, "--shard_tokens=30000", "--val_tokens=2000", "--workers=1")
 
 
 def test_a_shard_changed_anywhere_is_noticed_by_the_sha256_of_meta_json(run, tiny, tmp_path):

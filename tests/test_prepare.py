@@ -74,7 +74,8 @@ def documents_in(folder, eot=256):
 
 
 def prepare(run, *argv, **options):
-    return run("prepare_fineweb.py", "--encoding=bytes", "--out_dir=out", *argv, **options)
+    # a worker is a process, and its start takes longer than these texts
+    return run("prepare_fineweb.py", "--encoding=bytes", "--out_dir=out", "--workers=1", *argv, **options)
 
 
 def write_jsonl(path, texts, name="text"):
