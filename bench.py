@@ -195,7 +195,8 @@ class Timed:
 
     def warm_up(self):
         """Returns the seconds of the first micro-step, which compiles the model."""
-        with hardware.compiling() if self.cfg.compile else contextlib.nullcontext():
+        compiling = hardware.compiling() if self.cfg.compile else contextlib.nullcontext()
+        with compiling:
             first = self.seconds(self.one_micro_step)
         self.seconds(self.one_update)
         return first

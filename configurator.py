@@ -132,7 +132,9 @@ def a(kind):
 
 def unknown(name, fields, synonyms):
     near = [synonyms[name]] if name in synonyms else difflib.get_close_matches(name, fields, n=1)
-    return f"unknown key {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    if not near:
+        return f"unknown key {name!r}"
+    return f"unknown key {name!r} (did you mean {near[0]!r}?)"
 
 
 # -----------------------------------------------------------------------------
@@ -184,8 +186,21 @@ def run_file(path, values):
         raise ConfigError(f"{where}: {type(e).__name__}: {e}{hint}") from None
     for name in imported_names(tree) & namespace.keys() - values.keys():
         del namespace[name]
-    lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and is_store(node)}
-    return namespace, lines
+    return namespace, last_lines(tree)
+
+
+def last_lines(tree):
+    """Returns {name: the last line of a config file that assigns to it}, functions left out."""
+    lines = {}
+    nodes = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            lines[node.id] = max(node.lineno, lines.get(node.id, 0))
+        nodes.extend(ast.iter_child_nodes(node))
+    return lines
 
 
 def imported_names(tree):
@@ -221,10 +236,6 @@ def similar_file(path):
         if near and name:
             return os.path.join(place, near[0])
     return None
-
-
-def is_store(node):
-    return isinstance(node.ctx, ast.Store)
 
 
 def malformed(argument, following, fields, synonyms):
@@ -304,7 +315,8 @@ def usage(cls, doc, script):
         if limits["choices"]:
             text += f" ({', '.join(map(repr, limits['choices']))})"
         bounds = [f"{sign} {limits[name]}" for name, (sign, *_) in LIMITS.items() if limits[name] is not None]
-        text += f" [{', '.join(bounds)}]" if bounds else ""
+        if bounds:
+            text += f" [{', '.join(bounds)}]"
         lines.append(f"  --{f.name}={f.default!r}".ljust(40) + f" {f.type.__name__:5s} {text}")
     return "\n".join(lines)
 

@@ -147,7 +147,9 @@ class PrepareConfig(Config):
 
 
 def token_dtype(vocab_size):
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    if vocab_size <= 2**16:
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint32)
 
 
 class Encoded(NamedTuple):
@@ -315,6 +317,12 @@ def choose(progress, encoded, val_tokens, max_tokens):
             break
         tokens = encoded.tokens[start : start + n]
         start += n
+        room = max_tokens - counts["tokens"]
+        if max_tokens and n > room:  # the rest of this document is not taken
+            n_bytes = n_bytes * room // n
+            n = room
+            tokens = tokens[:n]
+            whole = False
         counts["tokens"] += n
         if begins:
             counts["documents"] += 1
@@ -443,6 +451,8 @@ def expected_tokens(job, counts):
     # FineWeb's samples: sample-10BT has 10 billion GPT-2 tokens
     elif not cfg.input and (named := re.search(r"(\d+)BT$", cfg.subset)):
         expected = int(named[1]) * 1e9
+        if cfg.encoding == "bytes":
+            expected *= BYTES_PER_TOKEN
     if cfg.max_tokens:
         expected = min(expected or cfg.max_tokens, cfg.max_tokens)
     return int(expected)
@@ -453,7 +463,7 @@ def check_space(out_dir, tokens, itemsize):
     free, needed = free_bytes(out_dir), tokens * itemsize
     if needed > free:
         raise OSError(
-            f"about {needed / 1e9:,.1f} GB are still to be written, and {out_dir} has {free / 1e9:,.1f} GB "
+            f"about {needed / 1e9:,.3f} GB are still to be written, and {out_dir} has {free / 1e9:,.3f} GB "
             f"free; make room and run the same command, or choose another --out_dir, or take less with "
             f"--max_tokens"
         )
@@ -491,9 +501,11 @@ def train_command(cfg, tokens):
     if cfg.encoding == "characters" and name == "text_1m":
         name = "shakespeare_char"
     command = ["python", "train.py", f"config/{name}.py"]
-    parent, dataset = os.path.split(cfg.folder)
     if cfg.folder != DATASETS.get(name):
-        command.append(f"--dataset={dataset if parent == 'data' else cfg.folder}")
+        parent, dataset = os.path.split(cfg.folder)
+        if parent != "data":
+            dataset = cfg.folder if os.path.isabs(cfg.folder) else os.path.join(".", cfg.folder)
+        command.append(f"--dataset={dataset}")
     return shlex.join(command)
 
 
@@ -507,7 +519,12 @@ def plan(cfg):
     if not cfg.input:
         return Job(cfg, out_dir, settings, [], 0, "")
     files = find_and_say(cfg)
-    return Job(cfg, out_dir, settings, files, sum(map(text_bytes, files)), times_of(files))
+    return Job(cfg, out_dir, settings, files, text_size(cfg, files), times_of(files))
+
+
+def text_size(cfg, files):
+    """Returns the approximate bytes of text in files."""
+    return sum(text_bytes(path, cfg.text_key) for path in files)
 
 
 def find_and_say(cfg):
@@ -536,7 +553,8 @@ def describe_source(job):
     if not record:
         check_space(job.out_dir, expected_tokens(job, Progress().counts), job.itemsize)
     size = sum(map(size_of, job.files))
-    return f"{start}{len(job.files)} files, {size:,} bytes, sha256 {contents_of(job.files)[:16]}"
+    digest = contents_of(job.files, job.cfg.skip_bad_files)
+    return f"{start}{len(job.files)} files, {size:,} bytes, sha256 {digest[:16]}"
 
 
 def record_in(out_dir):
@@ -638,6 +656,7 @@ def write_meta(job, progress, counts, files):
     position = progress.position
     meta = job.settings | dict(source_times=job.source_times) | counts | dict(files=files)
     meta |= dict(empty_documents=position.empty, bad_files=position.bad_files)
+    meta |= dict(endings=job.cfg.endings, skip_bad_files=job.cfg.skip_bad_files)
     with atomic_file(os.path.join(job.out_dir, "meta.json")) as f:
         f.write(json.dumps(meta, indent=1).encode())
     os.remove(job.progress_path)
@@ -689,8 +708,10 @@ def is_done(job):
         return False
     with contextlib.suppress(OSError):  # prepared data may be read-only
         remove(job.progress_path)  # left over where a run was killed just before removing it
-    tokens = record_in(job.out_dir)["train"]["tokens"]
-    print(f"{job.out_dir} is prepared already. Next: {train_command(job.cfg, tokens)}")
+    record = record_in(job.out_dir)
+    if bad_files := record.get("bad_files"):
+        print(f"note: {bad_files:,} files could not be read to their end then, and their rest was skipped")
+    print(f"{job.out_dir} is prepared already. Next: {train_command(job.cfg, record['train']['tokens'])}")
     return True
 
 
@@ -698,7 +719,7 @@ def prepare_characters(cfg):
     """Prepares nanoGPT's data by characters."""
     sources = find_and_say(cfg)
     if cfg.dry_run:
-        foretell(cfg, sum(map(text_bytes, sources)), 2, "seconds")
+        foretell(cfg, text_size(cfg, sources), 2, "seconds")
         return
     files = characters.files_of(texts_in(sources, cfg), cfg.max_tokens)
     with sole_use(cfg.folder):
@@ -706,7 +727,10 @@ def prepare_characters(cfg):
     n_train = len(files["train.bin"]) // 2
     n_val = len(files["val.bin"]) // 2
     print(f"train: {n_train:,} characters; val: {n_val:,}, the last tenth")
-    print(f"wrote {', '.join(new)} to {cfg.folder}" if new else f"{cfg.folder} is prepared already")
+    done = f"{cfg.folder} is prepared already"
+    if new:
+        done = f"wrote {', '.join(new)} to {cfg.folder}"
+    print(done)
     print(f"next: {train_command(cfg, n_train)}")
 
 
@@ -736,6 +760,8 @@ def foretell_job(job):
         start = time.perf_counter()
         encoded = encode_parts(parts, tokenizer)
         rate = len(encoded.tokens) / (time.perf_counter() - start)
+        counts = dict(tokens=len(encoded.tokens), bytes=sum(n_bytes for _, _, _, n_bytes, _ in encoded.parts))
+        tokens = expected_tokens(job, counts)
         if position.file == len(job.files):  # that was everything
             tokens = len(encoded.tokens)
         seconds = tokens / max(rate, 1)

@@ -310,7 +310,9 @@ def draw_batch(session, prompt):
     samples = [row[len(prompt) :] for row in whole.tolist()]
     eot = session.tokenizer.eot_token
     if session.cfg.stop_at_eot:
-        samples = [ids[: ids.index(eot) + 1] if eot in ids else ids for ids in samples]
+        for ids in samples:
+            if eot in ids:
+                del ids[ids.index(eot) + 1 :]
     return samples
 
 
@@ -320,9 +322,10 @@ def converse(session, history):
     room = max(block_size - max_new_tokens, block_size // 2)  # older tokens are forgotten, for speed
     print("this is a base model: it continues your text, and does not answer", file=sys.stderr)
     print("Enter alone writes more; Ctrl-C interrupts, Ctrl-D ends", file=sys.stderr)
+    sign = "> " if sys.stdin.isatty() else ""
     for turn in itertools.count():
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input(sign)
             history = history + session.tokenizer.encode(line)
         except (EOFError, KeyboardInterrupt):
             break

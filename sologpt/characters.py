@@ -35,10 +35,11 @@ def files_of(texts, max_tokens):
     stoi = {character: i for i, character in itos.items()}
     ids = ids.astype("<u2")
     n_train = int(len(ids) * 0.9)
+    # train.bin is written last: without meta.pkl the others would be taken for GPT-2's tokens
     return {
-        "train.bin": ids[:n_train].tobytes(),
-        "val.bin": ids[n_train:].tobytes(),
         "meta.pkl": pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi)),
+        "val.bin": ids[n_train:].tobytes(),
+        "train.bin": ids[:n_train].tobytes(),
     }
 
 

@@ -55,7 +55,7 @@ def open_file(path):
 
 def read_text(path, divide):
     """Yields the documents of a text file: split at <|endoftext|> if it has any, else as `divide` says."""
-    separator, held, offset = EOT, "", 0
+    separator, held = EOT, ""
     if divide != "file" and not contains(path, EOT.encode()):
         separator = {"blank_line": "\n\n", "line": "\n"}[divide]
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
@@ -67,10 +67,8 @@ def read_text(path, divide):
             block = f.read(CHUNK)
             try:
                 held += newlines.decode(utf8.decode(block, final=not block), final=not block)
-            except UnicodeDecodeError as e:
-                position = offset + len(block) - len(e.object) + e.start
-                raise UserError(f"not UTF-8 text: {e.reason} at byte {position}") from None
-            offset += len(block)
+            except UnicodeDecodeError:
+                raise utf8_error(path) from None
             *whole, held = held.split(separator)
             yield from ((text, True) for text in whole)
             while len(held) > LONGEST + len(separator):  # so that no separator is cut in two
@@ -79,6 +77,22 @@ def read_text(path, divide):
                 held = held[end:]
     if held:
         yield held, True
+
+
+def utf8_error(path):
+    """Returns the UserError for a file that is not UTF-8. It is read again: whoever found that knows only the
+    place in a block."""
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    with open_file(path) as f:
+        while block := f.read(CHUNK):
+            try:
+                utf8.decode(block, final=len(block) < CHUNK)
+            except UnicodeDecodeError as e:
+                at = done + len(block) - len(e.object) + e.start
+                return UserError(f"not UTF-8 text: {e.reason} at byte {at}")
+            done += len(block)
+    return UserError("not UTF-8 text")
 
 
 def contains(path, wanted):
@@ -115,10 +129,13 @@ def text_of(row, text_key, place):
 def read_json(path, text_key):
     """Yields the strings of a JSON array, or the text_key of its objects; null is an empty text."""
     with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as f:
-        for number, item in enumerate(items_of(f), 1):
-            if not isinstance(item, str):
-                item = text_of(item, text_key, f"item {number}")
-            yield item, True
+        try:
+            for number, item in enumerate(items_of(f), 1):
+                if not isinstance(item, str):
+                    item = text_of(item, text_key, f"item {number}")
+                yield item, True
+        except UnicodeDecodeError:
+            raise utf8_error(path) from None
 
 
 def items_of(f):
@@ -165,6 +182,8 @@ def read_csv(path, text_key):
                 if None in row or None in row.values():
                     raise csv.Error("not as many columns as the first row")
                 yield row[text_key], True
+        except UnicodeDecodeError:
+            raise utf8_error(path) from None
         except csv.Error as e:
             raise UserError(f"line {rows.reader.line_num:,}: {e}") from None
 
@@ -186,7 +205,8 @@ def read_arrow(path, text_key):
     import pyarrow.ipc
 
     # mapped, as a batch may be the whole file
-    with open_file(path) if is_address(path) else pyarrow.memory_map(path) as f:
+    opened = open_file(path) if is_address(path) else pyarrow.memory_map(path)
+    with opened as f:
         is_stream = f.read(6) != b"ARROW1"
         f.seek(0)
         table = pyarrow.ipc.open_stream(f) if is_stream else pyarrow.ipc.open_file(f)
@@ -248,7 +268,7 @@ class Part(NamedTuple):
     whole: bool  # and ends here too
 
 
-def retrying(rows):
+def retrying(rows, temporary=Exception):
     """Yields what rows() yields. After a failure that may be temporary, pauses, calls it again and skips what
     has been yielded already. Raises ConnectionError after the last pause."""
     done, pauses = 0, iter(PAUSES)
@@ -260,7 +280,7 @@ def retrying(rows):
             return
         except (ValueError, FileNotFoundError, ImportError):  # a wrong name, a damaged file
             raise
-        except Exception as e:  # each library below has network errors of its own
+        except temporary as e:
             reason = first_line(e)
             pause = next(pauses, None)
             if pause is None:
@@ -279,8 +299,14 @@ def read_parts(path, cfg):
         read = functools.partial(reader, path, cfg.text_key)
     else:
         read = functools.partial(read_text, path, cfg.txt_documents)
+    if path.startswith("hf://"):
+        texts = retrying(read)  # each library below has network errors of its own
+    elif is_address(path):
+        texts = retrying(read, ConnectionError)  # once it is downloaded, all other failures are the file's
+    else:
+        texts = read()
     begins = True
-    for text, ends in retrying(read) if is_address(path) else read():
+    for text, ends in texts:
         *others, last = pieces(text, LONGEST)
         for piece in others:
             yield Part(piece, begins, False)

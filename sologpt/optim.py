@@ -77,7 +77,8 @@ def allocate_moments(optimizers):
 def new_moments(optimizer, group, p):
     if isinstance(optimizer, Muon):
         return optimizer.new_moments(p)
-    step = torch.zeros((), device=p.device if group["fused"] else "cpu")
+    device = p.device if group["fused"] else "cpu"
+    step = torch.zeros((), device=device)
     return dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
 

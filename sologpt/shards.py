@@ -143,8 +143,10 @@ def read_header(path):
 def read_npy(path):
     """Returns the Shard at path, a .npy file of 1-D uint16 or uint32 tokens. Raises UserError for others."""
     try:
-        array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as e:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as e:  # of many kinds, for a damaged header
         raise UserError(f"{path} is not a whole .npy file ({e}); copy or prepare it again") from None
     if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise UserError(
@@ -166,7 +168,10 @@ def read_raw(path):
 
 def find_data(dataset):
     """Returns the folder of a dataset: data/<dataset>, or dataset as a path. Raises FileNotFoundError."""
-    for folder in (os.path.join("data", dataset), dataset):
+    places = [os.path.join("data", dataset), dataset]
+    if dataset.startswith("."):  # ./books is never data/books
+        places = [dataset]
+    for folder in places:
         if dataset and os.path.isdir(folder):
             return folder
     names = [name for name in sorted(os.listdir("data")) if is_data(name)] if os.path.isdir("data") else []

@@ -41,8 +41,11 @@ def find_files(source, endings=ENDINGS):
     passed_over = collections.Counter()
     if source == "stdlib":
         return standard_library(), passed_over
+    parts = source.split(",")
+    if os.path.exists(source):  # a file may have commas in its name
+        parts = [source]
     found = []
-    for part in [source] if os.path.exists(source) else source.split(","):
+    for part in parts:
         if is_address(part):
             status_of(part)
             matching = [part]
@@ -143,15 +146,30 @@ def files_below(folder, endings, passed_over):
         folders[:] = sorted(set(folders) - hidden)
         for name in sorted(set(names) - hidden):
             path = os.path.join(root, name)
-            if name.lower().endswith(endings) and os.path.isfile(path):
-                found.append(path)
-            else:
+            if not (name.lower().endswith(endings) and os.path.isfile(path)):
                 passed_over[os.path.splitext(name)[1] or "without an ending"] += 1
+            elif name.endswith(".arrow") and is_left_over(root, name):
+                passed_over["of datasets' caches"] += 1
+            else:
+                found.append(path)
     if not any(path.lower().endswith(".arrow") for path in found):
         return found
     texts = [path for path in found if os.path.basename(path) not in ABOUT_ARROW]
     passed_over["of datasets' own .json"] += len(found) - len(texts)
     return texts
+
+
+def is_left_over(folder, name):
+    """Whether an .arrow file is not of the dataset that was saved into its folder: a cache, or of an earlier
+    saving in other parts. datasets leaves both there, beside the list of the files that count."""
+    if name.startswith("cache-"):
+        return True
+    try:
+        with open(os.path.join(folder, "state.json"), encoding="utf-8") as f:
+            listed = {entry["filename"] for entry in json.load(f)["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):  # not a folder of datasets'
+        return False
+    return name not in listed
 
 
 def matches(pattern):
@@ -200,7 +218,8 @@ def status_of(path):
 
 def download(address):
     """Returns the file at an address as a temporary one, open at its beginning. Raises ConnectionError if the
-    connection breaks off. Nothing is kept: reading it again downloads it again."""
+    server cannot be reached or the connection breaks off. Nothing is kept: reading it again downloads it
+    again."""
     file = tempfile.TemporaryFile()
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
@@ -216,6 +235,8 @@ def download(address):
         file.close()
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no room for it in {tempfile.gettempdir()}; set TMPDIR to another folder") from e
+        if isinstance(e, (OSError, http.client.HTTPException)):
+            raise ConnectionError(str(getattr(e, "reason", e))) from e
         raise
     return file
 
@@ -230,24 +251,57 @@ def times_of(files):
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def contents_of(files):
-    """Returns a digest of names and contents. Reads every local file; of an address, its status counts."""
+def contents_of(files, skip_bad_files=False):
+    """Returns a digest of names and contents. Reads every local file; of an address, its status counts. One
+    that cannot be read is an OSError, unless those are to be skipped."""
     digest = hashlib.sha256()
     for path in files:
-        content = str(status_of(path)) if is_address(path) else sha256_of(path)
+        try:
+            content = str(status_of(path)) if is_address(path) else sha256_of(path)
+        except OSError:
+            if not skip_bad_files:
+                raise
+            content = "cannot be read"
         digest.update(os.fsencode(path) + b"\0" + content.encode())
     return digest.hexdigest()
 
 
-def text_bytes(path):
-    """Returns the approximate bytes of text in a file, for the estimates of time and disk; 0: unknown."""
-    size = size_of(path)
-    if path.lower().endswith(".parquet") and not is_address(path):
-        import pyarrow.parquet
+# -----------------------------------------------------------------------------
+# how much text there is, for the estimates of time and disk
 
-        with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
-            footer = pyarrow.parquet.read_metadata(path)
-            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-            # the largest column is the text
-            return sum(max(g.column(i).total_uncompressed_size for i in range(g.num_columns)) for g in groups)
-    return 4 * size if name_in(path).lower().endswith((".gz", ".zst")) else size
+
+def text_bytes(path, text_key):
+    """Returns the approximate bytes of text in a file; 0: unknown."""
+    size = size_of(path)
+    name = name_in(path).lower()
+    if name.endswith((".gz", ".zst")):
+        return 4 * size
+    with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
+        if name.endswith(".parquet") and not is_address(path):
+            return column_bytes(path, text_key)
+        if name.endswith(".jsonl") and not is_address(path):
+            return int(size * share_of_text(path, text_key))
+    return size
+
+
+def column_bytes(path, text_key):
+    """Returns the bytes of a column of a Parquet file, decompressed."""
+    import pyarrow.parquet
+
+    footer = pyarrow.parquet.read_metadata(path)
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_key)
+
+
+def share_of_text(path, text_key):
+    """Returns the share of a .jsonl file's first megabyte that is text under text_key; 1.0 if that has no
+    whole line."""
+    with open(path, "rb") as f:
+        lines = f.read(2**20).splitlines(keepends=True)
+    if len(lines) > 1:
+        del lines[-1]  # cut off, perhaps
+    rows = [json.loads(line) for line in lines if line.strip()]
+    texts = [row.get(text_key) or "" for row in rows if isinstance(row, dict)]
+    found = sum(len(text.encode("utf-8", "replace")) for text in texts if isinstance(text, str))
+    return found / max(1, sum(map(len, lines)))

@@ -142,7 +142,7 @@ class BPETokenizer(Tokenizer):
         return load_bpe(self.encoding)
 
     def ids_of(self, text):
-        return self.bpe.encode(text, allowed_special={EOT})
+        return self.bpe.encode(text, allowed_special={EOT}, disallowed_special=())
 
     def encode_document(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=())
@@ -178,6 +178,8 @@ def find_tokenizer(encoding):
     if encoding == "bytes":
         return ByteTokenizer("bytes", 257, 256)
     bpe = load_bpe(encoding)
+    if EOT not in bpe.special_tokens_set:
+        raise UserError(f"encoding={encoding!r} has no {EOT}, which begins every document; use another one")
     return BPETokenizer(encoding, bpe.n_vocab, bpe.eot_token)
 
 

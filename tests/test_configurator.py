@@ -113,6 +113,13 @@ def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path):
     ]
 
 
+def test_the_line_of_a_problem_is_that_of_the_last_assignment(tmp_path):
+    path = write(tmp_path, "if steps > 4:\n    steps = 'x'\nsteps = 'y'\ndef f():\n    rate = 'z'\n")
+    assert errors([path]) == [f"{path}:3: steps needs an int, not 'y' (a str)"]
+    inside = write(tmp_path, "def f():\n    rate = 2.0\nsteps = 3\n")
+    assert configure(Toy, [inside]).given == {"steps"}
+
+
 def test_numbers_too_long_to_print_are_explained_too(tmp_path):
     path = write(tmp_path, "name = 10 ** 5000\nsteps = 10 ** 5000\nrate = 10 ** 5000\nfast = 'x' * 9999\n")
     assert errors([path]) == [

@@ -112,6 +112,21 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
     assert name in str(e.value)
 
 
+def test_arrays_that_savez_wrote_are_no_npy_file(tmp_path):
+    with open(tmp_path / "a_train_000001.npy", "wb") as f:
+        np.savez(f, np.zeros(9, dtype=np.uint16))
+    with pytest.raises(ValueError, match="a_train_000001.npy is not a whole .npy file"):
+        find_shards(tmp_path, "train")
+
+
+def test_a_path_that_begins_with_a_dot_is_no_name_in_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/books", "books"):
+        os.makedirs(folder)
+    assert find_data("books") == os.path.join("data", "books") and find_data("./books") == "./books"
+    assert find_data(".") == "." and find_data("data/books") == "data/books"
+
+
 def test_an_npy_file_must_hold_a_row_of_tokens(tmp_path):
     np.save(tmp_path / "a_train_000001.npy", np.zeros((2, 3), dtype=np.uint16))
     with pytest.raises(ValueError, match=r"uint16 of shape \(2, 3\)"):

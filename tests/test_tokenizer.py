@@ -12,6 +12,7 @@ import tiktoken
 
 from sologpt.errors import UserError
 from sologpt.tokenizer import (
+    EOT,
     BPETokenizer,
     ByteTokenizer,
     CharacterTokenizer,
@@ -88,6 +89,18 @@ def test_an_unknown_encoding_lists_the_known_ones():
     for use in (find_tokenizer, lambda name: BPETokenizer(name, 50257, 50256).encode("a")):
         with pytest.raises(UserError, match="encoding='gpt-2' is not known; use one of bytes, .*gpt2"):
             use("gpt-2")
+
+
+def test_special_tokens_of_other_encodings_are_text_in_a_prompt(monkeypatch):
+    letters = {bytes([i]): i for i in range(256)}
+    special = {EOT: 256, "<|fim|>": 257}
+    bpe = tiktoken.Encoding("odd", pat_str=".", mergeable_ranks=letters, special_tokens=special)
+    monkeypatch.setattr("sologpt.tokenizer.load_bpe", lambda encoding: bpe)
+    odd = find_tokenizer("odd")
+    assert odd.encode("a<|fim|>" + EOT) == [*b"a<|fim|>", 256]
+    bpe = tiktoken.Encoding("odd", pat_str=".", mergeable_ranks=letters, special_tokens={"<|end|>": 256})
+    with pytest.raises(ValueError, match="encoding='odd' has no <|endoftext|>"):
+        find_tokenizer("odd")
 
 
 def test_ids_that_an_encoding_leaves_out_are_spelt_as_unknown(monkeypatch):
