@@ -531,6 +531,7 @@ def tried(cfg, argv, plan, dataset, scratch):
     out_dir = os.path.join(scratch, "out")
     flags = plan.keys | dict(max_minutes=minutes, max_iters=10**6, eval_interval=10**6, log_interval=1)
     flags |= dict(init_from="scratch", tracker="", wandb_log=False, sample_interval=0, checkpoint_interval=0)
+    flags |= dict(eval_only=False, dry_run=False)
     flags |= dict(keep_before_cooldown=False, dataset=os.path.abspath(dataset), out_dir=out_dir)
     command = shlex.split(training_command(argv, flags))[2:]
     print(f"n_embd={plan.size.n_embd}: train.py itself, for {60 * minutes:.0f} s")

@@ -39,7 +39,8 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not self.n_ids:
-            object.__setattr__(self, "n_ids", 50257 if self.vocab_size == 50304 else self.vocab_size)
+            n_ids = 50257 if self.vocab_size == 50304 else self.vocab_size
+            object.__setattr__(self, "n_ids", n_ids)
         if self.n_ids > self.vocab_size:
             raise UserError(f"n_ids={self.n_ids} is more than vocab_size={self.vocab_size}")
         if self.gelu not in ("none", "tanh"):

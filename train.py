@@ -116,7 +116,7 @@ class TrainConfig(Config):
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     dtype: str = key("", "dtype of matmuls; empty: what suits the device", choices=("", *hardware.DTYPES))
     matmul: str = key("", "fp8: the blocks' matmuls in FP8 (RTX 40, H100 or newer)", choices=("", "fp8"))
-    compile: bool = key(True, "torch.compile the model: slower to start, faster from then on")
+    compile: bool = key(True, "torch.compile the model: slower to start, then faster")
     compile_mode: str = key(
         "default",
         "max-autotune-no-cudagraphs: compiles for minutes, tunes matmuls from 68 SMs on",
@@ -175,7 +175,7 @@ class TrainConfig(Config):
 def get_lr(it, cfg, time_used=0.0):
     """Returns the learning rate of iteration it: a linear warmup, then as cfg.schedule says.
 
-    cosine: down to min_lr at lr_decay_iters, and min_lr from there on. wsd: constant, then from
+    cosine: down to min_lr at lr_decay_iters, then min_lr. wsd: constant, then from
     cooldown_start linearly down to min_lr at max_iters. time_used, the share of max_minutes, counts instead
     of iterations where it is further.
     """
@@ -212,7 +212,7 @@ def set_learning_rate(optimizers, it, cfg, time_used=0.0):
 
 def micro_batches(windows, first, cfg, device):
     """Yields this process's micro-batches from number `first` on, int64 (B, T + 1) in host memory, each read
-    by a thread while the model works on the one before. Resuming needs to know only the number."""
+    by a thread while the model works on the one before. Resuming needs only the number."""
     step = parallel.processes()
     first += parallel.rank()
 
@@ -286,6 +286,7 @@ class Progress:
     bad_steps: int = 0  # skipped updates, in all
     bad_in_row: int = 0
     resumed: int = 0  # times
+    eval_seconds: float = 0.0  # of the last evaluation
 
 
 @dataclasses.dataclass
@@ -309,7 +310,6 @@ class Run:
     first_iter: int = 0  # of this process
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
-    eval_seconds: float = 0.0
     norms: Recent = dataclasses.field(default_factory=Recent)
     logged_losses: Recent = dataclasses.field(default_factory=Recent)
     done: bool = False
@@ -452,7 +452,7 @@ def evaluate(run):
     run.metrics.record("eval", at.iter_num, **run.losses, elapsed=elapsed(run))
     gc.collect()
     run.evaluated_iter = at.iter_num
-    run.eval_seconds = time.perf_counter() - start
+    at.eval_seconds = time.perf_counter() - start
     if cfg.eval_only or not val_loss < at.best_val_loss:
         return False
     if checkpoint.save_best(run, val_loss):  # before ckpt.pt, which records its loss
@@ -465,7 +465,7 @@ def evaluate(run):
 
 
 def train_until_it_fits(run):
-    """Calls train, with ever smaller micro-batches while memory runs out. Saves if it is stopped."""
+    """Calls train, with ever smaller micro-batches while memory runs out. Saves if stopped."""
     while True:
         try:
             with parallel.leaving_together(run.stop):

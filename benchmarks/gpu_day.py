@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from bench import driver_version
 from configurator import Config, from_command_line, key, run_script
@@ -39,7 +39,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ITER = re.compile(
     r"^iter (\d+): loss ([\d.]+|nan|inf), time ([\d.]+)ms, mfu (?:([\d.]+)%|n/a),.* ([\d,]+) tok/s"
 )
-VAL = re.compile(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)")
+VAL = re.compile(r"^step (\d+): train loss \S+, val loss ([\d.]+|nan|inf)")
 SMALLER = re.compile(r"(?:from iteration \d+ on|starts with) batch_size=(\d+)")
 
 
@@ -85,8 +85,10 @@ class DayConfig(Config):
         unknown = set(self.stages.split(",")) - STAGES.keys()
         if unknown:
             found.append(f"stages has {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
-        if not re.fullmatch(r"(\d+(,\d+)*)?", self.batch_sizes):
-            found.append(f"batch_sizes={self.batch_sizes!r} must be numbers with commas between them")
+        if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.batch_sizes):
+            found.append(f"batch_sizes={self.batch_sizes!r} must be positive numbers with commas between")
+        if not os.path.isdir(os.path.dirname(self.json) or "."):
+            found.append(f"json={self.json!r}: there is no such folder")
         return found
 
 
@@ -238,6 +240,8 @@ def tests(day, figures, sentences):
     figures |= dict(status=status, output=out[-20000:])
     last = (out.strip() or err.strip()).splitlines()[-1]
     sentences.append(f"pytest -m gpu: {last}")
+    if status:
+        raise Failed(f"pytest ended with {status}")
 
 
 def speed(day, figures, sentences):
@@ -353,13 +357,26 @@ def prepare_data(day):
         day.checked("prepare_fineweb.py", "--input=stdlib", "--encoding=bytes", f"--out_dir={day.dataset}")
 
 
+def asked_of(name, day):
+    """Returns what decides a stage's figures, besides the card: with another of these it is done again."""
+    cfg = day.cfg
+    asked = dict(size=cfg.size, dataset=day.dataset, torch=torch.__version__)
+    if name in ("speed", "sampling"):
+        asked["nanogpt"] = cfg.nanogpt
+    if name == "speed":
+        asked["batch_sizes"] = day.size.batch_sizes
+    if name == "recipe":
+        asked["modded"] = cfg.modded
+    return {key: str(value) for key, value in asked.items()}
+
+
 def try_stage(day, name):
     """Returns a stage's entry in the JSON file."""
     start = time.monotonic()
-    entry = dict(status="done", figures={}, sentences=[])
+    entry = dict(status="done", asked=asked_of(name, day), figures={}, sentences=[])
     try:
         STAGES[name](day, entry["figures"], entry["sentences"])
-    except (Failed, KeyError, ValueError, OSError) as e:  # also figures that are not as expected
+    except Exception as e:  # also figures that are not as expected, in whatever way
         entry["status"] = "failed"
         entry["sentences"].append(f"{type(e).__name__}: {e}")
     return entry | dict(seconds=time.monotonic() - start)
@@ -378,12 +395,17 @@ def main(argv):
     report = dict(device=card, driver=driver_version(device), torch=torch.__version__, stages={})
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            report = json.load(f)
-        if report["device"] != card:
-            raise UserError(f"{path} is of another card, {report['device']}; name a file with --json=")
-    prepare_data(day)
+            earlier = json.load(f)
+        if earlier["device"] != card:
+            raise UserError(f"{path} is of another card, {earlier['device']}; name a file with --json=")
+        report["stages"] = earlier["stages"]
+    try:
+        prepare_data(day)
+    except Failed as e:
+        raise UserError(str(e)) from None
     for name in cfg.stages.split(","):
-        if report["stages"].get(name, {}).get("status") == "done":
+        before = report["stages"].get(name, {})
+        if before.get("status") == "done" and before.get("asked") == asked_of(name, day):
             print(f"{name} is done already", file=sys.stderr)
             continue
         if day.seconds_left() < 5:

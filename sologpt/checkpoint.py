@@ -49,6 +49,7 @@ TYPES = dict(
     bad_steps=int,
     bad_in_row=int,
     resumed=int,
+    eval_seconds=NUMBER,
     shifting=bool,
 )
 # and of its model_args: the fields of GPTConfig that nanoGPT has too
@@ -157,7 +158,7 @@ def check_types(state, path):
     for name, text in state.get("data", {}).items():
         if type(name) is not str or type(text) is not str:
             raise UserError(f"{path} is damaged: its data holds {name!r}, which is no named text")
-    for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row", "resumed"):
+    for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row", "resumed", "eval_seconds"):
         if not 0 <= state.get(name, 0) < math.inf:
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
     loss = torch.as_tensor(state.get("best_val_loss", 0.0))

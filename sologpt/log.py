@@ -67,7 +67,7 @@ def elapsed(run):
 
 def share_of_time(run):
     """Returns the share of max_minutes that a Run will have used after one more iteration and evaluation."""
-    return share_of(run.cfg, elapsed(run) + run.clock.last + run.eval_seconds)
+    return share_of(run.cfg, elapsed(run) + run.clock.last + run.at.eval_seconds)
 
 
 def share_of(cfg, seconds):
@@ -79,9 +79,9 @@ def share_of(cfg, seconds):
 
 def rewind_metrics(path, iter_num, evaluates):
     """Drops the lines of metrics.jsonl from iter_num on, so that no iteration appears twice after resuming
-    there. An evaluation at iter_num stays if the run will not evaluate there again; returns whether there is
-    one. Lines that cannot be read are dropped too; a last one that was cut short is no news, others are
-    counted."""
+    there. An evaluation at iter_num, and its samples, stay if the run will not evaluate there again; returns
+    whether there is one. Lines that cannot be read are dropped too; a last one that was cut short is no news,
+    others are counted."""
     kept, unreadable, evaluated = [], 0, False
     if os.path.exists(path):
         with open(path, "rb") as f:
@@ -92,7 +92,7 @@ def rewind_metrics(path, iter_num, evaluates):
                         unreadable += 1
                 elif iteration < iter_num:
                     kept.append(line)
-                elif iteration == iter_num and kind == "eval" and not evaluates:
+                elif iteration == iter_num and kind in ("eval", "sample") and not evaluates:
                     kept.append(line)
                     evaluated = True
     if unreadable:
@@ -124,12 +124,15 @@ class Metrics:
     def __init__(self, path, tracker):
         self.path = path
         self.tracker = tracker
+        self.evaluated_iter = -1  # of an evaluation that is there already
         self.file = open(path, "ab", buffering=0)
         self.waiting = b""
         self.failing = False
 
     def record(self, kind, iter_num, **figures):
         """Writes one line. JSON has no infinity, as the first gradient norms in fp16 may be: that is null."""
+        if kind == "eval" and iter_num == self.evaluated_iter:
+            return
         line = dict(kind=kind, iter=iter_num) | {
             name: finite_or_none(value) for name, value in figures.items()
         }
@@ -167,7 +170,7 @@ def open_metrics(run):
     cfg, iter_num = run.cfg, run.at.iter_num
     if cfg.sample_interval:
         run.tokenizer.decode([0])  # may need a download: better missed now than at the first evaluation
-    first = iter_num  # that the tracker has not got yet
+    evaluated = False
     path = os.devnull  # eval_only leaves out_dir alone: a run may be writing there
     if not (cfg.eval_only or parallel.rank()):
         path = run.files.metrics
@@ -175,9 +178,13 @@ def open_metrics(run):
         if run.files.newest is None:
             set_aside(run.files)
         evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
-        if rewind_metrics(path, iter_num, evaluates):
-            first += 1
+        evaluated = rewind_metrics(path, iter_num, evaluates)
+    first = iter_num  # that the tracker has not got yet
+    if evaluated:
+        first += 1
     metrics = Metrics(path, Tracker(cfg, first))
+    if evaluated:  # compiling may take what is left of max_minutes, so that it evaluates after all
+        metrics.evaluated_iter = iter_num
     kind = "resume" if iter_num else "config"
     facts = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
     metrics.record(kind, iter_num, **facts, processes=parallel.processes())
@@ -199,7 +206,7 @@ def log_iteration(run, step_loss, norm, lr):
     dt = run.clock.lap()
     left = cfg.max_iters - 1 - at.iter_num
     evaluations = (cfg.max_iters - 1) // cfg.eval_interval - at.iter_num // cfg.eval_interval + 1
-    eta = left * dt + evaluations * run.eval_seconds
+    eta = left * dt + evaluations * at.eval_seconds
     if cfg.max_minutes:
         eta = max(0, min(eta, 60 * cfg.max_minutes - elapsed(run)))
     tflops = run.model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12
@@ -225,6 +232,7 @@ def log_samples(run):
     """Prints and records how the model continues the beginnings of three validation windows; the same ones
     each time, drawn with the same numbers, so that only the model differs. Torch's random state is left
     alone."""
+    start = time.perf_counter()
     model, block_size = run.model, run.cfg.block_size
     windows = torch.from_numpy(run.val_data.read(run.val_data.spread(3)))
     prompts = windows[:, : min(PROMPT, max(1, block_size // 2))].to(run.machine.device)
@@ -241,6 +249,7 @@ def log_samples(run):
         samples.append(dict(prompt=prompt, text=text))
         say(f"sample {run.at.iter_num}: {as_json(prompt)} -> {as_json(text)}")
     run.metrics.record("sample", run.at.iter_num, samples=samples)
+    run.at.eval_seconds += time.perf_counter() - start
 
 
 def as_json(text):

@@ -93,7 +93,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
-        scale = grad / count
+        scale = grad / count.clamp(min=1)  # the gradients are 0 if no target counts
         dx = (dx.float() * scale).to(dx.dtype)  # in fp32: a GPU would round scale to the dtype of dx
         return dx, dw * scale, None, None, None, None
 

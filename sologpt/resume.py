@@ -136,6 +136,7 @@ def restore(run, state, data_changed):
     at.bad_steps = state.get("bad_steps", 0)
     at.bad_in_row = state.get("bad_in_row", 0)
     at.resumed = state.get("resumed", 0) + 1
+    at.eval_seconds = float(state.get("eval_seconds", 0.0))
     run.started = time.perf_counter() - state.get("seconds", 0.0)
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
     if iter_num == run.cfg.max_iters:

@@ -76,11 +76,15 @@ def step(model, token, position, cache, noise, temperature, top_k, top_p):
     return pick(logits[:, : model.config.n_ids], noise, temperature, top_k, top_p)
 
 
-def check_arguments(idx, n_ids, max_new_tokens, temperature, noise, lengths):
+def check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengths):
     """Raises UserError for what stream would stumble over, or take for something else."""
     B, T = idx.shape
     if idx.dtype != torch.int64:
         raise UserError(f"the prompt's ids are {idx.dtype}; they must be torch.int64")
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    if top_k is not None and top_k < 0:
+        raise UserError(f"top_k={top_k} must be at least 0, or None")
     if not temperature >= 0:
         raise UserError(f"temperature={temperature} must be at least 0")
     if noise is not None and (noise.dim() != 2 or len(noise) != B or noise.size(1) < max_new_tokens):
@@ -125,7 +129,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     B, T = idx.shape
     block_size, n_ids = model.config.block_size, model.config.n_ids
     device = idx.device
-    check_arguments(idx, n_ids, max_new_tokens, temperature, noise, lengths)
+    check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengths)
     if noise is None:
         noise = torch.rand(B, max_new_tokens, device=device)
     if lengths is None:

@@ -14,6 +14,7 @@ from conftest import ROOT
 import bench
 from configurator import ConfigError, configure
 from sologpt import budget
+from sologpt.errors import UserError
 from train import TrainConfig
 
 SMALL = budget.Size(2, 2, 128, params=1_000_000, flops_per_token=6e6)
@@ -98,6 +99,22 @@ def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, m
     assert widths == sorted(widths) and sum(row["speed"]["measured"] for row in rows) >= 2
     done = run(*command[1:]).stdout
     assert re.search(r"^done: iteration [\d,]+ after 0m\d\ds", done, re.M)
+
+
+def test_keys_that_would_end_train_at_once_do_not_reach_the_trial(tmp_path, monkeypatch):
+    commands = []
+
+    def failing(command, **options):
+        commands.append(command)
+        raise UserError("seen")
+
+    monkeypatch.setattr("subprocess.run", failing)
+    cfg = configure(bench.BenchConfig, ["--hours=1", "--device=cpu"])
+    plan = budget.plan(SMALL, FAST, 3600, 64, 8, 1)
+    with pytest.raises(UserError, match="seen"):
+        bench.tried(cfg, ["--dry_run=True", "--eval_only=True"], plan, "data/toy", str(tmp_path))
+    trained = configure(TrainConfig, commands[0][2:])
+    assert not trained.dry_run and not trained.eval_only
 
 
 def test_the_command_for_the_recommended_recipe_is_one_that_train_takes():

@@ -107,6 +107,12 @@ def test_a_new_run_in_a_used_out_dir_never_mixes_with_the_old_one(run, trained, 
     assert not (tmp_path / "out/earlier-2").exists()
 
 
+@pytest.mark.parametrize("folder", ["", "data/toy/meta.json"])
+def test_an_out_dir_that_is_no_folder_is_named(run, byte_data, tiny, folder):
+    refused = run("train.py", *tiny, f"--out_dir={folder}", status=1).stderr
+    assert refused == f"error: {folder!r} is no folder to write into; set --out_dir to one\n"
+
+
 def test_a_tilde_that_no_shell_has_replaced_makes_no_folder_of_that_name(run, trained, tiny, tmp_path):
     home = os.path.expanduser("~/mine")
     for argv in (

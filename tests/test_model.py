@@ -155,6 +155,16 @@ def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(chunks):
     assert all((a - b).abs().max() < 5e-6 * b.abs().max() for a, b in zip(found, reference, strict=True))
 
 
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_a_batch_of_which_no_target_counts_adds_nothing_to_the_gradients(chunks):
+    model, idx = shake(tiny()), torch.randint(97, (2, 8))
+    model.train().loss_chunks = chunks
+    model(idx, idx)[1].backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    model(idx, torch.full_like(idx, -1))[1].backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
 def test_a_loss_in_chunks_is_as_exact_in_half_precision_as_the_plain_one(dtype, scale):
     """Both against fp32, in fp16 with the scale that a GradScaler begins with, without errors or a bias of
@@ -442,6 +452,8 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
     [
         (torch.zeros(2, 3, dtype=torch.int32), {}, "ids are torch.int32; they must be torch.int64"),
         (torch.zeros(2, 3).long(), dict(temperature=-1.0), "temperature=-1.0 must be at least 0"),
+        (torch.zeros(2, 3).long(), dict(top_k=-1), "top_k=-1 must be at least 0"),
+        (torch.zeros(2, 3).long(), dict(max_new_tokens=-1), "max_new_tokens=-1 must be at least 0"),
         (torch.zeros(2, 3).long(), dict(noise=torch.zeros(1, 4)), r"shape \(1, 4\); it must be \(2, 4\)"),
         (torch.zeros(2, 3).long(), dict(noise=torch.zeros(2, 3)), r"shape \(2, 3\); it must be \(2, 4\)"),
         (torch.zeros(2, 3).long(), dict(lengths=torch.tensor([3])), r"the shape \(1,\), not \(2,\)"),
@@ -450,7 +462,7 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
 )
 def test_arguments_that_would_be_misunderstood_are_refused(idx, options, message):
     with pytest.raises(ValueError, match=message):
-        SMALL.generate(idx, 4, **options)
+        SMALL.generate(idx, **(dict(max_new_tokens=4) | options))
 
 
 def test_a_temperature_next_to_zero_is_greedy():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from configurator import ConfigError, configure
 from model import GPT, GPTConfig, make_gpt, rms_norm, rotate, width_problem
-from sologpt.optim import Muon, make_optimizers, muon_momentum, orthogonalize
+from sologpt.optim import Muon, evened, make_optimizers, muon_momentum, orthogonalize
 from train import TrainConfig, get_lr, set_learning_rate
 
 TINY = dict(block_size=32, vocab_size=97, n_layer=3, n_head=2, n_embd=48, bias=False)
@@ -86,6 +86,17 @@ def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart_and_even_rows()
         # on some CPUs bf16 products of a batch are summed in another order than single ones
         assert (p - w).square().mean().sqrt() < 0.03 * distance
     assert max(moved[:3]) < 1.2 * min(moved[:3])
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_the_running_squares_of_the_rows_take_a_twentieth_of_each_new_one(shape):
+    updates = torch.randn(3, *shape)
+    along = 2 if shape[0] > shape[1] else 1
+    before = torch.rand_like(updates.sum(along, keepdim=True))
+    squares = before.clone()
+    evened(updates.clone(), squares)
+    new = (updates**2).mean(along, keepdim=True)
+    assert torch.allclose(squares, before + (new - before) / 20)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():

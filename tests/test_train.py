@@ -1358,7 +1358,8 @@ def test_the_warmup_takes_a_tenth_of_the_time_at_most():
         TrainConfig, ["--schedule=wsd", "--warmup_iters=99", "--max_iters=1000", "--max_minutes=1"]
     )
     assert get_lr(49, cfg) == pytest.approx(6e-4 * 0.5) == get_lr(9, cfg, 0.05)
-    assert get_lr(9, cfg, 0.1) == 6e-4 and get_lr(9, cfg, 0.0) == pytest.approx(6e-4 * 0.1)
+    assert get_lr(9, cfg, 0.0) == pytest.approx(6e-4 * 0.1)
+    assert get_lr(9, cfg, 0.1) == get_lr(9, cfg, 0.15) == 6e-4
     cosine = configure(TrainConfig, ["--warmup_iters=99", "--lr_decay_iters=1000", "--max_minutes=1"])
     assert get_lr(0, cosine, 0.5) == pytest.approx((6e-4 + 6e-5) / 2)
     for end in (99, 50):  # a cosine that ends while iterations still warm up goes by the clock
@@ -1387,6 +1388,41 @@ def test_the_last_evaluation_of_a_run_stays_when_it_is_lengthened(run, byte_data
     run("train.py", *argv, "--max_iters=10", "--init_from=resume")
     run("train.py", *argv, "--max_iters=11", "--init_from=resume")
     assert [row["iter"] for row in metrics(tmp_path / "out", "eval")] == [0, 5, 7, 9, 10, 11]
+
+
+def test_an_evaluation_is_recorded_once_even_if_compiling_takes_the_time_that_was_left(
+    run, byte_data, tiny, tmp_path, monkeypatch
+):
+    argv = [*tiny, "--max_iters=7", "--eval_interval=5"]
+    run("train.py", *argv)
+    late = train.leave_garbage_to_evaluations
+
+    def much_later():
+        time.sleep(2)
+        late()
+
+    monkeypatch.setattr(train, "leave_garbage_to_evaluations", much_later)
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    minutes = (state["seconds"] + state["eval_seconds"] + 1) / 60
+    run("train.py", *argv, "--max_iters=9", f"--max_minutes={minutes}", "--init_from=resume")
+    assert [row["iter"] for row in metrics(tmp_path / "out", "eval")] == [0, 5, 7]
+    assert metrics(tmp_path / "out", "done")[-1]["iter"] == 7
+
+
+def test_a_resumed_run_knows_how_long_an_evaluation_takes(run, byte_data, tiny, tmp_path, monkeypatch):
+    run("train.py", *tiny, "--max_iters=3")
+    seconds = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["eval_seconds"]
+    monkeypatch.chdir(tmp_path)
+    cfg = configure(TrainConfig, [*tiny, "--max_minutes=1", "--init_from=resume"])
+    resumed = train.set_up(cfg, hardware.find_machine(cfg))
+    assert resumed.at.eval_seconds == seconds > 0
+
+
+def test_samples_at_the_end_stay_when_a_run_is_lengthened(run, byte_data, tiny, tmp_path):
+    argv = [*tiny, "--eval_interval=4", "--sample_interval=5"]
+    run("train.py", *argv, "--max_iters=10")
+    run("train.py", *argv, "--max_iters=12", "--init_from=resume")
+    assert [row["iter"] for row in metrics(tmp_path / "out", "sample")] == [0, 10]
 
 
 def test_every_resume_is_counted_and_another_time_limit_is_pointed_out(run, byte_data, tiny, tmp_path):
