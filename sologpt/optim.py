@@ -118,11 +118,12 @@ def evened(updates, squares):
     al. 2025, https://arxiv.org/abs/2510.05491: NorMuon).
     """
     along = 2 if squares.size(2) == 1 else 1
-    squares.lerp_(updates.square().mean(along, keepdim=True), 0.05)
-    norm = updates.norm(dim=(1, 2), keepdim=True)
-    updates *= (squares + 1e-10).rsqrt()
-    updates *= norm / (updates.norm(dim=(1, 2), keepdim=True) + 1e-10)  # c_fc's first one is zero
-    return updates
+    rows = updates.norm(dim=along, keepdim=True)  # the other norms follow from these few numbers
+    squares.lerp_(rows.square() / updates.size(along), 0.05)
+    scale = (squares + 1e-10).rsqrt()
+    norm = rows.norm(dim=(1, 2), keepdim=True)
+    scale *= norm / ((rows * scale).norm(dim=(1, 2), keepdim=True) + 1e-10)  # c_fc's first update is zero
+    return updates.mul_(scale)
 
 
 class Muon(torch.optim.Muon):
@@ -153,8 +154,11 @@ class Muon(torch.optim.Muon):
                 same_shape[weight.shape, settings].append((weight, update, squares))
         for (shape, (lr, weight_decay)), matrices in same_shape.items():
             weights, updates, squares = zip(*matrices, strict=True)
+            updates = orthogonalize(torch.stack(updates))
+            # without this format, tall ones would stay transposed, and be added to their weights one by one
+            updates = updates.to(weights[0].dtype, memory_format=torch.contiguous_format)
             stacked = torch.stack(squares)
-            updates = evened(orthogonalize(torch.stack(updates)).to(weights[0].dtype), stacked)
+            updates = evened(updates, stacked)
             torch._foreach_copy_(squares, stacked.unbind())
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * lr)
