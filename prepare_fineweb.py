@@ -322,7 +322,6 @@ def choose(progress, encoded, val_tokens, max_tokens):
             n_bytes = n_bytes * room // n
             n = room
             tokens = tokens[:n]
-            whole = False
         counts["tokens"] += n
         if begins:
             counts["documents"] += 1

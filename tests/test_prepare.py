@@ -354,7 +354,22 @@ def test_max_tokens_cuts_the_document_that_goes_beyond_it(run, tmp_path):
     assert meta["train"]["tokens"] + meta["val"]["tokens"] == 5000 > before + 20
     assert meta["train"]["documents"] + meta["val"]["documents"] == 21
     found = documents_in(tmp_path / "out")
-    assert b"x" * (5000 - before - 21) in [bytes(ids) for ids in found["train"]]
+    assert b"x" * (5000 - before - 21) in [bytes(ids) for ids in found["train"] + found["val"]]
+
+
+def test_a_document_that_max_tokens_cuts_is_in_the_split_of_its_whole_text(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:40], *TEXTS[:40]])
+    twice = sum(len(text.encode()) + 1 for text in TEXTS[:40])
+    splits = set()
+    for number in range(12):  # one of the first twelve, cut by a token when it comes again
+        end = twice + sum(len(text.encode()) + 1 for text in TEXTS[: number + 1])
+        prepare(run, "--input=a.jsonl", f"--max_tokens={end - 1}", f"--out_dir=out{number}")
+        found = documents_in(tmp_path / f"out{number}")
+        whole = list(TEXTS[number].encode())
+        [split] = [name for name in found if whole[:-1] in found[name]]
+        assert [name for name in found if whole in found[name]] == [split]
+        splits.add(split)
+    assert splits == {"train", "val"}
 
 
 def test_the_standard_library_is_always_there(run, tmp_path):
