@@ -98,7 +98,7 @@ def make_folder(folder):
     """Makes a folder if need be. Raises UserError for a file, no name, and where a ~ is still there: no shell
     replaces one after `--out_dir=`, and the folder would be called that."""
     if not folder or os.path.isfile(folder):
-        raise UserError(f"{os.fspath(folder)!r} is no folder to write into; set --out_dir to one")
+        raise UserError(f"{os.fspath(folder)!r} is no folder to write into; name another one")
     if os.fspath(folder).startswith("~") and not os.path.isdir(folder):
         raise UserError(f"{folder}: the shell has left the ~ as it is; write {os.path.expanduser(folder)}")
     os.makedirs(folder, exist_ok=True)

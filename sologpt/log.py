@@ -94,7 +94,7 @@ def rewind_metrics(path, iter_num, evaluates):
                     kept.append(line)
                 elif iteration == iter_num and kind in ("eval", "sample") and not evaluates:
                     kept.append(line)
-                    evaluated = True
+                    evaluated = evaluated or kind == "eval"
     if unreadable:
         warn(f"{path}: {unreadable} lines that cannot be read are left out")
     with atomic_file(path) as f:

@@ -110,7 +110,12 @@ def test_a_new_run_in_a_used_out_dir_never_mixes_with_the_old_one(run, trained, 
 @pytest.mark.parametrize("folder", ["", "data/toy/meta.json"])
 def test_an_out_dir_that_is_no_folder_is_named(run, byte_data, tiny, folder):
     refused = run("train.py", *tiny, f"--out_dir={folder}", status=1).stderr
-    assert refused == f"error: {folder!r} is no folder to write into; set --out_dir to one\n"
+    assert refused == f"error: {folder!r} is no folder to write into; name another one\n"
+
+
+def test_an_export_into_a_file_is_refused(trained):
+    refused = trained("sample.py", "--export=data/toy/meta.json", status=1).stderr
+    assert refused.endswith("error: 'data/toy/meta.json' is no folder to write into; name another one\n")
 
 
 def test_a_tilde_that_no_shell_has_replaced_makes_no_folder_of_that_name(run, trained, tiny, tmp_path):
