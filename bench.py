@@ -160,7 +160,7 @@ class Timed:
         torch.manual_seed(cfg.seed)
         folder, tokenizer, self.vocabulary = find_data(cfg)
         self.n_ids, vocab_size = tokenizer.vocab_size, tokenizer.embedding_rows()
-        self.model = make_gpt(model_config(cfg, tokenizer, vocab_size))
+        self.model = make_gpt(model_config(cfg, dict(vocab_size=vocab_size, n_ids=self.n_ids)))
         prepare_model(self.model, cfg, machine)
         # learning_rate=0: the same work, but weights stay finite after any number of updates
         self.optimizers = make_optimizers(
@@ -369,12 +369,25 @@ def recommend(rows):
     return min(near, key=lambda row: (row["peak_memory"] or 0, row["ms_per_iter"]))
 
 
+def own_keys():
+    """Returns the names of this script's keys that train.py does not have."""
+    return BenchConfig.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
+
+
+def check_own_keys(cfg, argv):
+    """Raises UserError if a config file sets one of own_keys: train.py, to which it goes, would refuse it."""
+    flags = {arg.partition("=")[0].removeprefix("--") for arg in argv}
+    in_files = sorted(own_keys() & cfg.given - flags)
+    if in_files:
+        name = in_files[0]
+        text = f"{name} is not a key of train.py, whose config files these are"
+        raise UserError(f"{text}: give it here, as --{name}={getattr(cfg, name)}")
+
+
 def training_command(argv, flags):
     """Returns the command that trains with flags, a dict, given the arguments of this script."""
-    mine = {f.name for f in dataclasses.fields(BenchConfig)} - {
-        f.name for f in dataclasses.fields(TrainConfig)
-    }
-    kept = [arg for arg in argv if arg.partition("=")[0].removeprefix("--") not in mine | flags.keys()]
+    left_out = own_keys() | flags.keys()
+    kept = [arg for arg in argv if arg.partition("=")[0].removeprefix("--") not in left_out]
     return shlex.join(["python", "train.py", *kept, *(f"--{name}={value}" for name, value in flags.items())])
 
 
@@ -454,7 +467,8 @@ def what_can_be_trained(cfg, argv, tell):
         sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         with torch.device("meta"):
             shaped = dataclasses.replace(cfg, **sizes)
-            model = make_gpt(model_config(shaped, tokenizer, tokenizer.embedding_rows()))
+            ids = dict(vocab_size=tokenizer.embedding_rows(), n_ids=tokenizer.vocab_size)
+            model = make_gpt(model_config(shaped, ids))
         return budget.Size(**sizes, params=model.get_num_params(), flops_per_token=model.flops_per_token())
 
     measured, widths = measure_around_optimum(cfg, seconds, size_of, tell)
@@ -476,7 +490,12 @@ def what_can_be_trained(cfg, argv, tell):
         best = as_tried
     print(f"in {cfg.hours:g} hours, compilation and evaluations included:")
     print("\n".join(budget.table(plans, best, train_tokens)))
-    print(f"train it with:\n{training_command(argv, best.keys)}")
+    keys = dict(best.keys)
+    if cfg.schedule == "wsd":
+        del keys["lr_decay_iters"]
+    if cfg.keep_before_cooldown:
+        keys["keep_before_cooldown"] = False  # without effect in a run by the clock
+    print(f"train it with:\n{training_command(argv, keys)}")
     return [dataclasses.asdict(p) for p in plans], dataclasses.asdict(best)
 
 
@@ -521,6 +540,13 @@ def speed_of(cfg, size, tell):
             return budget.Speed(batch_size, *seconds, row["first_micro_step_s"], row["peak_memory"])
         batch_size //= 2
     return None
+
+
+def recipe():
+    """Returns the path of the recommended config: as it is called here, or else the absolute one."""
+    if os.path.exists(RECIPE):
+        return RECIPE
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), RECIPE)
 
 
 def tried(cfg, argv, plan, dataset, scratch):
@@ -578,8 +604,9 @@ def write_json(path, cfg, argv, headers, rows, best):
 def main(argv):
     cfg = from_command_line(BenchConfig, __doc__, argv)
     if cfg.hours and not any(arg.endswith(".py") for arg in argv):
-        argv = [RECIPE, *argv]
+        argv = [recipe(), *argv]
         cfg = from_command_line(BenchConfig, __doc__, argv)
+    check_own_keys(cfg, argv)
     headers = {}
 
     def tell(found):

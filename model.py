@@ -15,8 +15,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from sologpt import huggingface, loss, optim, sampling
+from sologpt import huggingface, optim, sampling
 from sologpt.errors import UserError
+from sologpt.loss import capped, chunked_cross_entropy, suitable_chunks
+from sologpt.sampling import Linear  # nn.Linear, faster for a single token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,30 +55,16 @@ class GPTConfig:
 
 def width_problem(n_embd, n_head, arch):
     """Returns why n_head heads cannot share n_embd, or None."""
-    step = n_head
-    name = f"n_head={step}"
+    divisor = n_head
+    name = f"n_head={n_head}"
     if arch == "modern":
-        step = 2 * n_head
-        name = f"2 * n_head={step}, as arch='modern' rotates pairs"
-    if n_embd % step == 0:
+        divisor = 2 * n_head
+        name = f"2 * n_head={divisor}, as arch='modern' rotates pairs"
+    if n_embd % divisor == 0:
         return None
-    down = n_embd // step * step
-    near = " or ".join(str(n) for n in (down, down + step) if n)
+    down = n_embd // divisor * divisor
+    near = " or ".join(str(n) for n in (down, down + divisor) if n)
     return f"n_embd={n_embd} is not divisible by {name}; set n_embd to {near}, or change n_head"
-
-
-class Linear(nn.Linear):
-    """nn.Linear, but with a matrix-vector product for a single token: twice as fast in bf16 on a CPU."""
-
-    def forward(self, x):
-        if x.numel() > self.in_features or x.dtype != self.weight.dtype:  # as under bf16 autocast
-            return super().forward(x)
-        token = x.reshape(-1)
-        if self.bias is None:
-            y = torch.mv(self.weight, token)
-        else:
-            y = torch.addmv(self.bias, self.weight, token)
-        return y.view(*x.shape[:-1], -1)
 
 
 # -----------------------------------------------------------------------------
@@ -99,7 +87,7 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q, k, v, past):
         """Returns (B, T, C), causal attention. past: a sampling.Past; None in training."""
-        # views: attention's kernels read any strides, and write y as (B, T, H, D)
+        # transposes cost nothing: the kernels read any strides, and write y as (B, T, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = None
         if past is not None:
@@ -123,12 +111,9 @@ class MLP(nn.Module):
         self.dropout = config.dropout
         self.gelu = config.gelu
 
-    def activation(self, x):
-        return F.gelu(x, approximate=self.gelu)
-
     def forward(self, x):
-        x = self.c_proj(self.activation(self.c_fc(x)))
-        return F.dropout(x, self.dropout, self.training)
+        x = F.gelu(self.c_fc(x), approximate=self.gelu)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -187,8 +172,8 @@ class GPT(nn.Module):
         """Returns (logits, loss) for idx, int64 (B, T) with T <= block_size.
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
-        one does not count: the mean cross-entropy in nats, and logits (B, T, V) in eval mode, None in
-        training, with loss_chunks or if compiled. Raises ValueError if T > block_size.
+        one does not count: the mean cross-entropy in nats, and logits (B, T, V), None with
+        loss_chunks or if compiled. Raises UserError if T > block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -198,39 +183,30 @@ class GPT(nn.Module):
             return self.logits(x[:, -1:]), None
         targets = targets.reshape(B * T)
         chunks = self.loss_chunks
-        if not chunks and torch.compiler.is_compiling():  # else slower than torch's own
-            chunks = loss.suitable_chunks(B * T, self.config.vocab_size)
-        if chunks:
+        if not chunks and torch.compiler.is_compiling():  # eager, it is slower than torch's own
+            chunks = suitable_chunks(B * T, self.config.vocab_size)
+        if chunks:  # always when compiled: what changes the loss must change chunk_loss, with its gradient
             x = x.view(B * T, -1).to(self.matmul_dtype())
-            return None, loss.chunked_cross_entropy(x, self.lm_head.weight, targets, chunks, self.softcap)
+            return None, chunked_cross_entropy(x, self.lm_head.weight, targets, chunks, self.softcap)
         logits = self.logits(x)
-        nats = F.cross_entropy(logits.view(B * T, -1), targets, ignore_index=-1)
-        if self.training:
-            logits = None
-        return logits, nats
+        loss = F.cross_entropy(logits.view(B * T, -1), targets, ignore_index=-1)
+        return logits, loss
 
     def hidden(self, idx, position, pasts=None):
-        """Returns the head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: a
-        sampling.Past for each block and, if modern, one for the embedding."""
-        pasts = pasts or [None] * (self.config.n_layer + 1)
-        x = self.embed(idx, position, pasts)
+        """Returns lm_head's input (B, T, C). idx: (B, T); position: (B, T) or (1, T); pasts: a
+        sampling.Past for each block."""
+        pasts = pasts or [None] * self.config.n_layer
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)
         if self.matmul_dtype() == torch.bfloat16:
             x = x.bfloat16()  # autocast alone would keep the residual stream, and its memory traffic, in fp32
         x = F.dropout(x, self.config.dropout, self.training)
-        x = self.blocks(x, idx, position, pasts)
+        for block, past in zip(self.transformer.h, pasts, strict=True):
+            x = block(x, past)
         return self.transformer.ln_f(x)
 
-    def embed(self, idx, position, pasts):
-        return self.transformer.wte(idx) + self.transformer.wpe(position)
-
-    def blocks(self, x, idx, position, pasts):
-        for block, past in zip(self.transformer.h, pasts, strict=False):
-            x = block(x, past)
-        return x
-
     def logits(self, x):
-        """Returns the logits (..., V) of all ids for the head's input x (..., C)."""
-        return loss.capped(self.lm_head(x), self.softcap)
+        """Returns the logits (..., V) of all ids for lm_head's input x (..., C)."""
+        return capped(self.lm_head(x), self.softcap)
 
     def matmul_dtype(self):
         """Returns the dtype of matmuls: autocast's if it is on, else that of the weights."""
@@ -338,48 +314,49 @@ def rms_norm(x):
 
 def rotate(x, cos, sin):
     """Returns x (B, T, H, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
-    the position, so that products of queries and keys depend on their distance. sin is (-sin, sin)."""
+    the position, so that products of queries and keys depend on their distance. sin holds -sin and sin."""
     halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses it; cat it does not
     return (x * cos + halves_swapped * sin).to(x.dtype)
 
 
 class ModernAttention(CausalSelfAttention):
-    def __init__(self, config, adds_token_v):
+    def __init__(self, config, has_ve):
         super().__init__(config)
         # shares of this block's values and the first block's
         self.v_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
-        self.adds_token_v = adds_token_v
+        self.has_ve = has_ve
 
-    def forward(self, x, first_v, token_v, cos, sin, past=None):
+    def forward(self, x, first_v, ve, cos, sin, past=None):
         """Returns (B, T, C) and this block's own values, (B, T, H, D). first_v: those of the first block,
-        None there; token_v: those that belong to the token itself, whatever its context."""
+        None there; ve: the tokens' value embeddings."""
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
         if first_v is None:
             first_v = v
         mixed = self.v_mix[0] * v + self.v_mix[1] * first_v
-        if self.adds_token_v:
-            mixed = mixed + token_v
+        if self.has_ve:
+            mixed = mixed + ve
         return self.attend(q, k, mixed, past), v
 
 
 class ModernMLP(MLP):
-    def activation(self, x):
-        return F.relu(x).square()
+    def forward(self, x):
+        x = F.relu(self.c_fc(x)).square()
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class ModernBlock(nn.Module):
-    def __init__(self, config, adds_token_v):
+    def __init__(self, config, has_ve):
         super().__init__()
-        self.attn = ModernAttention(config, adds_token_v)
+        self.attn = ModernAttention(config, has_ve)
         self.mlp = ModernMLP(config)
         self.x_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # shares of the residual stream and the embedding
 
-    def forward(self, x, x0, first_v, token_v, cos, sin, past=None):
+    def forward(self, x, x0, first_v, ve, cos, sin, past=None):
         """Returns the residual stream (B, T, C) after this block, and its values; x0 is the embedding."""
         x = self.x_mix[0] * x + self.x_mix[1] * x0
-        y, v = self.attn(rms_norm(x), first_v, token_v, cos, sin, past)
+        y, v = self.attn(rms_norm(x), first_v, ve, cos, sin, past)
         x = x + y
         return x + self.mlp(rms_norm(x)), v
 
@@ -405,12 +382,12 @@ class ModernGPT(GPT):
     rotary_base = 10000.0  # the slowest pair turns by about 1 / rotary_base radians a position
 
     def make_layers(self, config):
-        adds_token_v = [(config.n_layer - 1 - i) % 2 == 0 for i in range(config.n_layer)]
+        have_ve = [(config.n_layer - 1 - i) % 2 == 0 for i in range(config.n_layer)]
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wve=nn.Embedding(config.vocab_size, config.n_embd),
-                h=nn.ModuleList([ModernBlock(config, adds) for adds in adds_token_v]),
+                h=nn.ModuleList([ModernBlock(config, has_ve) for has_ve in have_ve]),
                 ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
             )
         )
@@ -431,27 +408,31 @@ class ModernGPT(GPT):
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
                 nn.init.zeros_(p)
 
-    def embed(self, idx, position, pasts):
+    def hidden(self, idx, position, pasts=None):
+        """Returns what GPT's returns; pasts has, last, one for the embedding."""
+        *pasts, embeddings = pasts or [None] * (self.config.n_layer + 1)
+        x = self.embed(idx, position, embeddings)
+        if self.matmul_dtype() == torch.bfloat16:
+            x = x.bfloat16()
+        x = x0 = F.dropout(x, self.config.dropout, self.training)
+        first_v = None
+        ve = self.transformer.wve(idx).to(x.dtype).unflatten(-1, (self.config.n_head, -1))
+        cos, sin = self.rotary[:, position].unsqueeze(3)  # each (B or 1, T, 1, D)
+        for block, past in zip(self.transformer.h, pasts, strict=True):
+            x, v = block(x, x0, first_v, ve, cos, sin, past)
+            if first_v is None:
+                first_v = v
+        return self.transformer.ln_f(x)
+
+    def embed(self, idx, position, past):
         """Returns each token's embedding plus a gated share of the one before."""
         x = self.transformer.wte(idx)
         gate = (x[..., : len(self.smear_gate)] @ self.smear_gate).sigmoid()
         share = (self.smear * gate).unsqueeze(-1)
-        past = pasts[-1]
         if past is not None:
             return x + share * (position > 0).unsqueeze(-1) * past.before(x)
         # torch.compile stores what cat returns; a sum it would compute again in every block
         return torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), dim=1)
-
-    def blocks(self, x, idx, position, pasts):
-        x0 = x
-        first_v = None
-        token_v = self.transformer.wve(idx).to(x.dtype).unflatten(-1, (self.config.n_head, -1))
-        cos, sin = self.rotary[:, position].unsqueeze(3)  # each (B or 1, T, 1, D)
-        for block, past in zip(self.transformer.h, pasts, strict=False):
-            x, v = block(x, x0, first_v, token_v, cos, sin, past)
-            if first_v is None:
-                first_v = v
-        return x
 
     def looked_up(self):
         return [self.transformer.wte, self.transformer.wve]

@@ -41,6 +41,8 @@ from sologpt.fit import check_size
 from sologpt.report import parameters
 from sologpt.tokenizer import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
 
+EXPORT_KEYS = {"export", "init_from", "out_dir", "encoding", "device"}
+
 
 @dataclass
 class SampleConfig(Config):
@@ -92,6 +94,8 @@ class SampleConfig(Config):
             found.append(
                 "interactive=True reads the prompts from stdin, so --start=- cannot read from it as well"
             )
+        if self.interactive and "num_samples" in self.given and self.num_samples > 1:
+            found.append("interactive=True draws one sample at a time: leave num_samples out")
         if self.export and self.init_from not in ("resume", "best"):
             found.append(
                 f"export writes a checkpoint of train.py; {self.init_from!r} is in that format already"
@@ -118,7 +122,7 @@ def load_checkpoint(path):
     """Returns (model, tokenizer, state) of a checkpoint, ours or nanoGPT's."""
     state = checkpoint.load(path)
     tokenizer = checkpoint_tokenizer(state, path)
-    config = GPTConfig(**checkpoint.model_fields(state, tokenizer))
+    config = GPTConfig(**checkpoint.model_fields(state, path, GPTConfig), n_ids=tokenizer.vocab_size)
     from_nothing = state.get("config", {}).get("init_from") in ("scratch", "auto")
     if from_nothing and state.get("iter_num") == 0:
         raise UserError(f"{path} is of iteration 0, before anything was learned; train on from it first")
@@ -371,6 +375,8 @@ def main(argv):
         hardware.check_compiler(device)
     model, tokenizer, state = load(cfg)
     if cfg.export:
+        if idle := ", ".join(sorted(cfg.given - EXPORT_KEYS)):
+            print(f"note: export writes fp32 and draws nothing: {idle} has no effect", file=sys.stderr)
         export(cfg.export, model, tokenizer, state)
         return
 

@@ -32,25 +32,11 @@ from tqdm import tqdm
 
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt, width_problem
-from sologpt import checkpoint, hardware, parallel, resume, shards
+from sologpt import checkpoint, fit, hardware, health, log, optim, parallel, report, resume, shards
 from sologpt.display import print_aligned, say
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
-from sologpt.fit import check_size, nothing_half_done, start_with_what_fits, use_smaller_batch
 from sologpt.fp8 import use_fp8
-from sologpt.health import Recent, check_bad_steps, count_bad_steps
-from sologpt.log import (
-    Clock,
-    Metrics,
-    elapsed,
-    log_iteration,
-    log_samples,
-    open_metrics,
-    progress_bar,
-    share_of_time,
-)
-from sologpt.optim import allocate_moments, make_optimizers, muon_momentum
-from sologpt.report import describe, foretell, notes, resume_command, sum_up
 from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
 from sologpt.tracker import TRACKERS
@@ -176,8 +162,8 @@ def get_lr(it, cfg, time_used=0.0):
     """Returns the learning rate of iteration it: a linear warmup, then as cfg.schedule says.
 
     cosine: down to min_lr at lr_decay_iters, then min_lr. wsd: constant, then from
-    cooldown_start linearly down to min_lr at max_iters. time_used, the share of max_minutes, counts instead
-    of iterations where it is further.
+    cooldown_start linearly down to min_lr at max_iters. time_used, the share of max_minutes, takes over
+    wherever it is ahead of the iterations.
     """
     if not cfg.decay_lr:
         return cfg.learning_rate
@@ -188,6 +174,7 @@ def get_lr(it, cfg, time_used=0.0):
         if cfg.cooldown_frac:
             left = min(left, (1 - time_used) / cfg.cooldown_frac)
         return cfg.min_lr + min(1, left) * (cfg.learning_rate - cfg.min_lr)
+    # cosine
     if it >= cfg.lr_decay_iters:
         return cfg.min_lr
     progress = (it - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
@@ -200,9 +187,9 @@ def set_learning_rate(optimizers, it, cfg, time_used=0.0):
     lr = get_lr(it, cfg, time_used)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("rate", 1.0)  # by kind of parameter
+            group["lr"] = lr * group.get("rate", 1.0)  # by kind of parameter: optim.rate
             if "momentum" in group:  # Muon's
-                group["momentum"] = muon_momentum(it)
+                group["momentum"] = optim.muon_momentum(it)
     return lr
 
 
@@ -213,16 +200,15 @@ def set_learning_rate(optimizers, it, cfg, time_used=0.0):
 def micro_batches(windows, first, cfg, device):
     """Yields this process's micro-batches from number `first` on, int64 (B, T + 1) in host memory, each read
     by a thread while the model works on the one before. Resuming needs only the number."""
-    step = parallel.processes()
-    first += parallel.rank()
+    numbers = itertools.count(first + parallel.rank(), parallel.processes())
 
     def load(number):
         first_sequence = cfg.batch_size * number
         return host_tensor(windows.read_training(first_sequence, cfg.batch_size, cfg.seed), device)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming = reader.submit(load, first)
-        for number in itertools.count(first + step, step):
+        upcoming = reader.submit(load, next(numbers))
+        for number in numbers:
             tokens = upcoming.result()
             upcoming = reader.submit(load, number)
             yield tokens
@@ -249,7 +235,7 @@ def micro_step(model, tokens, scaler, machine, accumulation):
     loss, a tensor on the device: reading it here would wait for the GPU."""
     x, y = inputs_and_targets(tokens, machine.device)
     with machine.autocast():
-        _, loss = model(x, y)
+        loss = model(x, y)[1]  # a name for the logits would keep their memory
     loss = loss / accumulation  # micro-batches are equal in size: the shares add up to the mean
     scaler.scale(loss).backward()
     return loss.detach()
@@ -257,12 +243,12 @@ def micro_step(model, tokens, scaler, machine, accumulation):
 
 def update(model, optimizers, scaler, grad_clip):
     """Clips and applies the gradients if they are finite, and frees them. Returns their norm, a float."""
-    with nothing_half_done():
+    with fit.no_retry_if_out_of_memory():
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
         total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = total.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
-        if norm > grad_clip > 0:  # else a pass for nothing
+        if norm > grad_clip > 0:  # else clipping would multiply by 1
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total)
         if math.isfinite(norm):
             for optimizer in optimizers.values():
@@ -305,17 +291,17 @@ class Run:
     files: checkpoint.RunFiles
     scaler: torch.amp.GradScaler = None
     memory: dict = None  # the estimate, in bytes
-    at: Progress = dataclasses.field(default_factory=Progress)
+    progress: Progress = dataclasses.field(default_factory=Progress)
     started: float = dataclasses.field(default_factory=time.perf_counter)  # as if the run had never stopped
     first_iter: int = 0  # of this process
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
-    norms: Recent = dataclasses.field(default_factory=Recent)
-    logged_losses: Recent = dataclasses.field(default_factory=Recent)
+    norms: health.Recent = dataclasses.field(default_factory=health.Recent)
+    logged_losses: health.Recent = dataclasses.field(default_factory=health.Recent)
     done: bool = False
     rng: dict = None  # torch's random state at the beginning of the iteration
-    metrics: Metrics = None
-    clock: Clock = None
+    metrics: log.Metrics = None
+    clock: log.Clock = None
     stop: StopRequest = None
     bar: tqdm = None
 
@@ -324,21 +310,22 @@ def train(run):
     """Evaluates, saves, updates and logs until the run is done.
 
     A request to stop, or running out of memory, leaves this function as an exception, which frees its frame
-    with all activations; run.at and run.rng say where to continue.
+    with all activations; run.progress and run.rng say where to continue.
     """
-    cfg, at, clock, machine = run.cfg, run.at, run.clock, run.machine
+    cfg, at, clock, machine = run.cfg, run.progress, run.clock, run.machine
     run.rng = checkpoint.get_rng(machine.device)
     if cfg.compile:
-        compile_model(run)
+        compile_passes(run)
     accumulation = cfg.gradient_accumulation_steps
     batches = micro_batches(run.train_data, at.iter_num * accumulation, cfg, machine.device)
     step_loss = torch.zeros((), device=machine.device)
-    leave_garbage_to_evaluations()
+    gc.disable()  # collecting would halt the loop; evaluations do it
     clock.restart()
 
     while True:
-        run.rng = checkpoint.rng_of_iteration(run)
-        time_used = parallel.agree(run.stop, share_of_time(run))  # the slowest's; may raise Stopped
+        run.rng = checkpoint.begin_rng(run)
+        # raises Stopped after Ctrl-C; all processes get the slowest one's share of max_minutes
+        time_used = parallel.agree(run.stop, log.share_of_time(run))
         run.done = at.iter_num == cfg.max_iters or time_used == 1
 
         # evaluate
@@ -348,16 +335,17 @@ def train(run):
             with clock.paused():
                 improved = evaluate(run)
                 if cfg.sample_interval and at.iter_num % cfg.sample_interval == 0:
-                    log_samples(run)
+                    log.log_samples(run)
         if cfg.eval_only:
             return
 
         # save
-        save_due = eval_due and (improved or cfg.always_save_checkpoint)
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
+        else:
+            save_due = eval_due and (improved or cfg.always_save_checkpoint)
         if run.done or (save_due and at.iter_num > 0):
-            if improved or run.files.saved_iter != at.iter_num:
+            if improved or run.files.saved_iter != at.iter_num:  # else just resumed from it
                 with clock.paused():
                     checkpoint.save_checkpoint(run)
         if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start and not cfg.max_minutes:
@@ -369,25 +357,24 @@ def train(run):
         # update: forward and backward of every micro-batch, then the optimizers
         lr = set_learning_rate(run.optimizers, at.iter_num, cfg, time_used)
         step_loss.zero_()
-        with run.stop.interrupts():  # on a CPU a large model takes minutes
+        with run.stop.interrupts():  # Ctrl-C breaks off an iteration, which may take minutes
             for _ in range(accumulation // parallel.processes()):
                 step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
         parallel.sum_gradients(run, step_loss)
         norm = update(run.model, run.optimizers, run.scaler, cfg.grad_clip)
-        count_bad_steps(run, step_loss, norm)
+        health.count_bad_steps(run, step_loss, norm)
         at.tokens_seen += cfg.tokens_per_iter
         clock.iters += 1
         run.bar.update()
 
         # log
         if at.iter_num % cfg.log_interval == 0 or at.iter_num == cfg.max_iters - 1:
-            log_iteration(run, step_loss, norm, lr)
+            log.log_iteration(run, step_loss, norm, lr)
             clock.restart()
-        check_bad_steps(run)
         at.iter_num += 1
 
 
-def compile_model(run):
+def compile_passes(run):
     """Compiles the passes that the run needs by running each; random draws are undone."""
     cfg, machine = run.cfg, run.machine
     say("compiling the model (may take a minute)")
@@ -396,7 +383,8 @@ def compile_model(run):
     cuda = [machine.device] if machine.device.type == "cuda" else []
     try:
         with run.stop.interrupts(), hardware.compiling(), torch.random.fork_rng(cuda):
-            estimate_loss(run.model, run.val_data, parallel.processes(), cfg.batch_size, machine)
+            one_each = parallel.processes()
+            estimate_loss(run.model, run.val_data, one_each, cfg.batch_size, machine)
             if not cfg.eval_only:
                 micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
     except UserError:
@@ -404,14 +392,7 @@ def compile_model(run):
         raise
     run.model.zero_grad(set_to_none=True)
     machine.synchronize()
-    run.metrics.record("compiled", run.at.iter_num, seconds=time.perf_counter() - start)
-
-
-def leave_garbage_to_evaluations():
-    """Disables Python's garbage collector, which would halt the loop; exempts what exists."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    run.metrics.record("compiled", run.progress.iter_num, seconds=time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -436,12 +417,14 @@ def estimate_loss(model, windows, count, batch_size, machine):
 
 def evaluate(run):
     """Logs the losses of both splits. Returns whether val loss is the lowest so far; if so, saves best.pt."""
-    cfg, at = run.cfg, run.at
+    cfg, at = run.cfg, run.progress
     start = time.perf_counter()
     with run.stop.interrupts():
-        train_loss = estimate_loss(run.model, run.train_data, cfg.eval_windows, cfg.batch_size, run.machine)
-        val_loss = estimate_loss(run.model, run.val_data, cfg.eval_windows, cfg.batch_size, run.machine)
-    train_loss, val_loss = parallel.over_all([train_loss, val_loss], parallel.SUM, run.stop)
+        losses = [
+            estimate_loss(run.model, split, cfg.eval_windows, cfg.batch_size, run.machine)
+            for split in (run.train_data, run.val_data)
+        ]
+    train_loss, val_loss = parallel.over_all(losses, parallel.SUM, run.stop)
     text = f"step {at.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     val_bpb = None
     if tokens_per_byte := shards.tokens_per_byte(run.folder, "val"):
@@ -449,7 +432,8 @@ def evaluate(run):
         text += f", {val_bpb:.4f} bits/byte"
     say(text)
     run.losses = dict(train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb)
-    run.metrics.record("eval", at.iter_num, **run.losses, elapsed=elapsed(run))
+    figures = dict(run.losses, tokens=at.tokens_seen, elapsed=log.elapsed(run))
+    run.metrics.record("eval", at.iter_num, **figures)
     gc.collect()
     run.evaluated_iter = at.iter_num
     at.eval_seconds = time.perf_counter() - start
@@ -474,27 +458,27 @@ def train_until_it_fits(run):
             checkpoint.save_progress(run)  # nothing of the iteration has been applied yet
             raise UserError(f"{e} ({run.files.saved_text})") from None
         except Stopped:
-            if not run.cfg.eval_only and run.files.saved_iter != run.at.iter_num:
+            if not run.cfg.eval_only and run.files.saved_iter != run.progress.iter_num:
                 checkpoint.save_checkpoint(run)
             return
         except UserError:
-            raise  # even about memory
+            raise  # also no_retry_if_out_of_memory's
         except Exception as e:
             if not out_of_memory(e):
                 raise
         # out here the exception is gone, and with it the frame that held the activations
-        use_smaller_batch(run)
+        fit.use_smaller_batch(run)
 
 
 # -----------------------------------------------------------------------------
 # setting up and ending
 
 
-def model_config(cfg, tokenizer, vocab_size, gelu="none"):
-    """Returns the GPTConfig that the keys describe."""
-    sizes = {name: getattr(cfg, name) for name in checkpoint.MODEL_ARGS if name != "vocab_size"}
-    config = GPTConfig(**sizes, vocab_size=vocab_size, n_ids=tokenizer.vocab_size, gelu=gelu, arch=cfg.arch)
-    check_size(config)
+def model_config(cfg, fields):
+    """Returns the GPTConfig of the keys, and of these fields where there is no key."""
+    keys = {name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__ if hasattr(cfg, name)}
+    config = GPTConfig(**fields | keys)
+    fit.check_size(config)
     return config
 
 
@@ -514,18 +498,20 @@ def set_up(cfg, machine):
     torch.manual_seed(cfg.seed)
     files = checkpoint.RunFiles(cfg.out_dir)
     state = resume.load_state(cfg, files)
-    source = files.newest if state else cfg.init_from
-    pretrained, fields = None, {}  # fields of GPTConfig, if the model exists already
-    if state:
-        fields = state["model_args"] | dict(arch=state["arch"], gelu=state["gelu"])
-    elif cfg.init_from not in ("scratch", "auto"):
+    source = cfg.init_from
+    pretrained = None
+    fields = {}  # GPTConfig's, if the model exists already
+    if state:  # resuming
+        source = files.newest
+        fields = checkpoint.model_fields(state, source, GPTConfig)
+    elif cfg.init_from not in ("scratch", "auto"):  # finetuning
         wanted = dict(dropout=cfg.dropout)
         if "block_size" in cfg.given:
             wanted["block_size"] = cfg.block_size
         pretrained = GPT.from_pretrained(source, wanted)
         fields = dataclasses.asdict(pretrained.config)
     if fields:
-        cfg = resume.with_architecture(cfg, fields, source)
+        cfg = resume.with_architecture(cfg, fields, source, bool(state))
 
     # data
     folder = shards.find_data(cfg.dataset)
@@ -537,29 +523,28 @@ def set_up(cfg, machine):
     train_data, val_data = shards.open_splits(folder, cfg.block_size, tokenizer.vocab_size)
     fingerprint = shards.fingerprint(train_data.shards + val_data.shards, tokenizer)
     changed = state and resume.check_data(cfg, state, fingerprint, folder, source)
-    train_data.shifting = not state or state.get("shifting", False)
 
     # model and optimizers
-    config = model_config(cfg, tokenizer, vocab_size, fields.get("gelu", "none"))
+    config = model_config(cfg, fields | dict(vocab_size=vocab_size, n_ids=tokenizer.vocab_size))
     model = pretrained or make_gpt(config)
-    model.config = config  # n_ids
+    model.config = config  # the pretrained one's has not this tokenizer's n_ids
     prepare_model(model, cfg, machine)
-    optimizers = make_optimizers(model, cfg, machine.device)
+    optimizers = optim.make_optimizers(model, cfg, machine.device)
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if state:
         resume.restore(run, state, changed)
         resume.warn_of_changes(cfg, machine, state, get_lr)
     elif not cfg.eval_only:
-        allocate_moments(optimizers)
-    run.memory = start_with_what_fits(model, optimizers, cfg, machine)
+        optim.allocate_moments(optimizers)
+    run.memory = fit.start_with_what_fits(model, optimizers, cfg, machine)
     resume.check_alike(run)
     return run
 
 
 def finish(run, argv):
     """Says how the run ended. Exits with 128 + signal if one stopped it; raises OSError if not saved."""
-    at = run.at
+    at = run.progress
     if run.cfg.eval_only:
         if run.evaluated_iter < 0:
             sys.exit(128 + run.stop.number)
@@ -567,9 +552,9 @@ def finish(run, argv):
     if run.files.saved_iter != at.iter_num:
         raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.saved_text}")
     if not run.done or run.evaluated_iter != at.iter_num:
-        say(f"stopped at iteration {at.iter_num}; continue with: {resume_command(argv)}")
+        say(f"stopped at iteration {at.iter_num}; continue with: {report.resume_command(argv)}")
         sys.exit(128 + run.stop.number)
-    sum_up(run)
+    report.sum_up(run)
 
 
 @parallel.only_process_0_prints()
@@ -577,26 +562,25 @@ def main(argv):
     cfg = from_command_line(TrainConfig, __doc__, argv)
     machine = hardware.join(cfg, hardware.find_machine(cfg))
     print_aligned([machine.line])
-    for note in notes(cfg):
+    for note in report.notes(cfg):
         print(note)
     lock = contextlib.nullcontext()
     if not (cfg.eval_only or cfg.dry_run or parallel.rank()):  # these leave it alone
         lock = sole_use(cfg.out_dir)
     with lock:
         run = set_up(cfg, machine)
-        describe(run)
+        report.describe(run)
         if cfg.dry_run:
-            foretell(run)
+            report.foretell(run)
             return
-        run.clock = Clock(machine)
-        run.bar = progress_bar(cfg, run.at.iter_num)
+        run.clock = log.Clock(machine)
+        run.bar = log.progress_bar(cfg, run.progress.iter_num)
         run.stop = StopRequest("stopping; Ctrl-C again leaves without saving")
-        run.metrics = open_metrics(run)
+        run.metrics = log.open_metrics(run)
         with contextlib.closing(run.metrics), run.stop, run.bar:
             try:
                 train_until_it_fits(run)
             finally:
-                gc.unfreeze()
                 gc.enable()
             finish(run, argv)
 

@@ -141,21 +141,21 @@ def effects(names, entries):
 
 
 class Attention(ModernAttention):
-    def __init__(self, config, adds_token_v, parts):
-        super().__init__(config, adds_token_v and "no_value_embeddings" not in parts)
+    def __init__(self, config, has_ve, parts):
+        super().__init__(config, has_ve and "no_value_embeddings" not in parts)
         self.parts = parts
         self.gate = nn.Linear(GATE, config.n_head, bias=False)
         nn.init.zeros_(self.gate.weight)
 
-    def forward(self, x, first_v, token_v, cos, sin, past=None):
+    def forward(self, x, first_v, ve, cos, sin, past=None):
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
         mixed = v
         if "no_value_shortcut" not in self.parts:
             mixed = self.v_mix[0] * v + self.v_mix[1] * (v if first_v is None else first_v)
-        if self.adds_token_v:
-            mixed = mixed + token_v
+        if self.has_ve:
+            mixed = mixed + ve
         scale = 0.12 if "scale" in self.parts else None
         q, k, mixed = q.transpose(1, 2), k.transpose(1, 2), mixed.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, mixed, is_causal=True, scale=scale).transpose(1, 2)
@@ -175,7 +175,7 @@ class Candidate(ModernGPT):
     def make_layers(self, config):
         super().make_layers(config)
         for block in self.transformer.h:
-            block.attn = Attention(config, block.attn.adds_token_v, self.parts)
+            block.attn = Attention(config, block.attn.has_ve, self.parts)
         if "half_rotary" in self.parts:
             quarter = config.n_embd // config.n_head // 4
             speeds = torch.cat([1024 ** -torch.linspace(0, 1, quarter), torch.zeros(quarter)])
@@ -212,10 +212,10 @@ class Candidate(ModernGPT):
         x, targets = x.flatten(0, 1), targets.flatten()
         return None, self.compiled_loss(x, self.lm_head.weight, targets, chunks, self.softcap)
 
-    def embed(self, idx, position, pasts):
+    def embed(self, idx, position, past):
         x = self.transformer.wte(idx)
         if "no_smear" not in self.parts:
-            x = super().embed(idx, position, pasts)
+            x = super().embed(idx, position, past)
         if "pairs" in self.parts:
             pairs = idx.roll(1, dims=1) * 1_000_003 + idx  # that of the first token is any
             x = x + self.pairs(pairs % self.pairs.num_embeddings)

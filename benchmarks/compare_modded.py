@@ -238,13 +238,20 @@ class Ours:
     """This project's model and optimizers, through the functions that train.py itself calls."""
 
     def __init__(self, cfg, keys, vocab_size, run, machine):
-        sizes = {name: getattr(keys, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
-        self.model = make_gpt(GPTConfig(**sizes, vocab_size=vocab_size, arch=keys.arch))
+        self.run = run
+        self.model = self.make_model(keys, vocab_size)
         prepare_model(self.model, keys, machine)
-        self.optimizers = make_optimizers(self.model, keys, machine.device)
+        self.optimizers = self.make_optimizers(keys, machine)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
         self.keys = keys
         self.machine = machine
+
+    def make_model(self, keys, vocab_size):
+        sizes = {name: getattr(keys, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
+        return make_gpt(GPTConfig(**sizes, vocab_size=vocab_size, arch=keys.arch))
+
+    def make_optimizers(self, keys, machine):
+        return make_optimizers(self.model, keys, machine.device)
 
     def iteration(self, it, batches, accumulation):
         set_learning_rate(self.optimizers, it, self.keys)
@@ -343,19 +350,19 @@ class Results:
         missing = [run for run in runs if not self.of(run)]
         if self.cfg.jobs == 1:
             for run in missing:
-                self.keep(self.train(self.cfg, run))
+                self.keep(run, self.train(self.cfg, run))
             return
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.cfg.jobs, spawn, torch.set_num_threads, [1]) as pool:
-            for future in as_completed([pool.submit(self.train, self.cfg, run) for run in missing]):
-                self.keep(future.result())
+            futures = {pool.submit(self.train, self.cfg, run): run for run in missing}
+            for future in as_completed(futures):
+                self.keep(futures[future], future.result())
 
-    def keep(self, entry):
+    def keep(self, run, entry):
         self.content["runs"].append(entry)
         with atomic_file(self.cfg.json) as f:
             f.write(json.dumps(self.content).encode())
-        about = f"{entry['model']}, rates x {entry['rate']:g}, {entry['iters']} iterations"
-        print(f"{about}, seed {entry['seed']}: {entry['loss']:.4f}", file=sys.stderr, flush=True)
+        print(f"{run}: {entry['loss']:.4f}", file=sys.stderr, flush=True)
 
     def mean(self, model, rate, iters):
         """Returns the mean loss over the seeds."""

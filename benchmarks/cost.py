@@ -104,7 +104,8 @@ def model_of(cfg):
     """Returns a config's model, on the meta device: no memory, no numbers. The vocabulary is GPT-2's."""
     tokenizer = gpt2_tokenizer()
     with torch.device("meta"):
-        return make_gpt(model_config(cfg, tokenizer, tokenizer.embedding_rows()))
+        ids = dict(vocab_size=tokenizer.embedding_rows(), n_ids=tokenizer.vocab_size)
+        return make_gpt(model_config(cfg, ids))
 
 
 def needs(cfg):

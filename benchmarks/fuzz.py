@@ -74,12 +74,12 @@ def next_losses(argv):
     cfg = configure(TrainConfig, argv)
     machine = hardware.find_machine(cfg)
     run = set_up(cfg, machine)
-    batches = micro_batches(run.train_data, run.at.iter_num, cfg, machine.device)
+    batches = micro_batches(run.train_data, run.progress.iter_num, cfg, machine.device)
     losses = []
     for _ in range(2):
         losses.append(micro_step(run.model, next(batches), run.scaler, machine, 1))
         update(run.model, run.optimizers, run.scaler, cfg.grad_clip)
-    return losses + [run.at.iter_num]
+    return losses + [run.progress.iter_num]
 
 
 def fuzz_states(folder, times, rng):

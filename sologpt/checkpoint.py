@@ -34,6 +34,7 @@ TYPES = dict(
     model_args=dict,
     arch=str,
     gelu=str,
+    more_args=dict,
     tokenizer=dict,
     data=dict,
     config=dict,
@@ -137,6 +138,7 @@ def load(path):
         raise UserError(f"{path} is of another model: its model_args have {', '.join(unknown)}, unknown here")
     state.setdefault("arch", "gpt2")  # not in model_args, which nanoGPT passes to its GPTConfig
     state.setdefault("gelu", "none")
+    state.setdefault("more_args", {})
     weights = {strip(name): tensor for name, tensor in state["model"].items()}
     state["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
     check_sizes(state, path)
@@ -219,10 +221,12 @@ def strip(name):
 
 def describe(model, tokenizer):
     """Returns what a state says of a model: all that make_gpt and make_tokenizer need to rebuild both."""
-    model_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
-    return dict(
-        model_args=model_args, gelu=model.config.gelu, arch=model.config.arch, tokenizer=tokenizer.fields()
-    )
+    fields = dataclasses.asdict(model.config)
+    del fields["n_ids"]  # the tokenizer's
+    state = dict(arch=fields.pop("arch"), gelu=fields.pop("gelu"), tokenizer=tokenizer.fields())
+    state["model_args"] = {name: fields.pop(name) for name in MODEL_ARGS}
+    state["more_args"] = fields  # what somebody has added to GPTConfig
+    return state
 
 
 def weights_state(run):
@@ -234,7 +238,7 @@ def weights_state(run):
     state["config"] = dataclasses.asdict(run.cfg)
     state["dtype"] = run.machine.dtype
     state["seconds"] = time.perf_counter() - run.started
-    return state | dataclasses.asdict(run.at)
+    return state | dataclasses.asdict(run.progress)
 
 
 def whole_state(run):
@@ -244,9 +248,16 @@ def whole_state(run):
     return weights_state(run) | moments | rest
 
 
-def model_fields(state, tokenizer):
-    """Returns GPTConfig's fields, a dict, for the model in a state from load and its Tokenizer."""
-    return state["model_args"] | dict(arch=state["arch"], gelu=state["gelu"], n_ids=tokenizer.vocab_size)
+def model_fields(state, path, config_class):
+    """Returns the fields of config_class, GPTConfig, but n_ids, for the model in a state from load(path).
+    Raises UserError if it was trained where GPTConfig has fields that this one lacks."""
+    unknown = state["more_args"].keys() - config_class.__dataclass_fields__.keys()
+    if unknown:
+        listed = ", ".join(sorted(unknown))
+        raise UserError(
+            f"the model in {path} has {listed}, which this model.py lacks; use the one that wrote it"
+        )
+    return state["model_args"] | state["more_args"] | dict(arch=state["arch"], gelu=state["gelu"])
 
 
 def restore_model(model, state, path):
@@ -289,7 +300,7 @@ def restore_optimizers(optimizers, state, path):
         saved = state[name]
         kind = "Muon" if name == "muon" else "AdamW"
         try:
-            fits = moments_fit(saved, optimizer)
+            fits = moments_fit(saved, optimizer, state["iter_num"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):  # it is built otherwise
             fits = False
         if not fits:
@@ -302,9 +313,9 @@ def restore_optimizers(optimizers, state, path):
         optimizer.load_state_dict(saved)
 
 
-def moments_fit(saved, optimizer):
-    """Whether the state_dict of an optimizer has the moments of this one's parameters, and nothing else:
-    torch itself would take moments of any shape, and crash in the update."""
+def moments_fit(saved, optimizer, iter_num):
+    """Whether the state_dict of an optimizer has the moments of this one's parameters, of at most iter_num
+    updates, and nothing else: torch itself would take moments of any shape, and crash in the update."""
     if any(type(part) is not dict for part in (*saved["param_groups"], *saved["state"].values())):
         return False
     groups = [group["params"] for group in saved["param_groups"]]
@@ -326,8 +337,11 @@ def moments_fit(saved, optimizer):
                 return False
     if isinstance(optimizer, torch.optim.Muon):
         return True
-    steps = {float(moments["step"]) for moments in saved["state"].values()}
-    return len(steps) == 1 and min(steps) >= 0  # every parameter takes part in every update
+    for moments in saved["state"].values():
+        steps = float(moments["step"])  # less than iter_num if frozen for a while, or if updates were skipped
+        if steps not in range(iter_num + 1) or (steps == 0 and moments["exp_avg"].any()):
+            return False
+    return True
 
 
 def moment_shapes(optimizer, group, p):
@@ -344,12 +358,12 @@ def get_rng(device):
     return rng
 
 
-def rng_of_iteration(run):
+def begin_rng(run):
     """Returns the random state in which a Run of train.py begins an iteration. That of process 0 goes on from
     iteration to iteration, and is saved; other processes seed theirs anew, so that their dropout differs, and
     is the same in a resumed run."""
     if parallel.rank():
-        seed = np.random.SeedSequence([run.cfg.seed, parallel.rank(), run.at.iter_num])
+        seed = np.random.SeedSequence([run.cfg.seed, parallel.rank(), run.progress.iter_num])
         torch.manual_seed(int(seed.generate_state(1)[0]))
     return get_rng(run.machine.device)
 
@@ -480,13 +494,13 @@ def save_checkpoint(run):
     run.metrics.sync()
     if run.files.save(whole_state(run)):
         say(f"saving checkpoint to {run.cfg.out_dir}")
-        run.metrics.record("checkpoint", run.at.iter_num, best_val_loss=run.at.best_val_loss)
+        run.metrics.record("checkpoint", run.progress.iter_num, best_val_loss=run.progress.best_val_loss)
 
 
 def save_best(run, val_loss):
     """Writes best.pt, but not at iteration 0, whose weights are not worth a file. Returns False if it could
     not be written."""
-    if run.at.iter_num == 0 and run.cfg.max_iters > 0:
+    if run.progress.iter_num == 0 and run.cfg.max_iters > 0:
         return True
     return run.files.write(run.files.best, weights_state(run) | dict(best_val_loss=val_loss))
 
@@ -502,5 +516,9 @@ def save_before_cooldown(run):
 
 def save_progress(run):
     """Saves the state before an unfinished iteration, unless this process has started from it or saved it."""
-    if run.at.iter_num > run.first_iter and run.files.saved_iter != run.at.iter_num and not parallel.rank():
+    if (
+        run.progress.iter_num > run.first_iter
+        and run.files.saved_iter != run.progress.iter_num
+        and not parallel.rank()
+    ):
         save_checkpoint(run)

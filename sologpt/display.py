@@ -2,18 +2,31 @@
 Lines for the user, and how times are written in them. Imports nothing heavy.
 """
 
+import os
 import sys
 
 from tqdm import tqdm
 
+from sologpt.stop import StopRequest
+
 
 def say(text, file=None):
     """Prints text to stdout or to file, above the progress bar if there is one. If it cannot be written, as
-    with a log on a full disk, it is left out: no reason to end a run."""
+    with a log on a full disk, it is left out: no reason to end a run.
+
+    If whoever read it has ended, as `tee` does by the same Ctrl-C, that is a request to stop, and what
+    follows goes to stderr. Raises BrokenPipeError where there is nothing to save.
+    """
+    file = file or sys.stdout
     try:
-        tqdm.write(text, file or sys.stdout)
+        tqdm.write(text, file)
     except BrokenPipeError:
-        raise
+        if not StopRequest.in_force:
+            raise
+        StopRequest.in_force.reader_has_ended()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # or flushing at the end fails again
+        if file is sys.stdout:
+            sys.stdout = sys.stderr
     except OSError:
         pass
 

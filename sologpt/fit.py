@@ -53,7 +53,7 @@ def start_with_what_fits(model, optimizers, cfg, machine):
 def use_smaller_batch(run):
     """Rewinds the iteration of a Run of train.py and halves batch_size. Raises UserError at batch_size=1 or
     auto_fit=False."""
-    cfg, at, device = run.cfg, run.at, run.machine.device
+    cfg, at, device = run.cfg, run.progress, run.machine.device
     run.model.train()  # it may have been evaluating
     run.model.zero_grad(set_to_none=True)
     set_rng(run.rng, device)
@@ -120,7 +120,7 @@ def no_room(params, optimizer, config, cfg, dtype, available):
 
 
 @contextlib.contextmanager
-def nothing_half_done():
+def no_retry_if_out_of_memory():
     """Returns a context for an update: if memory runs out in the middle of it, some weights are new and some
     are not, or another process has made the update, so that it cannot be repeated. Raises UserError then."""
     try:

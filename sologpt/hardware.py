@@ -441,8 +441,7 @@ def forget_compiled(device):
     """Gives unused memory back to the device, and makes torch.compile start anew: after several batch sizes
     it would give up compiling (torch._dynamo.config.recompile_limit) and run uncompiled."""
     torch._dynamo.reset()
-    gc.unfreeze()  # train.py has frozen the compiled model
-    gc.enable()
+    gc.enable()  # train.py has disabled it
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -34,8 +34,8 @@ class Recent:
 def count_bad_steps(run, step_loss, norm):
     """Counts an update that was skipped, and warns of it; points out a gradient norm that spikes. In fp16 an
     infinite gradient is normal while the scaler finds out how large its scale may be: down to a scale of 1
-    only a loss that is not finite counts."""
-    at = run.at
+    only a loss that is not finite counts. Raises UserError after max_bad_steps in a row."""
+    at = run.progress
     finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     decisive = norm
     if finding_scale:
@@ -51,10 +51,6 @@ def count_bad_steps(run, step_loss, norm):
     text = f"loss {loss:.4g} and gradient norm {norm:.4g} in iteration {at.iter_num}"
     warn(f"{text}: its update is skipped ({at.bad_in_row} in a row)")
     run.metrics.record("bad_step", at.iter_num, loss=loss, norm=norm, in_row=at.bad_in_row)
-
-
-def check_bad_steps(run):
-    at = run.at
     if at.bad_in_row >= run.cfg.max_bad_steps:
         raise UserError(
             f"no finite gradient in the {at.bad_in_row} iterations {at.iter_num - at.bad_in_row + 1} to "
@@ -72,7 +68,7 @@ def watch_loss(run, loss, norm):
 
 def point_out_spike(run, name, value, recent, **figures):
     """Says which sequences of the run were in an iteration with a spike; nothing else changes."""
-    it, S = run.at.iter_num, run.cfg.sequences_per_iter
+    it, S = run.progress.iter_num, run.cfg.sequences_per_iter
     middle = statistics.median(recent.values)
     first, last = it * S, (it + 1) * S - 1
     say(f"spike in iteration {it}: {name} {value:.4g}, recently {middle:.4g}; sequences {first} to {last}")

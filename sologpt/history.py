@@ -339,7 +339,10 @@ class Reader:
             h.config = plain(figures["config"])
             h.torch = printable(str(figures.get("torch", ""))[:TEXT])
             self.tokens_per_iter = h.tokens_per_iter
-        if not self.updates:  # the lines before this one are not here
+        tokens = number(figures.get("tokens"))
+        if math.isfinite(tokens):
+            self.updates, self.tokens = n, tokens
+        elif not self.updates:  # the lines before this one are not here
             self.updates, self.tokens = n, n * self.tokens_per_iter
 
     def read_evaluation(self, moment, figures):
@@ -357,9 +360,11 @@ class Reader:
         elapsed = number(figures.get("elapsed"))
         if math.isfinite(elapsed):
             seconds = elapsed
-        tokens = n * self.tokens_per_iter
-        if self.tokens:
-            tokens = self.tokens + ahead * self.tokens_per_iter
+        tokens = number(figures.get("tokens"))
+        if math.isnan(tokens):
+            tokens = n * self.tokens_per_iter
+            if self.tokens:
+                tokens = self.tokens + ahead * self.tokens_per_iter
         return Moment(n, tokens, max(0.0, seconds) / 3600)
 
 

@@ -67,7 +67,7 @@ def elapsed(run):
 
 def share_of_time(run):
     """Returns the share of max_minutes that a Run will have used after one more iteration and evaluation."""
-    return share_of(run.cfg, elapsed(run) + run.clock.last + run.at.eval_seconds)
+    return share_of(run.cfg, elapsed(run) + run.clock.last + run.progress.eval_seconds)
 
 
 def share_of(cfg, seconds):
@@ -167,7 +167,7 @@ def finite_or_none(value):
 
 def open_metrics(run):
     """Returns the Metrics of a Run of train.py, with its first line, and prepares its out_dir."""
-    cfg, iter_num = run.cfg, run.at.iter_num
+    cfg, iter_num = run.cfg, run.progress.iter_num
     if cfg.sample_interval:
         run.tokenizer.decode([0])  # may need a download: better missed now than at the first evaluation
     evaluated = False
@@ -187,7 +187,8 @@ def open_metrics(run):
         metrics.evaluated_iter = iter_num
     kind = "resume" if iter_num else "config"
     facts = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
-    metrics.record(kind, iter_num, **facts, processes=parallel.processes())
+    facts |= dict(processes=parallel.processes(), tokens=run.progress.tokens_seen)
+    metrics.record(kind, iter_num, **facts)
     return metrics
 
 
@@ -201,7 +202,7 @@ def set_aside(files):
 def log_iteration(run, step_loss, norm, lr):
     """Prints and records the iteration that a Run of train.py has just done. step_loss: a tensor on the
     device; norm, lr: floats."""
-    cfg, at = run.cfg, run.at
+    cfg, at = run.cfg, run.progress
     loss = step_loss.item()  # waits for the update too, so that the clock is right
     dt = run.clock.lap()
     left = cfg.max_iters - 1 - at.iter_num
@@ -247,9 +248,9 @@ def log_samples(run):
         prompt = run.tokenizer.decode(ids[: prompts.size(1)])
         text = run.tokenizer.decode(ids[prompts.size(1) :])
         samples.append(dict(prompt=prompt, text=text))
-        say(f"sample {run.at.iter_num}: {as_json(prompt)} -> {as_json(text)}")
-    run.metrics.record("sample", run.at.iter_num, samples=samples)
-    run.at.eval_seconds += time.perf_counter() - start
+        say(f"sample {run.progress.iter_num}: {as_json(prompt)} -> {as_json(text)}")
+    run.metrics.record("sample", run.progress.iter_num, samples=samples)
+    run.progress.eval_seconds += time.perf_counter() - start
 
 
 def as_json(text):

@@ -10,7 +10,7 @@ import ast
 import inspect
 import os
 
-from sologpt import loss
+from sologpt import loss, sampling
 
 FILE = "modeling_sologpt.py"
 CONFIG = dict(  # what config.json says besides the fields of GPTConfig
@@ -26,7 +26,7 @@ PLACE = "# [here an export has the classes of model.py]\n"
 # of model.py: what only GPT-2 has, and what trains, samples, counts and saves
 LEFT_OUT = """
 GPTConfig width_problem Block make_gpt
-GPT.make_layers GPT.forward GPT.embed GPT.blocks
+GPT.make_layers GPT.forward GPT.hidden
 GPT.looked_up GPT.get_num_params GPT.flops_per_token GPT.estimate_mfu GPT.configure_optimizers
 GPT.empty_cache GPT.prompt_logits GPT.next_logits GPT.generate GPT.from_pretrained GPT.save_pretrained
 ModernGPT.looked_up ModernGPT.save_pretrained
@@ -37,8 +37,8 @@ def modeling_file(source):
     """Returns the text of an export's modeling_sologpt.py; source is the text of model.py."""
     with open(os.path.join(os.path.dirname(__file__), FILE), encoding="utf-8") as f:
         text = f.read()
-    copied = definitions(source).replace("loss.capped(", "capped(")
-    return text.replace(PLACE, f"\n{inspect.getsource(loss.capped)}\n\n{copied}")
+    parts = [inspect.getsource(part) for part in (loss.capped, sampling.Linear)]
+    return text.replace(PLACE, "\n" + "\n\n".join([*parts, definitions(source)]))
 
 
 def definitions(source):

@@ -3,6 +3,7 @@ What a run will do, said before it starts, and what it has done, said at its end
 """
 
 import json
+import math
 import os
 import shlex
 import statistics
@@ -22,11 +23,15 @@ from sologpt.page import page_of_run
 def notes(cfg):
     """Returns lines about values of train.py's keys that are allowed but perhaps not meant."""
     found = schedule_notes(cfg)
-    for name, schedule in (("lr_decay_iters", "cosine"), ("cooldown_frac", "wsd")):
-        if name in cfg.given and cfg.schedule != schedule:
+    for name, schedule in (("lr_decay_iters", "wsd"), ("cooldown_frac", "cosine")):
+        if name in cfg.given and cfg.schedule == schedule:
             found.append(f"note: {name} has no effect with schedule={cfg.schedule!r}")
     if cfg.keep_before_cooldown and cfg.max_minutes:
         found.append("note: keep_before_cooldown=True has no effect with max_minutes")
+    if cfg.sample_interval % cfg.eval_interval:
+        common = math.lcm(cfg.sample_interval, cfg.eval_interval)
+        text = f"samples are drawn at evaluations, every {cfg.eval_interval:,} iterations"
+        found.append(f"note: {text}, so sample_interval={cfg.sample_interval} acts every {common:,}")
     if "backend" in cfg.given and parallel.processes() == 1:
         found.append(f"note: backend={cfg.backend!r} has no effect: it is for several processes")
     return found
@@ -141,7 +146,10 @@ SPEED = (
 def foretell(run):
     """Prints what a dry run adds to describe: time, if an earlier run in out_dir shows it, and disk."""
     cfg = run.cfg
-    left = cfg.max_iters - run.at.iter_num
+    if cfg.eval_only:
+        print_aligned(["dry run: nothing was written"])
+        return
+    left = cfg.max_iters - run.progress.iter_num
     time_text = "not known for these settings; python bench.py with the same arguments measures it"
     if dt := seconds_of_earlier_run(run.files.metrics, cfg):
         shown = f"the {dt:.3g} s each that {cfg.out_dir} shows"
@@ -204,7 +212,7 @@ def sum_up(run):
     """Says what a finished Run of train.py has done, and records it."""
     if parallel.rank():
         return
-    cfg, at, clock = run.cfg, run.at, run.clock
+    cfg, at, clock = run.cfg, run.progress, run.clock
     figures = dict(seconds=elapsed(run), tokens=at.tokens_seen, best_val_loss=at.best_val_loss, **run.losses)
     figures |= dict(bad_steps=at.bad_steps, resumed=at.resumed)
     figures |= dict(tokens_per_s=None, mfu=None, peak_memory=peak_memory(run.machine.device))

@@ -41,12 +41,16 @@ def load_state(cfg, files):
     return None
 
 
-def with_architecture(cfg, fields, source):
+def with_architecture(cfg, fields, source, resuming):
     """Returns train.py's cfg with the architecture in fields, those of GPTConfig for the model in source, a
-    path or a name. Raises UserError, with all that differs, if the user has set another one."""
-    saved = {name: fields[name] for name in ("arch", "n_layer", "n_head", "n_embd", "block_size", "bias")}
+    path or a name. If the user has set another one, raises UserError, with all that differs, when resuming;
+    else, as in nanoGPT, the model's is taken, with a warning."""
+    saved = {name: value for name, value in fields.items() if hasattr(cfg, name) and name != "dropout"}
     differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
-    if differing:
+    if differing and not resuming:
+        taken = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
+        warn(f"the architecture is that of {source}: {taken}")
+    elif differing:
         listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
         raise UserError(
             f"{source} has another architecture: {listed}; omit these, or start anew in another --out_dir"
@@ -115,7 +119,7 @@ def data_changes(state, data):
 def check_alike(run):
     """Raises UserError if the processes of a Run of train.py would not do the same: those of several machines
     may see other files."""
-    start = repr((dataclasses.asdict(run.cfg), run.machine.dtype, run.fingerprint, run.at))
+    start = repr((dataclasses.asdict(run.cfg), run.machine.dtype, run.fingerprint, run.progress))
     number = float(zlib.crc32(start.encode()))
     if parallel.over_all([number, -number], parallel.MAX) != [number, -number]:
         raise UserError(
@@ -126,10 +130,11 @@ def check_alike(run):
 def restore(run, state, data_changed):
     """Loads all of a state into a new Run of train.py. Its best loss is kept if later ones compare to it."""
     path = run.files.newest
-    at, iter_num = run.at, state["iter_num"]
+    at, iter_num = run.progress, state["iter_num"]
     checkpoint.restore_model(run.model, state, path)
     checkpoint.restore_optimizers(run.optimizers, state, path)
     restore_scaler_and_rng(run, state, path)
+    run.train_data.shifting = state.get("shifting", False)
     at.iter_num = run.first_iter = iter_num
     at.best_val_loss = float(state["best_val_loss"])
     at.tokens_seen = state.get("tokens_seen", iter_num * settings_before(run.cfg, state).tokens_per_iter)

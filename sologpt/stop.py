@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+SIGPIPE = 13  # which Windows does not have
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # not on Windows
     SIGNALS.append(signal.SIGHUP)  # the terminal was closed, perhaps with its ssh session
@@ -20,6 +21,8 @@ class StopRequest:
     """Inside `with StopRequest(text) as stop`, the first signal writes text to stderr and sets stop.number; a
     second one ends the process at once. After the `with`, signals do what they did before."""
 
+    in_force = None  # the one whose `with` has been entered
+
     def __init__(self, text):
         self.text = text
         self.number = 0  # of the signal; 0: nobody has asked
@@ -31,9 +34,11 @@ class StopRequest:
         for number, handler in self.before.items():
             if number in (signal.SIGINT, signal.SIGTERM) or handler != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.ask)
+        StopRequest.in_force = self
         return self
 
     def __exit__(self, *error):
+        StopRequest.in_force = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -46,6 +51,10 @@ class StopRequest:
             os.write(sys.stderr.fileno(), f"\n{self.text}\n".encode())
         if self.interrupting:
             raise Stopped
+
+    def reader_has_ended(self):
+        """Asks to stop, if no signal has, because nobody reads stdout any more."""
+        self.number = self.number or SIGPIPE
 
     def check(self):
         """Raises Stopped if somebody has asked to stop."""

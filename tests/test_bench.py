@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
-from bench import BenchConfig, Timed, profile_table, recommend, training_command
+from bench import BenchConfig, Timed, profile_table, recipe, recommend, training_command
 from configurator import ConfigError, configure
 from sologpt import hardware
 
@@ -228,3 +228,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(ru
     (tmp_path / "there").mkdir()
     out = run("bench.py", "--json=there", status=2)
     assert "json='there' is a folder; give a file in it" in out.stderr
+
+
+def test_a_config_file_with_a_key_that_train_lacks_is_refused_before_anything_is_measured(run, tmp_path):
+    (tmp_path / "c.py").write_text("hours = 8")
+    error = run("bench.py", "c.py", status=1).stderr
+    expected = "hours is not a key of train.py, whose config files these are: give it here, as --hours=8.0"
+    assert error == f"error: {expected}\n"
+
+
+def test_the_recommended_config_is_found_from_anywhere(tmp_path, monkeypatch):
+    assert recipe() == "config/fineweb_125m_fast.py"
+    monkeypatch.chdir(tmp_path)
+    assert os.path.samefile(recipe(), ROOT / "config/fineweb_125m_fast.py")

@@ -1,6 +1,6 @@
 """
 benchmarks/candidates.py: its design against the algebra that it is chosen for, and without any candidate the
-recipe itself. Run: pytest tests/test_candidates.py
+recipe itself. benchmarks/recipe.py: a ladder from GPT-2 to the recipe. Run: pytest tests/test_candidates.py
 """
 
 import itertools
@@ -14,6 +14,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import candidates
+import compare_modded
+import recipe
 from candidates import CANDIDATES, Run, all_runs, effects, orthogonalized, signs
 from compare_modded import Ours as Recipe
 from compare_modded import keys_of
@@ -53,7 +55,7 @@ def test_effects_are_found_again():
 
 
 class Small:
-    size, compile, dtype = "tiny", False, "float32"
+    size, compile, dtype, gpt2_learning_rate = "tiny", False, "float32", 2e-3
 
 
 def test_without_candidates_it_is_the_recipe():
@@ -103,3 +105,45 @@ def test_other_coefficients_bring_all_singular_values_near_one():
     found = orthogonalized(matrices.U * spread @ matrices.Vh, {"polar_express"})
     values = torch.linalg.svdvals(found)
     assert 0.85 < values.min() and values.max() < 1.15
+
+
+def trained_rung(parts, batch, iters):
+    torch.manual_seed(0)
+    run = recipe.Run(parts, 1, 20)
+    rung = recipe.Rung(Small, keys_of(Small, run), 64, run, CPU)
+    for it in range(iters):
+        rung.iteration(it, iter([batch]), 1)
+    return rung
+
+
+@pytest.mark.parametrize("model, parts", [("gpt2", 0), ("ours", len(recipe.PARTS))])
+def test_the_ladder_goes_from_gpt2_to_the_recipe(model, parts):
+    batch = torch.randint(64, (2, 33))
+    rung = trained_rung(parts, batch, 3)
+    torch.manual_seed(0)
+    run = compare_modded.Run(model, 1.0, 20, 1)
+    end = Recipe(Small, keys_of(Small, run), 64, run, CPU)
+    for it in range(3):
+        end.iteration(it, iter([batch]), 1)
+    for name, p in end.model.named_parameters():
+        assert torch.equal(rung.model.get_parameter(name), p)
+
+
+def test_every_part_of_the_ladder_changes_the_run_and_learns():
+    batch = torch.randint(64, (4, 33))
+    rungs = [trained_rung(parts, batch, 8) for parts in range(len(recipe.PARTS) + 1)]
+    losses = [rung.evaluate(Windows(batch), 4, 4) for rung in rungs]
+    assert len(set(losses)) == len(losses) and max(losses) < 4.2
+
+    names = list(recipe.PARTS)
+    tied = [rung.model.lm_head.weight is rung.model.transformer.wte.weight for rung in rungs]
+    assert tied == [parts <= names.index("head") for parts in range(len(rungs))]
+    for part, parameter in dict(smear="smear", table="transformer.wve.weight").items():
+        without = rungs[names.index(part)].model.get_parameter(parameter)
+        assert torch.equal(without, trained_rung(names.index(part), batch, 0).model.get_parameter(parameter))
+
+
+def test_tokens_to_a_loss_are_those_of_the_mean_curve():
+    curves = [[(0, 6.0), (100, 4.0), (200, 3.0)], [(0, 6.0), (100, 4.0), (200, 1.0)]]
+    assert recipe.tokens_to(3.0, curves) == 150
+    assert recipe.tokens_to(1.9, curves) is None

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from model import GPT, GPTConfig, make_gpt
-from sologpt import huggingface, loss, remote_code
+from sologpt import huggingface, loss, remote_code, sampling
 from sologpt.tokenizer import BPETokenizer, ByteTokenizer
 
 BYTES = ByteTokenizer("bytes", 257, 256)
@@ -234,7 +234,7 @@ def named_definitions(text):
 
 def test_the_code_is_that_of_model_py_and_what_is_left_out_is_named():
     source = (ROOT / "model.py").read_text(encoding="utf-8")
-    ours = named_definitions(source.replace("loss.capped(", "capped("))
+    ours = named_definitions(source)
     theirs = named_definitions(remote_code.modeling_file(source))
     left_out = set(remote_code.LEFT_OUT)
     assert left_out <= ours.keys()
@@ -245,8 +245,10 @@ def test_the_code_is_that_of_model_py_and_what_is_left_out_is_named():
         else:
             assert ours[name] == theirs[name], name
     assert theirs["capped"] == ast.dump(ast.parse(inspect.getsource(loss.capped)).body[0])
+    [linear] = ast.parse(inspect.getsource(sampling.Linear)).body
+    assert theirs["Linear.forward"] == ast.dump(linear.body[1])
     # what computes a logit is all there
-    names = "rotate ModernBlock.forward ModernAttention.forward ModernGPT.blocks GPT.hidden GPT.logits"
+    names = "rotate ModernBlock.forward ModernAttention.forward ModernGPT.hidden ModernGPT.embed GPT.logits"
     assert set(names.split()) <= theirs.keys()
 
 
@@ -364,7 +366,9 @@ def test_a_checkpoint_is_exported_and_its_card_says_how_it_is_loaded(run, byte_d
     assert f"| parameters | {3 * 257 * 32 + 2 * (12 * 32 * 32 + 4) + 13:,} |" in card
     assert "modern" in card and "GPT-2" not in card
     # again, over what is there
-    assert "are in hf" in run("sample.py", "--init_from=best", "--device=cpu", "--export=hf").stderr
+    again = run("sample.py", "--init_from=best", "--device=cpu", "--export=hf", "--dtype=bfloat16").stderr
+    assert "note: export writes fp32 and draws nothing: dtype has no effect\n" in again
+    assert "are in hf" in again
     failed = run("sample.py", "--init_from=hf", "--device=cpu", status=1).stderr
     assert "hf is an export of arch='modern', which only transformers reads" in failed
 

@@ -13,6 +13,7 @@ from conftest import metrics
 
 from sologpt import shards
 from sologpt.health import RECENT, Recent, count_bad_steps
+from train import TrainConfig
 
 
 def test_a_spike_is_far_above_the_recent_values():
@@ -67,7 +68,8 @@ def test_a_spike_is_pointed_out_with_its_sequences(run, byte_data, tiny, tmp_pat
 def test_infinite_gradients_in_fp16_are_the_scales_fault_until_it_is_low(scale, bad):
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     scaler.scale(torch.ones(1))
-    run = SimpleNamespace(scaler=scaler, at=SimpleNamespace(bad_in_row=0, bad_steps=0, iter_num=7))
+    progress = SimpleNamespace(bad_in_row=0, bad_steps=0, iter_num=7)
+    run = SimpleNamespace(scaler=scaler, progress=progress, cfg=TrainConfig())
     run.metrics = SimpleNamespace(record=lambda *args, **figures: None)
     count_bad_steps(run, torch.tensor(3.0), float("nan"))
-    assert run.at.bad_in_row == run.at.bad_steps == bad
+    assert run.progress.bad_in_row == run.progress.bad_steps == bad

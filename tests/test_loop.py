@@ -98,7 +98,7 @@ def test_updates_are_those_of_the_formulas_and_new_settings_count_after_resuming
 def test_muon_decays_too_and_gets_the_momentum_of_each_iteration():
     cfg = train.TrainConfig(optimizer="muon", weight_decay=0.3, warmup_iters=200, learning_rate=2e-3)
     model = GPT(GPTConfig(block_size=16, vocab_size=97, n_layer=1, n_head=2, n_embd=32))
-    optimizers = train.make_optimizers(model, cfg, torch.device("cpu"))
+    optimizers = train.optim.make_optimizers(model, cfg, torch.device("cpu"))
     assert {group["weight_decay"] for group in optimizers["muon"].param_groups} == {0.3}
     for it, momentum in ((0, 0.85), (150, 0.9), (600, 0.95)):
         lr = train.set_learning_rate(optimizers, it, cfg)

@@ -108,15 +108,17 @@ def test_parameter_names_are_nanogpts():
     assert list(tiny(bias=False).state_dict()) == [name for name in expected if not name.endswith(".bias")]
 
 
-def test_training_gives_a_loss_only_and_inference_the_last_position():
+def test_targets_give_a_loss_and_all_logits_and_inference_the_last_position():
     model, idx = tiny(), torch.randint(97, (2, 9))
     logits, loss = model(idx)
     assert logits.shape == (2, 1, 97) and loss is None
     full, _ = model(idx, idx)
     assert full.shape == (2, 9, 97) and torch.allclose(full[:, -1:], logits, atol=1e-5)
-    model.train()
-    logits, loss = model(idx, idx)
-    assert logits is None and loss.shape == () and loss.dtype == torch.float32
+    logits, loss = model.train()(idx, idx)
+    assert torch.equal(logits, full) and loss.shape == () and loss.dtype == torch.float32
+    model.loss_chunks = 2  # there are never logits of all positions
+    logits, in_chunks = model(idx, idx)
+    assert logits is None and in_chunks.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_targets_of_minus_one_do_not_count():
@@ -134,12 +136,12 @@ def gradients(model, idx, targets, dtype=torch.float32, scale=1.0):
         lambda module, x, y: (y.retain_grad(), stream.append(y))[0]
     )
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        logits, loss = model.train()(idx, targets)
+        loss = model.train()(idx, targets)[1]
     hook.remove()
     (loss * scale).backward()
     found = [model.lm_head.weight.grad, model.transformer.h[0].ln_1.weight.grad, stream[0].grad.float()]
     model.zero_grad()
-    assert logits is None and all(g.dtype == torch.float32 for g in found)
+    assert all(g.dtype == torch.float32 for g in found)
     return loss.detach(), [g / scale for g in found]
 
 

@@ -263,11 +263,12 @@ def test_an_out_dir_of_nanogpts_kind_falls_back_to_gpt2(trained, tmp_path, monke
 
 def test_values_that_do_not_go_together_are_refused_at_once(run):
     argv = ["--init_from=gpt3", "--top_p=0", "--interactive=True", "--start=-", "--export=x"]
-    out = run("sample.py", *argv, status=2)
+    out = run("sample.py", *argv, "--num_samples=3", status=2)
     for message in (
         "init_from must be 'resume', 'best', gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, not 'gpt3'",
         "--top_p: top_p must be above 0, not 0.0",
         "interactive=True reads the prompts from stdin",
+        "interactive=True draws one sample at a time: leave num_samples out",
         "export writes a checkpoint of train.py",
     ):
         assert message in out.stderr

@@ -5,6 +5,7 @@ tables by hand.
 Run: pytest tests/test_train.py
 """
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,11 +28,12 @@ import torch
 from conftest import ENV, ROOT, metrics
 
 import train
-from configurator import configure
+from configurator import configure, key
 from model import GPT, GPTConfig
 from sologpt import checkpoint, fit, hardware, report, shards
 from sologpt.display import duration
 from sologpt.errors import UserError, out_of_memory
+from sologpt.history import read_history
 from train import TrainConfig, get_lr
 
 STEP = re.compile(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)", re.M)
@@ -362,6 +365,36 @@ def test_it_stops_soon_wherever_it_is(byte_data, tiny, tmp_path, flags, line, se
     assert process.returncode == 130 and "Traceback" not in errors and "failed" not in errors
     assert "stopped at iteration 0; continue with: python" in out
     assert checkpoint.load(tmp_path / "out/ckpt.pt")["iter_num"] == 0
+
+
+def piped(argv, reader, cwd):
+    """Starts bash with train.py's output in a pipe to a reader, in a process group of its own."""
+    command = f"{shlex.join([sys.executable, str(ROOT / 'train.py'), *argv])} | {reader}"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = ["bash", "-c", f"set -o pipefail; {command}"]
+    return subprocess.Popen(command, cwd=cwd, text=True, env=ENV, start_new_session=True, **pipes)
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves_and_says_so(byte_data, tiny, tmp_path):
+    """As in `train.py | tee log`, where a terminal sends it to both."""
+    argv = [*tiny, "--max_iters=1000000", "--eval_interval=1000000"]
+    with piped(argv, "tee log", tmp_path) as process:
+        while not (tmp_path / "log").exists() or "iter 20:" not in (tmp_path / "log").read_text():
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    stopped_at = int(re.search(r"^stopped at iteration (\d+); continue with: python ", errors, re.M)[1])
+    assert checkpoint.load(tmp_path / "out/ckpt.pt")["iter_num"] == stopped_at >= 20
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_a_reader_that_has_had_enough_ends_a_run_which_is_saved(byte_data, tiny, tmp_path):
+    with piped([*tiny, "--max_iters=1000000"], "head -n 30", tmp_path) as process:
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + 13 and out.count("\n") == 30
+    stopped_at = int(re.search(r"^stopped at iteration (\d+); continue with: python ", errors, re.M)[1])
+    assert checkpoint.load(tmp_path / "out/ckpt.pt")["iter_num"] == stopped_at > 0
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
 
 
 def test_auto_starts_anew_or_resumes(run, byte_data, tiny):
@@ -1396,13 +1429,13 @@ def test_an_evaluation_is_recorded_once_even_if_compiling_takes_the_time_that_wa
 ):
     argv = [*tiny, "--max_iters=7", "--eval_interval=5"]
     run("train.py", *argv)
-    late = train.leave_garbage_to_evaluations
+    batches = train.micro_batches
 
-    def much_later():
+    def much_later(*args):
         time.sleep(2)
-        late()
+        return batches(*args)
 
-    monkeypatch.setattr(train, "leave_garbage_to_evaluations", much_later)
+    monkeypatch.setattr(train, "micro_batches", much_later)
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     minutes = (state["seconds"] + state["eval_seconds"] + 1) / 60
     run("train.py", *argv, "--max_iters=9", f"--max_minutes={minutes}", "--init_from=resume")
@@ -1416,7 +1449,7 @@ def test_a_resumed_run_knows_how_long_an_evaluation_takes(run, byte_data, tiny, 
     monkeypatch.chdir(tmp_path)
     cfg = configure(TrainConfig, [*tiny, "--max_minutes=1", "--init_from=resume"])
     resumed = train.set_up(cfg, hardware.find_machine(cfg))
-    assert resumed.at.eval_seconds == seconds > 0
+    assert resumed.progress.eval_seconds == seconds > 0
 
 
 def test_samples_at_the_end_stay_when_a_run_is_lengthened(run, byte_data, tiny, tmp_path):
@@ -1437,3 +1470,90 @@ def test_every_resume_is_counted_and_another_time_limit_is_pointed_out(run, byte
     torch.save(state, tmp_path / "out/ckpt.pt")
     resumed = run("train.py", *tiny, "--init_from=resume", "--max_minutes=1")
     assert "warning: the learning rate of iteration 9 is " in resumed.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderConfig(GPTConfig):
+    act: str = "gelu"
+
+
+@dataclasses.dataclass
+class WiderKeys(TrainConfig):
+    act: str = key("gelu", "what somebody has added")
+
+
+def test_a_field_that_somebody_adds_to_the_model_is_saved_and_resumed(
+    run, byte_data, tiny, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "GPTConfig", WiderConfig)
+        patch.setattr(train, "TrainConfig", WiderKeys)
+        run("train.py", *tiny, "--act=swish", "--max_iters=2")
+        error = run("train.py", *tiny, "--act=gelu", "--init_from=resume", status=1).stderr
+        assert "out/ckpt.pt has another architecture: act=swish, not gelu" in error
+        patch.chdir(tmp_path)
+        cfg = configure(WiderKeys, [*tiny, "--init_from=resume"])
+        assert train.set_up(cfg, hardware.find_machine(cfg)).model.config.act == "swish"
+    for script in ("train.py", "sample.py"):
+        argv = [*tiny, "--init_from=resume"] if script == "train.py" else ["--out_dir=out"]
+        error = run(script, *argv, status=1).stderr
+        assert "the model in out/ckpt.pt has act, which this model.py lacks" in error
+
+
+def test_a_run_in_which_a_parameter_was_frozen_for_a_while_resumes(
+    run, byte_data, tiny, tmp_path, monkeypatch
+):
+    def frozen_at_first(*argv):
+        update, calls = train.update, itertools.count()
+
+        def without_positions(model, *args):
+            if next(calls) < 3:
+                model.transformer.wpe.weight.grad = None
+            return update(model, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "update", without_positions)
+            run("train.py", *tiny, *argv)
+
+    frozen_at_first("--out_dir=whole")
+    frozen_at_first("--out_dir=parts", "--max_iters=6")
+    run("train.py", *tiny, "--out_dir=parts", "--init_from=resume")
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_evaluations_stand_at_their_tokens_after_a_resume_with_larger_batches(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=7", "--eval_interval=2", "--log_interval=5")
+    larger = [
+        "--init_from=resume",
+        "--gradient_accumulation_steps=8",
+        "--eval_interval=2",
+        "--log_interval=5",
+    ]
+    run("train.py", *tiny, *larger)
+    history = read_history(str(tmp_path / "out"))
+    small, large = 2 * 4 * 16, 8 * 4 * 16
+    tokens = {0: 0, 2: 2 * small, 4: 4 * small, 6: 6 * small, 7: 7 * small}
+    tokens |= {it: 7 * small + (it - 7) * large for it in (8, 10, 12)}
+    found = dict(zip(history.evals.mean("iterations"), history.evals.mean("tokens"), strict=True))
+    assert found == tokens
+
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "out/ckpt.pt", tmp_path / "other")
+    run("train.py", *tiny, *larger, "--out_dir=other", "--max_iters=14")
+    evals = read_history(str(tmp_path / "other")).evals
+    assert dict(zip(evals.mean("iterations"), evals.mean("tokens"), strict=True)) == {
+        12: tokens[12],
+        14: tokens[12] + 2 * large,
+    }
+
+
+def test_what_acts_otherwise_than_it_seems_is_pointed_out(run, byte_data, tiny):
+    out = run("train.py", *tiny, "--sample_interval=4", "--dry_run=True").stdout
+    assert (
+        "note: samples are drawn at evaluations, every 6 iterations, so sample_interval=4 acts every 12\n"
+        in out
+    )
+    assert "GB of checkpoints in out" in out
+    assert "samples are drawn" not in run("train.py", *tiny, "--sample_interval=12", "--dry_run=True").stdout
+    out = run("train.py", *tiny, "--eval_only=True", "--dry_run=True").stdout
+    assert out.endswith("dry run:    nothing was written\n") and "GB of checkpoints" not in out
