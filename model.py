@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from sologpt import huggingface, optim, sampling
+from sologpt import huggingface, optim, sampling, sizes
 from sologpt.errors import UserError
 from sologpt.loss import capped, chunked_cross_entropy, suitable_chunks
 from sologpt.sampling import Linear  # nn.Linear, faster for a single token
@@ -35,36 +35,10 @@ class GPTConfig:
     arch: str = "gpt2"  # or "modern"
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not self.n_ids:
             n_ids = 50257 if self.vocab_size == 50304 else self.vocab_size
             object.__setattr__(self, "n_ids", n_ids)
-        if self.n_ids > self.vocab_size:
-            raise UserError(f"n_ids={self.n_ids} is more than vocab_size={self.vocab_size}")
-        if self.gelu not in ("none", "tanh"):
-            raise UserError(f"gelu={self.gelu!r} must be 'none' (exact) or 'tanh'")
-        if self.arch not in ("gpt2", "modern"):
-            raise UserError(f"arch={self.arch!r} must be 'gpt2' or 'modern'")
-        if problem := width_problem(self.n_embd, self.n_head, self.arch):
-            raise UserError(problem)
-
-
-def width_problem(n_embd, n_head, arch):
-    """Returns why n_head heads cannot share n_embd, or None."""
-    divisor = n_head
-    name = f"n_head={n_head}"
-    if arch == "modern":
-        divisor = 2 * n_head
-        name = f"2 * n_head={divisor}, as arch='modern' rotates pairs"
-    if n_embd % divisor == 0:
-        return None
-    down = n_embd // divisor * divisor
-    near = " or ".join(str(n) for n in (down, down + divisor) if n)
-    return f"n_embd={n_embd} is not divisible by {name}; set n_embd to {near}, or change n_head"
+        sizes.check(self)
 
 
 # -----------------------------------------------------------------------------

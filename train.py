@@ -31,8 +31,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import Config, from_command_line, key, run_script
-from model import GPT, GPTConfig, make_gpt, width_problem
-from sologpt import checkpoint, fit, hardware, health, log, optim, parallel, report, resume, shards
+from model import GPT, GPTConfig, make_gpt
+from sologpt import checkpoint, fit, hardware, health, log, optim, parallel, report, resume, shards, sizes
 from sologpt.display import print_aligned, say
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
@@ -136,7 +136,7 @@ class TrainConfig(Config):
     def problems(self):
         """Returns messages about conflicting values."""
         found = []
-        if problem := width_problem(self.n_embd, self.n_head, self.arch):
+        if problem := sizes.width_problem(self.n_embd, self.n_head, self.arch):
             found.append(problem)
         if self.keep_before_cooldown and self.schedule != "wsd":
             found.append(
@@ -277,8 +277,9 @@ class Progress:
 
 @dataclasses.dataclass
 class Run:
-    """What the loop works with, made by set_up and main."""
+    """What the loop works with."""
 
+    # made by set_up
     cfg: TrainConfig
     machine: hardware.Machine
     folder: str  # of the data
@@ -291,6 +292,7 @@ class Run:
     files: checkpoint.RunFiles
     scaler: torch.amp.GradScaler = None
     memory: dict = None  # the estimate, in bytes
+    # how far it is
     progress: Progress = dataclasses.field(default_factory=Progress)
     started: float = dataclasses.field(default_factory=time.perf_counter)  # as if the run had never stopped
     first_iter: int = 0  # of this process
@@ -300,6 +302,7 @@ class Run:
     logged_losses: health.Recent = dataclasses.field(default_factory=health.Recent)
     done: bool = False
     rng: dict = None  # torch's random state at the beginning of the iteration
+    # made by main
     metrics: log.Metrics = None
     clock: log.Clock = None
     stop: StopRequest = None
@@ -497,10 +500,12 @@ def set_up(cfg, machine):
     """Returns the Run that the keys ask for. Raises UserError or OSError if they cannot be met."""
     torch.manual_seed(cfg.seed)
     files = checkpoint.RunFiles(cfg.out_dir)
+
+    # the model that exists already, if one does
     state = resume.load_state(cfg, files)
     source = cfg.init_from
     pretrained = None
-    fields = {}  # GPTConfig's, if the model exists already
+    fields = {}  # GPTConfig's
     if state:  # resuming
         source = files.newest
         fields = checkpoint.model_fields(state, source, GPTConfig)
@@ -533,7 +538,7 @@ def set_up(cfg, machine):
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if state:
-        resume.restore(run, state, changed)
+        resume.restore(run, state, changed)  # weights, moments, progress
         resume.warn_of_changes(cfg, machine, state, get_lr)
     elif not cfg.eval_only:
         optim.allocate_moments(optimizers)

@@ -25,7 +25,7 @@ CONFIG = dict(  # what config.json says besides the fields of GPTConfig
 PLACE = "# [here an export has the classes of model.py]\n"
 # of model.py: what only GPT-2 has, and what trains, samples, counts and saves
 LEFT_OUT = """
-GPTConfig width_problem Block make_gpt
+GPTConfig Block make_gpt
 GPT.make_layers GPT.forward GPT.hidden
 GPT.looked_up GPT.get_num_params GPT.flops_per_token GPT.estimate_mfu GPT.configure_optimizers
 GPT.empty_cache GPT.prompt_logits GPT.next_logits GPT.generate GPT.from_pretrained GPT.save_pretrained

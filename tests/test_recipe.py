@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configurator import ConfigError, configure
-from model import GPT, GPTConfig, make_gpt, rms_norm, rotate, width_problem
+from model import GPT, GPTConfig, make_gpt, rms_norm, rotate
 from sologpt.optim import Muon, evened, make_optimizers, muon_momentum, orthogonalize
+from sologpt.sizes import width_problem
 from train import TrainConfig, get_lr, set_learning_rate
 
 TINY = dict(block_size=32, vocab_size=97, n_layer=3, n_head=2, n_embd=48, bias=False)
