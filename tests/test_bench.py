@@ -73,22 +73,16 @@ def test_a_row_without_memory_is_a_row_and_larger_ones_are_not_tried(tmp_path):
     status = [sys.executable, "-c", "import bench; print(open('/proc/self/status').read())"]
     status = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, env=ENV).stdout
     limit = int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) + 2**20
-    flags = ["--batch_size=1", "--gradient_accumulation_steps=640", "--sweep_batch_size=128,160"]
-    flags += [
-        "--block_size=16",
-        "--n_embd=32",
-        "--n_layer=1",
-        "--sweep_loss_chunks=1,128",
-        "--json=figures.json",
-    ]
+    flags = ["--batch_size=1", "--gradient_accumulation_steps=640", "--sweep_batch_size=1,128,160"]
+    flags += ["--block_size=16", "--n_embd=32", "--n_layer=1", "--json=figures.json"]
     command = shlex.join([sys.executable, str(ROOT / "bench.py"), *SMALL, *flags])
     limited = ["bash", "-c", f"ulimit -v {limit}; exec {command}"]
     process = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, env=ENV)
     assert process.returncode == 0 and "Traceback" not in process.stderr, process.stdout + process.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    expected = [(1, "out of memory"), (1, "not tried"), (128, "measured"), (128, "measured")]
-    assert [(row["loss_chunks"], row["status"]) for row in rows] == expected
-    assert re.search(r"^ +128 +5 +1 +out of memory\n +160 +4 +1 +not tried$", process.stdout, re.M)
+    expected = [(1, "measured"), (128, "out of memory"), (160, "not tried")]
+    assert [(row["batch_size"], row["status"]) for row in rows] == expected
+    assert re.search(r"^ +128 +5 +out of memory\n +160 +4 +not tried$", process.stdout, re.M)
 
 
 def children(pid):
