@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sologpt import parallel
 from sologpt.display import duration, say, warn
+from sologpt.errors import UserError
 from sologpt.files import atomic_file
 from sologpt.hardware import peak_memory
 from sologpt.health import watch_loss
@@ -240,9 +241,14 @@ def log_samples(run):
     length = min(CONTINUATION, block_size - prompts.size(1))
     noise = torch.rand(len(prompts), length, generator=torch.Generator().manual_seed(run.cfg.seed))
     model.eval()
-    with run.stop.interrupts():
-        texts = model.generate(prompts, length, temperature=0.8, noise=noise).tolist()
-    model.train()
+    try:
+        with run.stop.interrupts():
+            texts = model.generate(prompts, length, temperature=0.8, noise=noise).tolist()
+    except UserError as e:  # no reason to end a run
+        warn(f"no samples at iteration {run.progress.iter_num}: {e}")
+        return
+    finally:
+        model.train()
     samples = []
     for ids in texts:
         prompt = run.tokenizer.decode(ids[: prompts.size(1)])

@@ -83,12 +83,13 @@ class Past(NamedTuple):
 
 
 def step(model, token, position, cache, noise, temperature, top_k, top_p):
-    """Returns the ids, int64 (B,), that follow token (B,) at position (B,), given the cache of the past.
+    """Returns the ids, int64 (B,), that follow token (B,) at position (B,), given the cache of the past; and
+    whether the logits are finite, bool ().
 
     All shapes are the same at every step, so that it compiles to one CUDA graph.
     """
     logits = model.next_logits(token, position, cache)
-    return pick(logits[:, : model.config.n_ids], noise, temperature, top_k, top_p)
+    return pick(logits[:, : model.config.n_ids], noise, temperature, top_k, top_p), logits.isfinite().all()
 
 
 def check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengths):
@@ -115,7 +116,8 @@ def check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengt
 
 
 def read_window(model, text, end, lengths, cache):
-    """Returns the logits (B, V) after each row's last token, from a pass over its last block_size tokens.
+    """Returns the logits (B, V) after each row's last token, all finite, from a pass over its last block_size
+    tokens.
 
     text is int64 (B, at least end), lengths (B,) at most end. Fills the cache while the text fits into it.
     """
@@ -125,9 +127,13 @@ def read_window(model, text, end, lengths, cache):
     if end > block_size:
         cache = None
     logits = model.prompt_logits(window, lengths - start - 1, cache)
-    if not logits.isfinite().all():
-        raise UserError(f"the model's logits are not finite: weights of NaN, or too large for {logits.dtype}")
+    check_finite(logits.isfinite().all(), logits.dtype)
     return logits
+
+
+def check_finite(finite, dtype):
+    if not finite:
+        raise UserError(f"the model's logits are not finite: weights of NaN, or too large for {dtype}")
 
 
 @torch.no_grad()
@@ -157,6 +163,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         raise UserError("a prompt is empty; sampling needs a token to start from")
     rows = torch.arange(B, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     text = F.pad(idx, (0, max_new_tokens))
     for end, u in enumerate(noise, T):  # end: of the longest row
         if end == T or end > block_size:
@@ -164,14 +171,16 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             token = pick(logits[:, :n_ids], u, temperature, top_k, top_p)
         else:
             last = lengths - 1
-            token = step(model, text[rows, last], last, cache, u, temperature, top_k, top_p)
+            token, sound = step(model, text[rows, last], last, cache, u, temperature, top_k, top_p)
+            finite &= sound
         text[rows, lengths] = token
         lengths = lengths + 1
         yield text[:, : end + 1]
         if stop_token is not None:
             done |= token == stop_token
             if done.all():
-                return
+                break
+    check_finite(finite, model.matmul_dtype())  # once, as it waits for the GPU
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):

@@ -1452,6 +1452,16 @@ def test_a_resumed_run_knows_how_long_an_evaluation_takes(run, byte_data, tiny, 
     assert resumed.progress.eval_seconds == seconds > 0
 
 
+def test_samples_that_cannot_be_drawn_do_not_end_a_run(run, byte_data, tiny, monkeypatch):
+    def overflowing(*args, **options):
+        raise UserError("the model's logits are not finite")
+
+    monkeypatch.setattr(GPT, "generate", overflowing)
+    out = run("train.py", *tiny, "--sample_interval=6")
+    assert "warning: no samples at iteration 6: the model's logits are not finite\n" in out.stderr
+    assert "done: iteration 12" in out.stdout
+
+
 def test_samples_at_the_end_stay_when_a_run_is_lengthened(run, byte_data, tiny, tmp_path):
     argv = [*tiny, "--eval_interval=4", "--sample_interval=5"]
     run("train.py", *argv, "--max_iters=10")
