@@ -216,8 +216,7 @@ def measure(timed):
         updates.append(timed.seconds(timed.one_update))
     iters = [m * accumulation + u for m, u in zip(micro, updates, strict=True)]
     dt = statistics.median(micro) * accumulation + statistics.median(updates)
-    cuda = machine.device.type == "cuda"
-    return dict(
+    figures = dict(
         ms_per_iter=1e3 * dt,
         micro_step_ms=1e3 * statistics.median(micro),
         update_ms=1e3 * statistics.median(updates),
@@ -227,11 +226,16 @@ def measure(timed):
         spread=(max(iters) - min(iters)) / dt,
         tokens_per_s=cfg.tokens_per_iter / dt,
         tflops=model.flops_per_token() * cfg.tokens_per_iter / dt / 1e12,
-        mfu=model.estimate_mfu(cfg.sequences_per_iter, dt, machine.peak) if machine.peak else None,
+        mfu=None,
         peak_memory=peak_of_process(machine.device),
         estimated_memory=timed.estimate,
-        reserved_memory=torch.cuda.max_memory_reserved(machine.device) if cuda else None,
+        reserved_memory=None,
     )
+    if machine.peak:
+        figures["mfu"] = model.estimate_mfu(cfg.sequences_per_iter, dt, machine.peak)
+    if machine.device.type == "cuda":
+        figures["reserved_memory"] = torch.cuda.max_memory_reserved(machine.device)
+    return figures
 
 
 def peak_of_process(device):
