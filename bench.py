@@ -352,7 +352,9 @@ def run_row(cfg, tell):
                 raise UserError(content)
             else:
                 process.join(30)  # time for torch.compile to clean up
-                return ("measured", content) if kind == "row" else ("out of memory", {})
+                if kind == "row":
+                    return "measured", content
+                return "out of memory", {}
     except EOFError:
         process.join()
         if process.exitcode == -9:  # SIGKILL, which Windows does not have

@@ -244,11 +244,12 @@ def malformed(argument, following, fields, synonyms):
     if "=" in name:
         return f"{argument}: write --{name}", False
     bare = name.replace("-", "_")
-    if bare.removeprefix("no_") in fields and fields[bare.removeprefix("no_")].type is bool:
-        off = bare not in fields
-        if not off and following in ("True", "False"):
+    flag = bare.removeprefix("no_")
+    if flag in fields and fields[flag].type is bool:
+        negated = bare not in fields
+        if not negated and following in ("True", "False"):
             return f"{argument} {following}: write --{bare}={following}", True
-        return f"{argument}: write --{bare.removeprefix('no_')}={not off}", False
+        return f"{argument}: write --{flag}={not negated}", False
     if bare not in fields:
         has_value = following is not None and not following.startswith("-") and not following.endswith(".py")
         return f"{argument}: {unknown(bare, fields, synonyms)}; keys are written --key=value", has_value

@@ -65,7 +65,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = None
         if past is not None:
-            k, v = past.extend(k, v)
+            k, v = past.extend(k, v)  # stores them; returns all that q attends to
             mask = past.mask
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
@@ -157,9 +157,9 @@ class GPT(nn.Module):
             return self.logits(x[:, -1:]), None
         targets = targets.reshape(B * T)
         chunks = self.loss_chunks
-        if not chunks and torch.compiler.is_compiling():  # eager, it is slower than torch's own
+        if not chunks and torch.compiler.is_compiling():  # uncompiled, F.cross_entropy is faster
             chunks = suitable_chunks(B * T, self.config.vocab_size)
-        if chunks:  # always when compiled: what changes the loss must change chunk_loss, with its gradient
+        if chunks:  # always if compiled: a change to the loss goes into chunk_loss too, with its gradient
             x = x.view(B * T, -1).to(self.matmul_dtype())
             return None, chunked_cross_entropy(x, self.lm_head.weight, targets, chunks, self.softcap)
         logits = self.logits(x)
@@ -242,7 +242,8 @@ class GPT(nn.Module):
         """Returns the logits (B, V) after token at position, both int64 (B,), given the cache of the past."""
         mask = torch.arange(cache[0][0].size(2), device=token.device) <= position.view(-1, 1, 1, 1)
         pasts = [sampling.Past(keys, values, position, mask) for keys, values in cache]
-        return self.logits(self.hidden(token[:, None], position[:, None], pasts))[:, 0]
+        x = self.hidden(token[:, None], position[:, None], pasts)
+        return self.logits(x)[:, 0]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
         """Returns idx, int64 (B, T), continued by max_new_tokens sampled ids; see sampling.generate."""
@@ -289,7 +290,7 @@ def rms_norm(x):
 def rotate(x, cos, sin):
     """Returns x (B, T, H, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
     the position, so that products of queries and keys depend on their distance. sin holds -sin and sin."""
-    halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses it; cat it does not
+    halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses this, unlike cat
     return (x * cos + halves_swapped * sin).to(x.dtype)
 
 
@@ -356,12 +357,13 @@ class ModernGPT(GPT):
     rotary_base = 10000.0  # the slowest pair turns by about 1 / rotary_base radians a position
 
     def make_layers(self, config):
+        # every other block, counted from the last
         have_ve = [(config.n_layer - 1 - i) % 2 == 0 for i in range(config.n_layer)]
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wve=nn.Embedding(config.vocab_size, config.n_embd),
-                h=nn.ModuleList([ModernBlock(config, has_ve) for has_ve in have_ve]),
+                h=nn.ModuleList([ModernBlock(config, ve) for ve in have_ve]),
                 ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
             )
         )
@@ -369,9 +371,10 @@ class ModernGPT(GPT):
         self.smear = nn.Parameter(torch.zeros(1))
         self.smear_gate = nn.Parameter(torch.zeros(min(GATE, config.n_embd)))
         D = config.n_embd // config.n_head
-        angles = torch.arange(config.block_size)[:, None] * self.rotary_base ** (-torch.arange(0, D, 2) / D)
+        frequencies = self.rotary_base ** (-torch.arange(0, D, 2) / D)
+        angles = torch.arange(config.block_size)[:, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
-        rotary = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+        rotary = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))  # (2, T, D)
         self.register_buffer("rotary", rotary, persistent=False)
 
     @torch.no_grad()
@@ -383,16 +386,16 @@ class ModernGPT(GPT):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, position, pasts=None):
-        """Returns what GPT's returns; pasts has, last, one for the embedding."""
-        *pasts, embeddings = pasts or [None] * (self.config.n_layer + 1)
-        x = self.embed(idx, position, embeddings)
+        """Returns what GPT's returns; the last of pasts is the embedding's."""
+        pasts = pasts or [None] * (self.config.n_layer + 1)
+        x = self.embed(idx, position, pasts[-1])
         if self.matmul_dtype() == torch.bfloat16:
             x = x.bfloat16()
         x = x0 = F.dropout(x, self.config.dropout, self.training)
         first_v = None
         ve = self.transformer.wve(idx).to(x.dtype).unflatten(-1, (self.config.n_head, -1))
         cos, sin = self.rotary[:, position].unsqueeze(3)  # each (B or 1, T, 1, D)
-        for block, past in zip(self.transformer.h, pasts, strict=True):
+        for block, past in zip(self.transformer.h, pasts[:-1], strict=True):
             x, v = block(x, x0, first_v, ve, cos, sin, past)
             if first_v is None:
                 first_v = v
@@ -405,14 +408,14 @@ class ModernGPT(GPT):
         share = (self.smear * gate).unsqueeze(-1)
         if past is not None:
             return x + share * (position > 0).unsqueeze(-1) * past.before(x)
-        # torch.compile stores what cat returns; a sum it would compute again in every block
+        # cat: torch.compile stores its result, but would recompute a sum in every block
         return torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), dim=1)
 
     def looked_up(self):
         return [self.transformer.wte, self.transformer.wve]
 
     def empty_cache(self, B, L):
-        """Returns what GPT's returns, and last the room for embeddings that Past.before takes."""
+        """Returns what GPT's returns, and last the room for embeddings, for Past.before."""
         cache = super().empty_cache(B, L)
         embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
         return [*cache, (embeddings, embeddings)]  # Past.before uses only keys
@@ -424,4 +427,6 @@ class ModernGPT(GPT):
 
 def make_gpt(config):
     """Returns a new model of config.arch."""
-    return {"gpt2": GPT, "modern": ModernGPT}[config.arch](config)
+    if config.arch == "modern":
+        return ModernGPT(config)
+    return GPT(config)

@@ -61,8 +61,8 @@ class TrainConfig(Config):
     eval_iters: int = key(200, "size of an evaluation, in dozens of sequences per split", low=1)
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines", low=1)
-    dry_run: bool = key(False, "say what the run would be and take, and stop")
-    sample_interval: int = key(0, "also write some text at evaluations at multiples of this; 0: never", low=0)
+    dry_run: bool = key(False, "print what the run would do and take, then stop")
+    sample_interval: int = key(0, "iterations between samples of text, drawn at evaluations; 0: none", low=0)
     tracker: str = key("", "where to send the figures too, besides metrics.jsonl", choices=("", *TRACKERS))
     wandb_log: bool = key(False, "nanoGPT's key for tracker='wandb'")
     wandb_project: str = key("owt", "project in wandb or trackio")
@@ -83,7 +83,7 @@ class TrainConfig(Config):
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
-    max_minutes: float = key(0.0, "end after this many minutes, with the schedule done; 0: no limit", low=0)
+    max_minutes: float = key(0.0, "end after this many minutes, schedule completed; 0: no limit", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
@@ -92,7 +92,7 @@ class TrainConfig(Config):
     # learning rate schedule
     decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
     schedule: str = key("cosine", "wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
-    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, the cooldown to min_lr", low=0, high=1)
+    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, a fall to min_lr", low=0, high=1)
     keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, for a longer run to start from")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration that reaches min_lr, usually max_iters", low=0)
@@ -105,16 +105,16 @@ class TrainConfig(Config):
     compile: bool = key(True, "torch.compile the model: slower to start, then faster")
     compile_mode: str = key(
         "default",
-        "max-autotune-no-cudagraphs: compiles for minutes, tunes matmuls from 68 SMs on",
+        "max-autotune-no-cudagraphs: tunes kernels for minutes; matmuls only with 68 SMs or more",
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
         1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
     )
-    loss_chunks: int = key(0, "chunks of tokens for head and loss; 0: what suits, if compiled", low=0)
+    loss_chunks: int = key(0, "chunks of tokens for head and loss; 0: chosen if compiled, else one", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
-    backend: str = key("nccl", "links several GPUs; a CPU takes gloo", choices=("nccl", "gloo"))
+    backend: str = key("nccl", "how several GPUs communicate; CPUs use gloo", choices=("nccl", "gloo"))
 
     @property
     def sequences_per_iter(self):
@@ -130,7 +130,7 @@ class TrainConfig(Config):
 
     @property
     def cooldown_start(self):
-        # in floats 0.07 * 100 is 7.000000000000001
+        # a Fraction: in floats 0.07 * 100 is 7.000000000000001, and ceil gives 8
         return self.max_iters - math.ceil(Fraction(str(self.cooldown_frac)) * self.max_iters)
 
     def problems(self):
@@ -170,10 +170,10 @@ def get_lr(it, cfg, time_used=0.0):
     if it < cfg.warmup_iters and time_used < 0.1:  # the warmup takes a tenth of the time at most
         return cfg.learning_rate * max((it + 1) / (cfg.warmup_iters + 1), 10 * time_used)
     if cfg.schedule == "wsd":
-        left = (cfg.max_iters - it) / max(1, cfg.max_iters - cfg.cooldown_start)
+        cooldown_left = (cfg.max_iters - it) / max(1, cfg.max_iters - cfg.cooldown_start)
         if cfg.cooldown_frac:
-            left = min(left, (1 - time_used) / cfg.cooldown_frac)
-        return cfg.min_lr + min(1, left) * (cfg.learning_rate - cfg.min_lr)
+            cooldown_left = min(cooldown_left, (1 - time_used) / cfg.cooldown_frac)
+        return cfg.min_lr + min(1, cooldown_left) * (cfg.learning_rate - cfg.min_lr)
     # cosine
     if it >= cfg.lr_decay_iters:
         return cfg.min_lr
@@ -243,13 +243,13 @@ def micro_step(model, tokens, scaler, machine, accumulation):
 
 def update(model, optimizers, scaler, grad_clip):
     """Clips and applies the gradients if they are finite, and frees them. Returns their norm, a float."""
-    with fit.no_retry_if_out_of_memory():
+    with fit.no_retry_if_out_of_memory():  # half of an update cannot be repeated
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
-        total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        norm = total.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = total_norm.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
         if norm > grad_clip > 0:  # else clipping would multiply by 1
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total)
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total_norm)
         if math.isfinite(norm):
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
@@ -271,7 +271,7 @@ class Progress:
     tokens_seen: int = 0
     bad_steps: int = 0  # skipped updates, in all
     bad_in_row: int = 0
-    resumed: int = 0  # times
+    resumed: int = 0  # how often
     eval_seconds: float = 0.0  # of the last evaluation
 
 
@@ -294,8 +294,8 @@ class Run:
     memory: dict = None  # the estimate, in bytes
     # how far it is
     progress: Progress = dataclasses.field(default_factory=Progress)
-    started: float = dataclasses.field(default_factory=time.perf_counter)  # as if the run had never stopped
-    first_iter: int = 0  # of this process
+    started: float = dataclasses.field(default_factory=time.perf_counter)  # as if never stopped
+    first_iter: int = 0  # where this process began
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
     norms: health.Recent = dataclasses.field(default_factory=health.Recent)
@@ -316,7 +316,7 @@ def train(run):
     with all activations; run.progress and run.rng say where to continue.
     """
     cfg, at, clock, machine = run.cfg, run.progress, run.clock, run.machine
-    run.rng = checkpoint.get_rng(machine.device)
+    run.rng = checkpoint.get_rng(machine.device)  # for use_smaller_batch, if compiling takes the memory
     if cfg.compile:
         compile_passes(run)
     accumulation = cfg.gradient_accumulation_steps
@@ -326,15 +326,15 @@ def train(run):
     clock.restart()
 
     while True:
-        run.rng = checkpoint.begin_rng(run)
-        # raises Stopped after Ctrl-C; all processes get the slowest one's share of max_minutes
+        run.rng = checkpoint.start_rng(run)
+        # raises Stopped after Ctrl-C; the largest share of max_minutes counts for all processes
         time_used = parallel.agree(run.stop, log.share_of_time(run))
         run.done = at.iter_num == cfg.max_iters or time_used == 1
 
         # evaluate
         eval_due = run.done or cfg.eval_only or at.iter_num % cfg.eval_interval == 0
         improved = False
-        if eval_due and run.evaluated_iter != at.iter_num:
+        if eval_due and run.evaluated_iter != at.iter_num:  # not again after running out of memory
             with clock.paused():
                 improved = evaluate(run)
                 if cfg.sample_interval and at.iter_num % cfg.sample_interval == 0:
@@ -347,10 +347,10 @@ def train(run):
             save_due = at.iter_num % cfg.checkpoint_interval == 0
         else:
             save_due = eval_due and (improved or cfg.always_save_checkpoint)
-        if run.done or (save_due and at.iter_num > 0):
-            if improved or run.files.saved_iter != at.iter_num:  # else just resumed from it
-                with clock.paused():
-                    checkpoint.save_checkpoint(run)
+        already_saved = run.files.saved_iter == at.iter_num and not improved
+        if (run.done or (save_due and at.iter_num > 0)) and not already_saved:
+            with clock.paused():
+                checkpoint.save_checkpoint(run)
         if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start and not cfg.max_minutes:
             with clock.paused():
                 checkpoint.save_before_cooldown(run)
@@ -363,9 +363,9 @@ def train(run):
         with run.stop.interrupts():  # Ctrl-C breaks off an iteration, which may take minutes
             for _ in range(accumulation // parallel.processes()):
                 step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
-        parallel.sum_gradients(run, step_loss)
+        parallel.sum_gradients(run, step_loss)  # over all processes; with one, nothing to do
         norm = update(run.model, run.optimizers, run.scaler, cfg.grad_clip)
-        health.count_bad_steps(run, step_loss, norm)
+        health.watch_update(run, step_loss, norm)  # counts skipped ones; too many end the run
         at.tokens_seen += cfg.tokens_per_iter
         clock.iters += 1
         run.bar.update()
@@ -378,20 +378,20 @@ def train(run):
 
 
 def compile_passes(run):
-    """Compiles the passes that the run needs by running each; random draws are undone."""
+    """Runs each pass once, so that torch compiles it. The random state is restored."""
     cfg, machine = run.cfg, run.machine
     say("compiling the model (may take a minute)")
     start = time.perf_counter()
     tokens = torch.zeros(cfg.batch_size, cfg.block_size + 1, dtype=torch.int64)
-    cuda = [machine.device] if machine.device.type == "cuda" else []
+    cuda_devices = [machine.device] if machine.device.type == "cuda" else []
     try:
-        with run.stop.interrupts(), hardware.compiling(), torch.random.fork_rng(cuda):
-            one_each = parallel.processes()
-            estimate_loss(run.model, run.val_data, one_each, cfg.batch_size, machine)
+        with run.stop.interrupts(), hardware.compiling(), torch.random.fork_rng(cuda_devices):
+            one_window_each = parallel.processes()
+            estimate_loss(run.model, run.val_data, one_window_each, cfg.batch_size, machine)
             if not cfg.eval_only:
                 micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
     except UserError:
-        run.stop.check()  # Ctrl-C ends the compiler, a process of its own, too
+        run.stop.check()  # Ctrl-C kills the compiler's processes too: a stop, not an error
         raise
     run.model.zero_grad(set_to_none=True)
     machine.synchronize()
@@ -408,11 +408,12 @@ def estimate_loss(model, windows, count, batch_size, machine):
     model.eval()
     for first in tqdm(range(0, len(chosen), batch_size), "evaluating", leave=False, disable=None):
         chunk = chosen[first : first + batch_size]
-        tokens = host_tensor(windows.read(np.resize(chunk, batch_size)), machine.device)
+        whole_batch = np.resize(chunk, batch_size)  # the last one repeats windows
+        tokens = host_tensor(windows.read(whole_batch), machine.device)
         x, y = inputs_and_targets(tokens, machine.device)
-        y[len(chunk) :] = -1  # padding of the last batch does not count; one shape, one graph
+        y[len(chunk) :] = -1  # repeats do not count; one shape, one graph
         with machine.autocast():
-            _, loss = model(x, y)
+            loss = model(x, y)[1]  # as in micro_step
         total += loss.float() * len(chunk)
     model.train()
     return total.item() / len(spread)
@@ -427,7 +428,7 @@ def evaluate(run):
             estimate_loss(run.model, split, cfg.eval_windows, cfg.batch_size, run.machine)
             for split in (run.train_data, run.val_data)
         ]
-    train_loss, val_loss = parallel.over_all(losses, parallel.SUM, run.stop)
+    train_loss, val_loss = parallel.all_reduce(losses, parallel.SUM, run.stop)
     text = f"step {at.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     val_bpb = None
     if tokens_per_byte := shards.tokens_per_byte(run.folder, "val"):
@@ -440,7 +441,7 @@ def evaluate(run):
     gc.collect()
     run.evaluated_iter = at.iter_num
     at.eval_seconds = time.perf_counter() - start
-    if cfg.eval_only or not val_loss < at.best_val_loss:
+    if cfg.eval_only or not val_loss < at.best_val_loss:  # a NaN is never the best
         return False
     if checkpoint.save_best(run, val_loss):  # before ckpt.pt, which records its loss
         at.best_val_loss = val_loss
@@ -456,7 +457,8 @@ def train_until_it_fits(run):
     while True:
         try:
             with parallel.leaving_together(run.stop):
-                return train(run)
+                train(run)
+            return
         except (shards.DataError, parallel.Lost) as e:
             checkpoint.save_progress(run)  # nothing of the iteration has been applied yet
             raise UserError(f"{e} ({run.files.saved_text})") from None
@@ -465,10 +467,12 @@ def train_until_it_fits(run):
                 checkpoint.save_checkpoint(run)
             return
         except UserError:
-            raise  # also no_retry_if_out_of_memory's
+            raise  # one may be about memory, which below would mean: try again
         except Exception as e:
             if not out_of_memory(e):
                 raise
+        finally:
+            gc.enable()  # train has disabled it
         # out here the exception is gone, and with it the frame that held the activations
         fit.use_smaller_batch(run)
 
@@ -478,7 +482,7 @@ def train_until_it_fits(run):
 
 
 def model_config(cfg, fields):
-    """Returns the GPTConfig of the keys, and of these fields where there is no key."""
+    """Returns the GPTConfig of the keys, and of fields, a dict, for what has no key."""
     keys = {name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__ if hasattr(cfg, name)}
     config = GPTConfig(**fields | keys)
     fit.check_size(config)
@@ -501,7 +505,7 @@ def set_up(cfg, machine):
     torch.manual_seed(cfg.seed)
     files = checkpoint.RunFiles(cfg.out_dir)
 
-    # the model that exists already, if one does
+    # the model to resume or finetune, if any
     state = resume.load_state(cfg, files)
     source = cfg.init_from
     pretrained = None
@@ -510,13 +514,13 @@ def set_up(cfg, machine):
         source = files.newest
         fields = checkpoint.model_fields(state, source, GPTConfig)
     elif cfg.init_from not in ("scratch", "auto"):  # finetuning
-        wanted = dict(dropout=cfg.dropout)
+        overrides = dict(dropout=cfg.dropout)
         if "block_size" in cfg.given:
-            wanted["block_size"] = cfg.block_size
-        pretrained = GPT.from_pretrained(source, wanted)
+            overrides["block_size"] = cfg.block_size
+        pretrained = GPT.from_pretrained(source, overrides)
         fields = dataclasses.asdict(pretrained.config)
     if fields:
-        cfg = resume.with_architecture(cfg, fields, source, bool(state))
+        cfg = resume.with_architecture(cfg, fields, source, resuming=bool(state))
 
     # data
     folder = shards.find_data(cfg.dataset)
@@ -527,23 +531,25 @@ def set_up(cfg, machine):
         resume.check_tokenizer(cfg, source, tokenizer, folder)
     train_data, val_data = shards.open_splits(folder, cfg.block_size, tokenizer.vocab_size)
     fingerprint = shards.fingerprint(train_data.shards + val_data.shards, tokenizer)
-    changed = state and resume.check_data(cfg, state, fingerprint, folder, source)
+    data_changed = False
+    if state:
+        data_changed = resume.check_data(cfg, state, fingerprint, folder, source)
 
     # model and optimizers
     config = model_config(cfg, fields | dict(vocab_size=vocab_size, n_ids=tokenizer.vocab_size))
     model = pretrained or make_gpt(config)
-    model.config = config  # the pretrained one's has not this tokenizer's n_ids
+    model.config = config  # with this tokenizer's n_ids, which a pretrained one lacks
     prepare_model(model, cfg, machine)
     optimizers = optim.make_optimizers(model, cfg, machine.device)
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if state:
-        resume.restore(run, state, changed)  # weights, moments, progress
+        resume.restore(run, state, data_changed)  # weights, moments, progress
         resume.warn_of_changes(cfg, machine, state, get_lr)
     elif not cfg.eval_only:
         optim.allocate_moments(optimizers)
-    run.memory = fit.start_with_what_fits(model, optimizers, cfg, machine)
-    resume.check_alike(run)
+    run.memory = fit.lower_batch_size(model, optimizers, cfg, machine)  # if the estimate is too high
+    resume.check_alike(run)  # across processes
     return run
 
 
@@ -565,12 +571,13 @@ def finish(run, argv):
 @parallel.only_process_0_prints()
 def main(argv):
     cfg = from_command_line(TrainConfig, __doc__, argv)
-    machine = hardware.join(cfg, hardware.find_machine(cfg))
+    machine = hardware.find_machine(cfg)
+    machine = hardware.connect_processes(cfg, machine)
     print_aligned([machine.line])
     for note in report.notes(cfg):
         print(note)
     lock = contextlib.nullcontext()
-    if not (cfg.eval_only or cfg.dry_run or parallel.rank()):  # these leave it alone
+    if not (cfg.eval_only or cfg.dry_run or parallel.rank()):  # none of these writes to out_dir
         lock = sole_use(cfg.out_dir)
     with lock:
         run = set_up(cfg, machine)
@@ -583,10 +590,7 @@ def main(argv):
         run.stop = StopRequest("stopping; Ctrl-C again leaves without saving")
         run.metrics = log.open_metrics(run)
         with contextlib.closing(run.metrics), run.stop, run.bar:
-            try:
-                train_until_it_fits(run)
-            finally:
-                gc.enable()
+            train_until_it_fits(run)
             finish(run, argv)
 
 

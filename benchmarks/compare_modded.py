@@ -298,6 +298,7 @@ def train_as(made, cfg, run):
     nats), the last one, and the median seconds of an iteration."""
     keys = keys_of(cfg, run)
     machine = hardware.find_machine(replace(keys, device=cfg.device))
+    hardware.forget_compiled(machine.device)  # of the runs before
     stance = "default" if cfg.compile else "force_eager"
     with torch.compiler.set_stance(stance):  # also for what the peer compiles by itself
         curve, seconds = train_on(open_data(cfg, keys.block_size), made, cfg, keys, run, machine)

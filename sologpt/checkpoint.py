@@ -94,7 +94,10 @@ def all_finite(floats):
     for tensor in floats:
         low, high = tensor.aminmax()  # a NaN spreads to both
         bounds[tensor.device] += [low.float(), high.float()]
-    return all(math.isfinite(bound) for found in bounds.values() for bound in torch.stack(found).tolist())
+    for bounds_of_device in bounds.values():
+        if not torch.stack(bounds_of_device).isfinite().all():
+            return False
+    return True
 
 
 def tensors(value):
@@ -127,7 +130,7 @@ def load(path):
         reason = f"damaged or not one of ours: {first_line(e)}"
         raise UserError(f"cannot read the checkpoint {path}, {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
-        raise UserError(f"{path} is no checkpoint of a GPT: it lacks 'model' or 'model_args'")
+        raise UserError(f"{path} is not a GPT checkpoint: it lacks 'model' or 'model_args'")
     check_types(state, path)
     state["model_args"] = dict(bias=True) | state["model_args"]  # nanoGPT's oldest had no choice
     missing = [name for name in MODEL_ARGS if name not in state["model_args"]]
@@ -151,15 +154,15 @@ def load(path):
 
 
 def check_types(state, path):
-    """Raises UserError for a part of a state that is not of its type, or a number that cannot be."""
+    """Raises UserError for a part of a state that is not of its type, or a number out of range."""
     check_type_of_each(state, TYPES, path)
     check_type_of_each(state["model_args"], MODEL_ARGS, path)
     for name, tensor in state["model"].items():
         if type(name) is not str or not torch.is_tensor(tensor):
-            raise UserError(f"{path} is damaged: its model holds {name!r}, which is no named tensor")
+            raise UserError(f"{path} is damaged: its model holds {name!r}, which is not a named tensor")
     for name, text in state.get("data", {}).items():
         if type(name) is not str or type(text) is not str:
-            raise UserError(f"{path} is damaged: its data holds {name!r}, which is no named text")
+            raise UserError(f"{path} is damaged: its data holds {name!r}, which is not a named text")
     for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row", "resumed", "eval_seconds"):
         if not 0 <= state.get(name, 0) < math.inf:
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
@@ -282,31 +285,34 @@ def restore_optimizers(optimizers, state, path):
     """
     if state["earlier_version"]:
         raise UserError(
-            f"{path} has an earlier version of arch='modern', which sample.py takes, but train.py does not "
-            f"go on with; finish it with the soloGPT that began it, or start anew in another --out_dir"
+            f"{path} has an earlier version of arch='modern', which sample.py reads but train.py cannot "
+            f"resume; finish it with the soloGPT that began it, or start anew in another --out_dir"
         )
     before = "muon" if "muon" in state else "adamw"
     now = "muon" if "muon" in optimizers else "adamw"
     if before != now:
         raise UserError(
-            f"{path} is of a run with --optimizer={before}, not {now}; moments differ: resume with the former"
+            f"{path} was saved with --optimizer={before}, not {now}; resume with --optimizer={before}"
         )
     what_now = "finish it with the soloGPT that began it, or start anew in another --out_dir"
-    reason = "as Muon's were before 28 November 2026"
+    reason = ""
     if "data" not in state:
-        reason = "as those of an old nanoGPT are"
-        what_now = "sample.py --export=FOLDER writes its weights to where --init_from=FOLDER trains on"
+        reason = " (an old nanoGPT's)"
+        what_now = "export it with sample.py --export=FOLDER, then train with --init_from=FOLDER"
     for name, optimizer in optimizers.items():
         saved = state[name]
-        kind = "Muon" if name == "muon" else "AdamW"
+        kind = "AdamW"
+        if name == "muon":
+            kind = "Muon"
+            reason = " (as Muon's before 28 November 2026)"
         try:
             fits = moments_fit(saved, optimizer, state["iter_num"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):  # it is built otherwise
             fits = False
         if not fits:
             raise UserError(
-                f"the optimizer state in {path} is not that of {kind} for this model: its groups of "
-                f"parameters or their moments are others ({reason}); {what_now}"
+                f"the optimizer state in {path} does not fit {kind} for this model: groups of parameters "
+                f"or moments differ{reason}; {what_now}"
             )
         for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             group.update({name: value for name, value in current.items() if name != "params"})
@@ -358,10 +364,10 @@ def get_rng(device):
     return rng
 
 
-def begin_rng(run):
-    """Returns the random state in which a Run of train.py begins an iteration. That of process 0 goes on from
-    iteration to iteration, and is saved; other processes seed theirs anew, so that their dropout differs, and
-    is the same in a resumed run."""
+def start_rng(run):
+    """Seeds torch for an iteration of a Run of train.py in all processes but 0, so that their dropout
+    differs, and is the same in a resumed run. Returns the random state; that of process 0 goes on from
+    iteration to iteration, and is saved."""
     if parallel.rank():
         seed = np.random.SeedSequence([run.cfg.seed, parallel.rank(), run.progress.iter_num])
         torch.manual_seed(int(seed.generate_state(1)[0]))

@@ -16,7 +16,7 @@ from sologpt.hardware import available_memory, forget_compiled, total_memory
 from sologpt.memory import memory_estimate, memory_needed
 
 
-def start_with_what_fits(model, optimizers, cfg, machine):
+def lower_batch_size(model, optimizers, cfg, machine):
     """Returns memory_estimate, after lowering cfg.batch_size until that is within 1.1 times a GPU's free
     memory (more would fail at the first step, after compiling) or 0.8 times a computer's (the system kills a
     process that takes all of it). An evaluation alone takes less, and is left to try.
@@ -30,7 +30,7 @@ def start_with_what_fits(model, optimizers, cfg, machine):
         return needed
     if on_cpu:
         has /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share it
-    has = parallel.over_all([has], parallel.MIN)[0]
+    has = parallel.all_reduce([has], parallel.MIN)[0]
     limit = 0.8 * has if on_cpu else 1.1 * has
     asked, first_estimate = cfg.batch_size, sum(needed.values())
     while sum(needed.values()) > limit and cfg.batch_size > 1 and cfg.auto_fit:
@@ -128,8 +128,8 @@ def no_retry_if_out_of_memory():
     except Exception as e:
         if out_of_memory(e):
             raise UserError(
-                "out of memory in the middle of an update, which cannot be repeated. It takes as much with "
-                "any batch_size: free memory and resume, or train a model of smaller --n_layer or --n_embd"
+                "out of memory in the middle of an update, which cannot be repeated. It needs as much at "
+                "any batch_size: free memory and resume, or lower --n_layer or --n_embd"
             ) from None
         raise
 

@@ -201,7 +201,7 @@ def find_machine(cfg):
         warn(f"{obstacle}; going on without torch.compile, more slowly")
         cfg.compile = False
         if problems := cfg.problems():  # keys that need it
-            raise UserError(f"{obstacle}, and so do these keys: {'; '.join(problems)}")
+            raise UserError(f"{obstacle}; until then: {'; '.join(problems)}")
     if cfg.compile:
         check_compiler(device)
     if device.type == "cuda":
@@ -213,7 +213,7 @@ def find_machine(cfg):
     return Machine(device, dtype, peak, line)
 
 
-def join(cfg, machine):
+def connect_processes(cfg, machine):
     """Connects the processes of a run of train.py. Returns the Machine of all: its peak is the sum of theirs,
     None if one is unknown. Raises UserError if they cannot share the run."""
     count, steps = parallel.processes(), cfg.gradient_accumulation_steps
@@ -236,7 +236,7 @@ def join(cfg, machine):
     except RuntimeError as e:
         raise UserError(f"the {count} processes cannot reach each other: {e}") from None
     parallel.combine([torch.zeros(1, device=machine.device)], parallel.SUM)  # takes the memory for it now
-    peak = parallel.over_all([machine.peak or -math.inf], parallel.SUM)[0]
+    peak = parallel.all_reduce([machine.peak or -math.inf], parallel.SUM)[0]
     if peak < 0:
         peak = None  # that of one is unknown
     return dataclasses.replace(machine, peak=peak, line=f"{machine.line}; {count} processes")
@@ -399,7 +399,7 @@ def compile_obstacle(device, include=None):
         package = "g++"
     if not any(shutil.which(compiler) for compiler in compilers):
         names = " or ".join(compilers)
-        return f"torch.compile needs a C compiler, and {names} is not on the PATH (apt install {package})"
+        return f"torch.compile needs a compiler, and {names} is not on the PATH (apt install {package})"
     include = include or sysconfig.get_paths()["include"]
     if not os.path.exists(os.path.join(include, "Python.h")):
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
@@ -441,7 +441,6 @@ def forget_compiled(device):
     """Gives unused memory back to the device, and makes torch.compile start anew: after several batch sizes
     it would give up compiling (torch._dynamo.config.recompile_limit) and run uncompiled."""
     torch._dynamo.reset()
-    gc.enable()  # train.py has disabled it
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ class Recent:
         return far
 
 
-def count_bad_steps(run, step_loss, norm):
+def watch_update(run, step_loss, norm):
     """Counts an update that was skipped, and warns of it; points out a gradient norm that spikes. In fp16 an
     infinite gradient is normal while the scaler finds out how large its scale may be: down to a scale of 1
     only a loss that is not finite counts. Raises UserError after max_bad_steps in a row."""
@@ -60,7 +60,7 @@ def count_bad_steps(run, step_loss, norm):
 
 
 def watch_loss(run, loss, norm):
-    """Points out a loss far above those logged before. Others are not looked at: reading one means to wait
+    """Points out a loss far above those logged before. Losses between log lines are not read: that would wait
     for the GPU."""
     if math.isfinite(loss) and run.logged_losses.spikes(loss):
         point_out_spike(run, "loss", loss, run.logged_losses, loss=loss, norm=norm)

@@ -97,8 +97,8 @@ def loss_bytes(config, tokens, dtype, compile, loss_chunks):
 
 
 def chunk_bytes(config, dtype, compile):
-    """Returns the bytes of a token's logits, whose place their gradient takes; not compiled, steps between
-    are there too."""
+    """Returns the bytes of a token's logits; compiled, their gradient takes the same place, else intermediate
+    results are there too."""
     if compile:
         return bytes_of(dtype) * config.vocab_size
     return 16 * config.vocab_size

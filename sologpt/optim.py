@@ -164,7 +164,7 @@ class Muon(torch.optim.Muon):
             torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * lr)
 
     def moved(self, group):
-        """Moves the momenta of a group. Returns its matrices, their updates, which take the place of the
+        """Updates the momenta of a group. Returns its matrices, their updates, which take the place of the
         gradients, and their squares, in lists."""
         params = group["params"]
         grads = [p.grad for p in params]
@@ -175,6 +175,8 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         torch._foreach_lerp_(grads, means, group["momentum"])  # Nesterov's momentum
         squares = [self.state[p]["squares"] for p in params]
-        n = group["fused"]
-        lists = (params, grads, squares)
-        return [[part for whole in members for part in whole.chunk(n)] for members in lists]
+
+        def split(tensors):
+            return [part for tensor in tensors for part in tensor.chunk(group["fused"])]
+
+        return split(params), split(grads), split(squares)

@@ -42,7 +42,7 @@ def only_process_0_prints():
     except BaseException as e:
         # torchrun ends all when one has ended, so process 0 goes first: it may have to save, and says why
         if isinstance(e, SystemExit) and dist.is_initialized():
-            over_all([0.0], SUM)
+            all_reduce([0.0], SUM)
             dist.destroy_process_group()
         elif rank() and isinstance(e, (UserError, OSError, SystemExit)):
             time.sleep(5 + rank())
@@ -50,13 +50,13 @@ def only_process_0_prints():
             sys.stderr = sys.__stderr__
         raise
     if dist.is_initialized():
-        over_all([0.0], SUM)
+        all_reduce([0.0], SUM)
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def leaving_together(stop):
-    """Returns a context that all processes leave when one does by an exception, as their next agree tells."""
+    """Returns a context that all processes leave once one raises in it: their next agree() tells them."""
     stop.agreed = False
     try:
         yield
@@ -67,7 +67,7 @@ def leaving_together(stop):
 
 
 def agree(stop, time_used=0.0, error=None):
-    """Tells all processes of a signal, an error and the share of time used in this one. Returns the largest.
+    """Shares this process's signal, error and share of time with all. Returns the largest share.
 
     Raises Stopped or OutOfMemoryError in all if one says so, and Lost in the others if one has failed. Every
     sum comes right after an agreement, so that nobody waits in it for a process that has left.
@@ -77,14 +77,16 @@ def agree(stop, time_used=0.0, error=None):
         return time_used
     no_memory = out_of_memory(error) and not isinstance(error, UserError)
     failed = error is not None and not no_memory and not isinstance(error, Stopped)
-    one_failed, number, no_memory, time_used = over_all([failed, stop.number, no_memory, time_used], MAX)
+    one_failed, number, no_memory, time_used = all_reduce([failed, stop.number, no_memory, time_used], MAX)
     stop.agreed = bool(one_failed or number or no_memory)
     if one_failed:
-        errors = [None] * processes()
-        dist.all_gather_object(errors, failed and str(error))
+        message = str(error) if failed else None
+        messages = [None] * processes()
+        dist.all_gather_object(messages, message)
         if failed:
             return None  # leaving_together raises its own error
-        raise Lost(f"another process has failed: {next(text for text in errors if text is not False)}")
+        first = next(text for text in messages if text is not None)
+        raise Lost(f"another process has failed: {first}")
     if number:  # not stop.number, as a signal that has just come is for the next agreement
         stop.number = int(number)
         raise Stopped
@@ -100,7 +102,7 @@ def sum_gradients(run, step_loss):
         combine([step_loss] + [p.grad for p in run.model.parameters() if p.grad is not None], SUM)
 
 
-def over_all(numbers, op, stop=None):
+def all_reduce(numbers, op, stop=None):
     """Returns floats combined with those of the other processes; given stop, these agree first."""
     if processes() == 1:
         return numbers

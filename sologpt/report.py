@@ -200,12 +200,12 @@ def launcher():
     """Returns the words before train.py in a command that starts this run."""
     if parallel.processes() == 1:
         return ["python"]
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    machines = parallel.processes() // int(here)
-    where = "--standalone"
+    per_machine = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    machines = parallel.processes() // int(per_machine)
+    where = ["--standalone"]
     if machines > 1:
-        where = f"--nnodes={machines}"
-    return ["torchrun", where, f"--nproc_per_node={here}"]
+        where = [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:PORT"]
+    return ["torchrun", *where, f"--nproc_per_node={per_machine}"]
 
 
 def sum_up(run):

@@ -47,14 +47,13 @@ def with_architecture(cfg, fields, source, resuming):
     else, as in nanoGPT, the model's is taken, with a warning."""
     saved = {name: value for name, value in fields.items() if hasattr(cfg, name) and name != "dropout"}
     differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
-    if differing and not resuming:
-        taken = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
-        warn(f"the architecture is that of {source}: {taken}")
-    elif differing:
-        listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
+    listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
+    if differing and resuming:
         raise UserError(
             f"{source} has another architecture: {listed}; omit these, or start anew in another --out_dir"
         )
+    if differing:
+        warn(f"the architecture is that of {source}: {listed}")
     changed = dataclasses.replace(cfg, **saved)
     changed.given = cfg.given
     return changed
@@ -121,16 +120,15 @@ def check_alike(run):
     may see other files."""
     start = repr((dataclasses.asdict(run.cfg), run.machine.dtype, run.fingerprint, run.progress))
     number = float(zlib.crc32(start.encode()))
-    if parallel.over_all([number, -number], parallel.MAX) != [number, -number]:
-        raise UserError(
-            "not all processes have the same command, data and out_dir, or they see it differently"
-        )
+    if parallel.all_reduce([number, -number], parallel.MAX) != [number, -number]:
+        raise UserError("the processes differ in command, data or out_dir; start all with the same ones")
 
 
 def restore(run, state, data_changed):
     """Loads all of a state into a new Run of train.py. Its best loss is kept if later ones compare to it."""
     path = run.files.newest
-    at, iter_num = run.progress, state["iter_num"]
+    at = run.progress
+    iter_num = state["iter_num"]
     checkpoint.restore_model(run.model, state, path)
     checkpoint.restore_optimizers(run.optimizers, state, path)
     restore_scaler_and_rng(run, state, path)
@@ -171,7 +169,7 @@ def restore_scaler_and_rng(run, state, path):
     try:
         if state.get("scaler") and run.scaler.is_enabled():
             run.scaler.load_state_dict(state["scaler"])
-            torch.full((), run.scaler.get_scale())  # what the first iteration will do
+            torch.full((), run.scaler.get_scale())  # fails now if the scale is no number
         if "rng" in state:
             checkpoint.set_rng(state["rng"], run.machine.device)
     except (RuntimeError, TypeError, KeyError, AttributeError) as e:

@@ -111,6 +111,8 @@ def check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengt
         raise UserError(f"a prompt of {lengths.max()} ids is longer than the {T} that are there")
     if not idx.numel():
         raise UserError("the prompt is empty; sampling needs a token to start from")
+    if lengths is not None and lengths.min() < 1:
+        raise UserError("a prompt is empty; sampling needs a token to start from")
     if idx.min() < 0 or idx.max() >= n_ids:
         raise UserError(f"the prompt has token ids {idx.min()} to {idx.max()}, the model 0 to {n_ids - 1}")
 
@@ -144,7 +146,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     The first step reads the prompt and fills the cache; later steps read one token each. Past block_size
     every step reads the last block_size tokens again, as nanoGPT does at every step: when the window slides,
     each token's position changes, and with it all keys and values. Arguments are those of generate; to
-    compile the step, pass the function above compiled, and a cache from model.empty_cache, so that its
+    compile the step, pass sampling.step compiled, and a cache from model.empty_cache, so that its
     tensors are the same in every call.
     """
     B, T = idx.shape
@@ -159,8 +161,6 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         cache = model.empty_cache(B, min(T + max_new_tokens, block_size))
     noise = noise[:, :max_new_tokens].to(device).t().contiguous()  # a row for each step
     lengths = lengths.to(device)
-    if lengths.min() < 1:
-        raise UserError("a prompt is empty; sampling needs a token to start from")
     rows = torch.arange(B, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
@@ -171,8 +171,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             token = pick(logits[:, :n_ids], u, temperature, top_k, top_p)
         else:
             last = lengths - 1
-            token, sound = step(model, text[rows, last], last, cache, u, temperature, top_k, top_p)
-            finite &= sound
+            token, step_finite = step(model, text[rows, last], last, cache, u, temperature, top_k, top_p)
+            finite &= step_finite
         text[rows, lengths] = token
         lengths = lengths + 1
         yield text[:, : end + 1]
@@ -194,7 +194,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     - lengths, int64 (B,): row b's prompt is its first lengths[b] ids; new ids overwrite what follows them
 
     Ids that only pad the vocabulary are never drawn. A context longer than block_size is cut to its last
-    block_size tokens. Raises ValueError for a prompt that is empty or has ids that the tokenizer lacks.
+    block_size tokens. Raises UserError for a prompt that is empty or has ids that the tokenizer lacks.
     """
     for text in stream(model, idx, max_new_tokens, temperature, top_k, top_p, **options):
         idx = text

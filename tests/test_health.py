@@ -12,7 +12,7 @@ import torch
 from conftest import metrics
 
 from sologpt import shards
-from sologpt.health import RECENT, Recent, count_bad_steps
+from sologpt.health import RECENT, Recent, watch_update
 from train import TrainConfig
 
 
@@ -71,5 +71,5 @@ def test_infinite_gradients_in_fp16_are_the_scales_fault_until_it_is_low(scale, 
     progress = SimpleNamespace(bad_in_row=0, bad_steps=0, iter_num=7)
     run = SimpleNamespace(scaler=scaler, progress=progress, cfg=TrainConfig())
     run.metrics = SimpleNamespace(record=lambda *args, **figures: None)
-    count_bad_steps(run, torch.tensor(3.0), float("nan"))
+    watch_update(run, torch.tensor(3.0), float("nan"))
     assert run.progress.bad_in_row == run.progress.bad_steps == bad

@@ -612,7 +612,7 @@ def test_an_altered_optimizer_state_of_muon_is_refused(run, byte_data, tiny, tmp
     state["muon"]["state"][0]["momentum_buffer"] = torch.zeros(32, 96)
     torch.save(state, tmp_path / "out/ckpt.pt")
     out = run("train.py", *tiny, "--optimizer=muon", "--init_from=resume", status=1)
-    assert "is not that of Muon for this model" in one_line(out)
+    assert "does not fit Muon for this model" in one_line(out)
 
 
 def test_the_settings_of_an_altered_config_are_not_compared(run, trained, tiny, tmp_path):

@@ -321,7 +321,7 @@ def test_mfu_is_measured_against_the_sum_of_the_cards(monkeypatch, other, peak):
         monkeypatch.setattr(torch.distributed, name, lambda *args, **options: None)
     monkeypatch.setattr(parallel, "combine", lambda tensors, op: tensors[0].add_(other))
     machine = hardware.Machine(torch.device("cpu"), "float32", 100e12, "device: one")
-    joined = hardware.join(TrainConfig(gradient_accumulation_steps=4), machine)
+    joined = hardware.connect_processes(TrainConfig(gradient_accumulation_steps=4), machine)
     assert (joined.peak, joined.line) == (peak, "device: one; 2 processes")
 
 
@@ -329,4 +329,4 @@ def test_a_backend_that_cannot_work_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     machine = hardware.Machine(torch.device("cpu"), "float32", None, "")
     with pytest.raises(UserError, match="several processes on cpu need --device=cpu and --backend=gloo"):
-        hardware.join(configure(TrainConfig, ["--backend=nccl"]), machine)
+        hardware.connect_processes(configure(TrainConfig, ["--backend=nccl"]), machine)

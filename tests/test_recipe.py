@@ -453,16 +453,16 @@ def test_a_checkpoint_of_an_earlier_architecture_is_sampled_but_not_trained(run,
     assert run("sample.py", "--num_samples=1", "--max_new_tokens=9", "--device=cpu").stdout
     out = run("train.py", *tiny, *RECIPE, "--n_layer=1", "--n_embd=16", "--init_from=resume", status=1)
     assert out.stderr == (
-        "error: out/ckpt.pt has an earlier version of arch='modern', which sample.py takes, but train.py "
-        "does not go on with; finish it with the soloGPT that began it, or start anew in another --out_dir\n"
+        "error: out/ckpt.pt has an earlier version of arch='modern', which sample.py reads but train.py "
+        "cannot resume; finish it with the soloGPT that began it, or start anew in another --out_dir\n"
     )
 
 
 @pytest.mark.parametrize(
     "first, then, message",
     [
-        ([], ["--optimizer=muon"], "is of a run with --optimizer=adamw, not muon"),
-        (["--optimizer=muon"], [], "is of a run with --optimizer=muon, not adamw"),
+        ([], ["--optimizer=muon"], "was saved with --optimizer=adamw, not muon"),
+        (["--optimizer=muon"], [], "was saved with --optimizer=muon, not adamw"),
         ([], ["--arch=modern"], "has another architecture: arch=gpt2, not modern"),
     ],
 )

@@ -944,7 +944,7 @@ def test_moments_in_another_order_have_a_way_on(run, byte_data, tiny, tmp_path):
     moments[0], moments[2] = moments[2], moments[0]
     torch.save(state, tmp_path / "out/ckpt.pt")
     out = run("train.py", *tiny, "--init_from=resume", status=1)
-    assert "as those of an old nanoGPT are); sample.py --export=FOLDER" in out.stderr
+    assert "(an old nanoGPT's); export it with sample.py --export=FOLDER" in out.stderr
     run("sample.py", "--export=exported", "--device=cpu")
     argv = [*tiny, "--init_from=exported", "--out_dir=on", "--max_iters=1"]
     assert "done: iteration 1" in run("train.py", *argv).stdout
@@ -1141,7 +1141,7 @@ def test_a_checkpoint_that_contradicts_itself_is_one_line(run, byte_data, tiny, 
     state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
     torch.save(state, path)
     assert (
-        "is not that of AdamW for this model" in run("train.py", *tiny, "--init_from=resume", status=1).stderr
+        "does not fit AdamW for this model" in run("train.py", *tiny, "--init_from=resume", status=1).stderr
     )
     del state["model"]["lm_head.weight"]
     torch.save(state, path)
