@@ -21,10 +21,10 @@ so a row takes seconds, plus its start and compilation, even where an iteration 
 (nvidia-smi shows about 0.5 GB more), on a CPU the largest resident size of the process, libraries included;
 beside it is the estimate that train.py prints before it starts.
 
---hours measures a few widths of the recommended model, or of the config that is given, around the one that
-would see 20 tokens for each parameter in that time, and prints what each would see, and the command. In the
-hours everything counts, compilation and evaluations too. The recommended run is tried by train.py itself for
-some seconds, and its row is what that took; the others are sums of their parts, and promise a little more.
+--hours measures widths of the recommended model, or of the given config, around the one that sees 20 tokens
+for each parameter in that time, and prints what each would see, and a command. The time includes compilation
+and evaluations. The recommended row comes from a short run of train.py itself; the others are sums of their
+parts, and slightly optimistic.
 """
 
 import signal

@@ -220,9 +220,9 @@ def fingerprint(shards, tokenizer):
     """Returns {file name: what it holds}, all strings, of the Shards and their Tokenizer; checkpoints keep
     it.
 
-    Of every file it has the length and a CRC of the first 4,096 tokens, and of those that meta.json lists the
-    sha256 too: the one in meta.json, but if the file was changed later than meta.json, that of the file as it
-    is now. A later change in other files that keeps their length and start goes unnoticed.
+    Each file has its length, a CRC of its first 4,096 tokens and, if meta.json lists it, a sha256: that of
+    meta.json, or computed anew if the file is newer. Other files may change unnoticed if length and start
+    stay.
     """
     found = {}
     recorded = recorded_sha256s(os.path.dirname(shards[0].path))
