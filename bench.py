@@ -49,7 +49,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configurator import convert, from_command_line, key, parse, run_script
+from configurator import ConfigError, configure, convert, from_command_line, key, parse, run_script
 from model import make_gpt
 from sologpt import budget, hardware, shards
 from sologpt.errors import UserError, out_of_memory
@@ -380,14 +380,12 @@ def own_keys():
     return BenchConfig.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
 
 
-def check_own_keys(cfg, argv):
-    """Raises UserError if a config file sets one of own_keys: train.py, to which it goes, would refuse it."""
-    flags = {arg.partition("=")[0].removeprefix("--") for arg in argv}
-    in_files = sorted(own_keys() & cfg.given - flags)
-    if in_files:
-        name = in_files[0]
-        text = f"{name} is not a key of train.py, whose config files these are"
-        raise UserError(f"{text}: give it here, as --{name}={getattr(cfg, name)}")
+def check_files(argv):
+    """Raises UserError if train.py, for which a command will be printed, would refuse a config file."""
+    try:
+        configure(TrainConfig, shlex.split(training_command(argv, {}))[2:])
+    except ConfigError as e:
+        raise UserError(f"train.py is to take the same files, without keys of bench.py: {e}") from None
 
 
 def training_command(argv, flags):
@@ -612,7 +610,8 @@ def main(argv):
     if cfg.hours and not any(arg.endswith(".py") for arg in argv):
         argv = [recipe(), *argv]
         cfg = from_command_line(BenchConfig, __doc__, argv)
-    check_own_keys(cfg, argv)
+    if not cfg.profile:
+        check_files(argv)
     headers = {}
 
     def tell(found):

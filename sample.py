@@ -171,6 +171,9 @@ def load_pretrained(name, encoding):
 
 def export(folder, model, tokenizer, state):
     """Writes model, tokenizer and model card to folder, in Hugging Face's format."""
+    added = ", ".join(state["more_args"])
+    if added and model.config.arch == "gpt2":
+        print(f"note: transformers' GPT-2 has no {added}: it computes without", file=sys.stderr)
     huggingface.make_room(folder)
     with torch.device("meta"):  # takes no memory
         unpadded = make_gpt(dataclasses.replace(model.config, vocab_size=model.config.n_ids))

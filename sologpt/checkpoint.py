@@ -166,6 +166,9 @@ def check_types(state, path):
     for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row", "resumed", "eval_seconds"):
         if not 0 <= state.get(name, 0) < math.inf:
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
+    for name in state.get("more_args", {}):
+        if type(name) is not str or name in (*MODEL_ARGS, "arch", "gelu", "n_ids"):
+            raise UserError(f"{path} is damaged: its more_args hold {name!r}")
     loss = torch.as_tensor(state.get("best_val_loss", 0.0))
     if loss.numel() != 1 or loss.isnan():
         raise UserError(f"{path} is damaged: its best_val_loss is {state['best_val_loss']}")
@@ -344,7 +347,12 @@ def moments_fit(saved, optimizer, iter_num):
     if isinstance(optimizer, torch.optim.Muon):
         return True
     for moments in saved["state"].values():
-        steps = float(moments["step"])  # less than iter_num if frozen for a while, or if updates were skipped
+        steps = moments["step"]
+        if isinstance(steps, torch.Tensor):
+            steps = steps.item()
+        if type(steps) not in (int, float):
+            return False
+        # less than iter_num if frozen for a while, or if updates were skipped
         if steps not in range(iter_num + 1) or (steps == 0 and moments["exp_avg"].any()):
             return False
     return True

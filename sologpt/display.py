@@ -23,9 +23,9 @@ def say(text, file=None):
     except BrokenPipeError:
         if not StopRequest.in_force:
             raise
-        StopRequest.in_force.reader_has_ended()
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # or flushing at the end fails again
         if file is sys.stdout:
+            StopRequest.in_force.reader_has_ended()
             sys.stdout = sys.stderr
     except OSError:
         pass

@@ -46,15 +46,20 @@ class StopRequest:
         if self.number:
             os._exit(128 + number)
         self.number = number
-        # a log may be on a full disk; not print(), which the signal may have interrupted
-        with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno(), f"\n{self.text}\n".encode())
+        self.write(self.text)
         if self.interrupting:
             raise Stopped
 
+    def write(self, text):
+        # a log may be on a full disk; not print(), which the signal may have interrupted
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+
     def reader_has_ended(self):
         """Asks to stop, if no signal has, because nobody reads stdout any more."""
-        self.number = self.number or SIGPIPE
+        if not self.number:
+            self.number = SIGPIPE
+            self.write("nobody reads the output any more: stopping")
 
     def check(self):
         """Raises Stopped if somebody has asked to stop."""

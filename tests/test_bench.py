@@ -225,10 +225,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(ru
 
 
 def test_a_config_file_with_a_key_that_train_lacks_is_refused_before_anything_is_measured(run, tmp_path):
-    (tmp_path / "c.py").write_text("hours = 8")
-    error = run("bench.py", "c.py", status=1).stderr
-    expected = "hours is not a key of train.py, whose config files these are: give it here, as --hours=8.0"
-    assert error == f"error: {expected}\n"
+    (tmp_path / "c.py").write_text("sweep_batch_size = '4'")
+    for argv in ([], ["--sweep_batch_size=4"]):
+        error = run("bench.py", "c.py", "--gradient_accumulation_steps=1", *argv, status=1).stderr
+        expected = "error: train.py is to take the same files, without keys of bench.py: c.py:1: unknown key "
+        assert error.startswith(f"{expected}'sweep_batch_size'")
 
 
 def test_the_recommended_config_is_found_from_anywhere(tmp_path, monkeypatch):

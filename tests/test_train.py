@@ -392,6 +392,7 @@ def test_a_reader_that_has_had_enough_ends_a_run_which_is_saved(byte_data, tiny,
     with piped([*tiny, "--max_iters=1000000"], "head -n 30", tmp_path) as process:
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + 13 and out.count("\n") == 30
+    assert "\nnobody reads the output any more: stopping\n" in errors
     stopped_at = int(re.search(r"^stopped at iteration (\d+); continue with: python ", errors, re.M)[1])
     assert checkpoint.load(tmp_path / "out/ckpt.pt")["iter_num"] == stopped_at > 0
     assert "Traceback" not in errors and "BrokenPipe" not in errors
@@ -1504,6 +1505,10 @@ def test_a_field_that_somebody_adds_to_the_model_is_saved_and_resumed(
         patch.chdir(tmp_path)
         cfg = configure(WiderKeys, [*tiny, "--init_from=resume"])
         assert train.set_up(cfg, hardware.find_machine(cfg)).model.config.act == "swish"
+    with monkeypatch.context() as patch:
+        patch.setattr("sample.GPTConfig", WiderConfig)
+        noted = run("sample.py", "--out_dir=out", "--export=hf").stderr
+        assert "note: transformers' GPT-2 has no act: it computes without\n" in noted
     for script in ("train.py", "sample.py"):
         argv = [*tiny, "--init_from=resume"] if script == "train.py" else ["--out_dir=out"]
         error = run(script, *argv, status=1).stderr
