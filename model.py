@@ -146,8 +146,8 @@ class GPT(nn.Module):
         """Returns (logits, loss) for idx, int64 (B, T) with T <= block_size.
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
-        one does not count: the mean cross-entropy in nats, and logits (B, T, V), None with
-        loss_chunks or if compiled. Raises UserError if T > block_size.
+        one does not count: the mean cross-entropy in nats, and logits (B, T, V), None with loss_chunks or if
+        compiled. Raises UserError if T > block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:

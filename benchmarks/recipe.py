@@ -169,7 +169,7 @@ def main(argv):
         ms = 1e3 * statistics.median(entry["seconds"] for entry in rung)
         print(f"| {names[i]} | {listed(losses[i], '.4f')} | {listed(changes, '+.3f')} | {share} | {ms:.0f} |")
     if cfg.plot:
-        draw(cfg.plot, names, rungs)
+        draw(cfg.plot, rungs)
 
 
 def listed(values, digits):
@@ -178,7 +178,7 @@ def listed(values, digits):
     return f"{values.mean():{digits}}: {each}"
 
 
-def draw(path, names, rungs):
+def draw(path, rungs):
     """Draws the mean curves of the rungs to a PNG file, of the first and the last also the range."""
     import matplotlib
 
@@ -187,15 +187,18 @@ def draw(path, names, rungs):
 
     axes = pyplot.figure(figsize=(9, 5.5), layout="constrained").subplots()
     colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, len(rungs)))
-    for name, rung, colour in zip(names, rungs, colours, strict=True):
+    labels = ["GPT-2, AdamW", *[f"+ {name}" for name in PARTS]]
+    for label, rung, colour in zip(labels, rungs, colours, strict=True):
         tokens = [tokens / 1e6 for tokens, _ in rung[0]["curve"][1:]]
         losses = np.array([[loss for _, loss in entry["curve"][1:]] for entry in rung])
-        axes.plot(tokens, losses.mean(0), color=colour, marker=".", label=name)
+        axes.plot(tokens, losses.mean(0), color=colour, marker=".", label=label)
         if rung in (rungs[0], rungs[-1]):
             axes.fill_between(tokens, losses.min(0), losses.max(0), color=colour, alpha=0.2)
     axes.set(xlabel="million tokens", ylabel="validation loss, nats per token", yscale="log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.legend()
     axes.figure.savefig(path, dpi=110)
 
 
