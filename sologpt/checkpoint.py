@@ -52,6 +52,7 @@ TYPES = dict(
     resumed=int,
     eval_seconds=NUMBER,
     shifting=bool,
+    steps=list,
 )
 # and of its model_args: the fields of GPTConfig that nanoGPT has too
 MODEL_ARGS = dict(
@@ -251,7 +252,18 @@ def whole_state(run):
     """Returns what ckpt.pt holds: everything that resuming needs."""
     moments = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
     rest = dict(scaler=run.scaler.state_dict(), rng=run.rng, shifting=run.train_data.shifting)
+    rest["steps"] = steps_of(moments["optimizer"])
     return weights_state(run) | moments | rest
+
+
+def steps_of(saved):
+    """Returns how many updates each parameter has had, from AdamW's state_dict: fewer if it was frozen for a
+    while. Raises TypeError if one is no number."""
+    steps = [moments["step"] for moments in saved["state"].values()]
+    steps = [step.item() if torch.is_tensor(step) else step for step in steps]
+    if not {type(step) for step in steps} <= {int, float}:
+        raise TypeError
+    return steps
 
 
 def model_fields(state, path, config_class):
@@ -309,7 +321,7 @@ def restore_optimizers(optimizers, state, path):
             kind = "Muon"
             reason = " (as Muon's before 28 November 2026)"
         try:
-            fits = moments_fit(saved, optimizer, state["iter_num"])
+            fits = moments_fit(saved, optimizer, state.get("steps"))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):  # it is built otherwise
             fits = False
         if not fits:
@@ -322,9 +334,10 @@ def restore_optimizers(optimizers, state, path):
         optimizer.load_state_dict(saved)
 
 
-def moments_fit(saved, optimizer, iter_num):
-    """Whether the state_dict of an optimizer has the moments of this one's parameters, of at most iter_num
-    updates, and nothing else: torch itself would take moments of any shape, and crash in the update."""
+def moments_fit(saved, optimizer, recorded):
+    """Whether the state_dict of an optimizer has the moments of this one's parameters, and nothing else:
+    torch itself would take moments of any shape, and crash in the update. recorded: the steps_of AdamW, which
+    must be all the same where a state does not have them."""
     if any(type(part) is not dict for part in (*saved["param_groups"], *saved["state"].values())):
         return False
     groups = [group["params"] for group in saved["param_groups"]]
@@ -346,16 +359,10 @@ def moments_fit(saved, optimizer, iter_num):
                 return False
     if isinstance(optimizer, torch.optim.Muon):
         return True
-    for moments in saved["state"].values():
-        steps = moments["step"]
-        if isinstance(steps, torch.Tensor):
-            steps = steps.item()
-        if type(steps) not in (int, float):
-            return False
-        # less than iter_num if frozen for a while, or if updates were skipped
-        if steps not in range(iter_num + 1) or (steps == 0 and moments["exp_avg"].any()):
-            return False
-    return True
+    steps = steps_of(saved)
+    if recorded is not None:
+        return steps == recorded
+    return len(set(steps)) == 1 and steps[0] >= 0
 
 
 def moment_shapes(optimizer, group, p):
@@ -530,9 +537,6 @@ def save_before_cooldown(run):
 
 def save_progress(run):
     """Saves the state before an unfinished iteration, unless this process has started from it or saved it."""
-    if (
-        run.progress.iter_num > run.first_iter
-        and run.files.saved_iter != run.progress.iter_num
-        and not parallel.rank()
-    ):
+    iter_num = run.progress.iter_num
+    if iter_num > run.first_iter and run.files.saved_iter != iter_num and not parallel.rank():
         save_checkpoint(run)

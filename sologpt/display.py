@@ -14,7 +14,7 @@ def say(text, file=None):
     """Prints text to stdout or to file, above the progress bar if there is one. If it cannot be written, as
     with a log on a full disk, it is left out: no reason to end a run.
 
-    If whoever read it has ended, as `tee` does by the same Ctrl-C, that is a request to stop, and what
+    If whoever read stdout has ended, as `tee` does by the same Ctrl-C, that is a request to stop, and what
     follows goes to stderr. Raises BrokenPipeError where there is nothing to save.
     """
     file = file or sys.stdout

@@ -361,7 +361,7 @@ class Reader:
         if math.isfinite(elapsed):
             seconds = elapsed
         tokens = number(figures.get("tokens"))
-        if math.isnan(tokens):
+        if not math.isfinite(tokens):
             tokens = n * self.tokens_per_iter
             if self.tokens:
                 tokens = self.tokens + ahead * self.tokens_per_iter
