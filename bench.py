@@ -375,24 +375,25 @@ def recommend(rows):
     return min(near, key=lambda row: (row["peak_memory"] or 0, row["ms_per_iter"]))
 
 
-def own_keys():
-    """Returns the names of this script's keys that train.py does not have."""
-    return BenchConfig.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
-
-
 def check_files(argv):
     """Raises UserError if train.py, for which a command will be printed, would refuse a config file."""
     try:
-        configure(TrainConfig, shlex.split(training_command(argv, {}))[2:])
+        configure(TrainConfig, training_arguments(argv, {}))
     except ConfigError as e:
         raise UserError(f"train.py is to take the same files, without keys of bench.py: {e}") from None
 
 
+def training_arguments(argv, flags):
+    """Returns arguments for train.py: flags, a dict, and those of this script's arguments that it has too."""
+    own = BenchConfig.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
+    left_out = own | flags.keys()
+    kept = [arg for arg in argv if arg.partition("=")[0].removeprefix("--") not in left_out]
+    return [*kept, *(f"--{name}={value}" for name, value in flags.items())]
+
+
 def training_command(argv, flags):
     """Returns the command that trains with flags, a dict, given the arguments of this script."""
-    left_out = own_keys() | flags.keys()
-    kept = [arg for arg in argv if arg.partition("=")[0].removeprefix("--") not in left_out]
-    return shlex.join(["python", "train.py", *kept, *(f"--{name}={value}" for name, value in flags.items())])
+    return shlex.join(["python", "train.py", *training_arguments(argv, flags)])
 
 
 def columns_of(cfg):
@@ -411,7 +412,7 @@ def columns_of(cfg):
     return columns
 
 
-def width(heading):
+def column_width(heading):
     return max(13, len(heading) + 2)
 
 
@@ -426,7 +427,7 @@ def table_line(row, columns):
         if name.endswith("_memory") and value is not None:
             value /= 1e9
         cell = "n/a" if value is None else form.format(value)
-        line += f"{cell:>{width(heading)}}"
+        line += f"{cell:>{column_width(heading)}}"
     return line if measured else f"{line}  {row['status']:>11}"
 
 
@@ -447,7 +448,7 @@ def sweep(cfg, tell):
                     status, figures = run_row(dataclasses.replace(cfg, **changes), tell)
                 fits = status == "measured"
                 if not rows:
-                    print("".join(f"{heading:>{width(heading)}}" for heading, _ in columns.values()))
+                    print("".join(f"{heading:>{column_width(heading)}}" for heading, _ in columns.values()))
                 rows.append(changes | dict(status=status) | figures)
                 print(table_line(rows[-1], columns))
     return rows
@@ -487,7 +488,8 @@ def what_can_be_trained(cfg, argv, tell):
     if best.tokens // best.iters <= budget.FEW_TOKENS and "beta2" not in cfg.given:
         best.keys["beta2"] = budget.BETA2
     with tempfile.TemporaryDirectory() as scratch:
-        trial = tried(cfg, argv, best, folder or random_dataset(scratch, cfg.block_size, tokenizer), scratch)
+        dataset = folder or random_dataset(scratch, cfg.block_size, tokenizer)
+        trial = run_trial(cfg, argv, best, dataset, scratch)
     if trial:
         as_tried = budget.as_tried(best, trial, seconds)
         plans[plans.index(best)] = as_tried
@@ -553,7 +555,7 @@ def recipe():
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), RECIPE)
 
 
-def tried(cfg, argv, plan, dataset, scratch):
+def run_trial(cfg, argv, plan, dataset, scratch):
     """Runs train.py itself, with a Plan's keys, for some seconds; its files go into scratch. Returns the
     Trial; None if it came to no iteration in that time."""
     enough = 3 * plan.speed.first + TRIAL_SECONDS
@@ -563,13 +565,14 @@ def tried(cfg, argv, plan, dataset, scratch):
     flags |= dict(init_from="scratch", tracker="", wandb_log=False, sample_interval=0, checkpoint_interval=0)
     flags |= dict(eval_only=False, dry_run=False)
     flags |= dict(keep_before_cooldown=False, dataset=os.path.abspath(dataset), out_dir=out_dir)
-    command = shlex.split(training_command(argv, flags))[2:]
+    arguments = training_arguments(argv, flags)
     print(f"n_embd={plan.size.n_embd}: train.py itself, for {60 * minutes:.0f} s")
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    done = subprocess.run([sys.executable, script, *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
-        raise UserError(f"train.py failed: {last.removeprefix('error: ')}")
+        lines = done.stderr.strip() or done.stdout.strip() or "no output"
+        last = lines.splitlines()[-1].removeprefix("error: ")
+        raise UserError(f"train.py ended with exit status {done.returncode}: {last}")
     with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     iters = [row for row in rows if row["kind"] == "iter"]

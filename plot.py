@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 
 from configurator import Config, from_command_line, key, run_script
-from sologpt.errors import UserError
 from sologpt.figures import FORMATS, terminal_text, write_picture
 from sologpt.files import newest
 from sologpt.history import NothingYet, find_metrics, read_history
@@ -108,34 +107,18 @@ def main(argv):
         print(f"drawing {folders[0]}", file=sys.stderr)
     drawn = None
     while True:
-        changed = times_of_change(folders, cfg)
-        if changed and changed != drawn:
-            draw_what_there_is(folders, cfg)
-        drawn = changed
+        try:
+            changed = [os.stat(find_metrics(folder)).st_mtime_ns for folder in folders]
+            if changed != drawn:
+                drawn = changed
+                draw(folders, cfg)
+        except (NothingYet, FileNotFoundError) as e:  # moved aside by a run that begins
+            if not cfg.watch:
+                raise
+            print(f"{e}; waiting", file=sys.stderr)
         if not cfg.watch:
             return
         time.sleep(cfg.watch)
-
-
-def times_of_change(folders, cfg):
-    """Returns when the runs were written last. While one that is watched has no file, says so instead."""
-    try:
-        return [os.stat(find_metrics(folder)).st_mtime_ns for folder in folders]
-    except (UserError, FileNotFoundError) as e:
-        if not cfg.watch:
-            raise
-        print(f"{e}; waiting", file=sys.stderr)
-        return None
-
-
-def draw_what_there_is(folders, cfg):
-    """Calls draw. While a run that is watched has not begun, says so instead."""
-    try:
-        draw(folders, cfg)
-    except NothingYet as e:
-        if not cfg.watch:
-            raise
-        print(f"{e}; waiting", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ Turn text into token shards that train.py reads.
         --input=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 
 Writes NAME_val_000000.bin, NAME_train_000001.bin, ... in llm.c's format, NAME being fineweb or that of the
-input, and meta.json last. A document
-is the end-of-text token followed by the tokens of its text; it may run on into the next shard. Validation
-takes whole documents from all over the source, by a hash of their text: the same text gives the same split.
+input, and meta.json last. A document is the end-of-text token followed by the tokens of its text; it may run
+on into the next shard. Validation takes whole documents from all over the source, by a hash of their text:
+the same text gives the same split.
 
 The script can be killed at any moment: the same command continues after the last whole shard, and the files
 end up the same, byte for byte, as those of an uninterrupted run, whatever the number of workers.
@@ -368,16 +368,18 @@ def differences(there, now):
 
 
 def prepared_already(out_dir, settings):
-    """Returns whether out_dir is complete with these settings. Raises UserError if it holds other data."""
+    """Returns the meta.json of out_dir, a dict, if it is complete with these settings; None if it is not
+    complete. Raises UserError if it holds other data."""
     path = os.path.join(out_dir, "meta.json")
     if not os.path.exists(path):
-        return False
+        return None
     try:
         with open(path, encoding="utf-8") as f:
             there = dict(json.load(f))
         files = {name: int(about["tokens"]) for name, about in there["files"].items()}
         if not files:
             raise UserError("it lists no files")
+        int(there["train"]["tokens"])
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(
             f"{path} is damaged, or not a preparation's ({e}); choose another --out_dir, or delete it and "
@@ -395,7 +397,7 @@ def prepared_already(out_dir, settings):
                 f"{path} is missing or not the file that meta.json lists; delete meta.json and the shards in "
                 f"{out_dir}, and begin again"
             )
-    return True
+    return there
 
 
 def shards_in(folder):
@@ -439,16 +441,15 @@ def ending_well(progress_path):
 
 def expected_tokens(job, counts):
     """Returns about how many tokens the source gives in all; 0: unknown. counts: what it has given so far."""
-    cfg, tokens = job.cfg, counts["tokens"]
-    expected = 0
-    if job.text_size and tokens:
-        expected = job.text_size * tokens / counts["bytes"]
-    elif job.text_size and cfg.encoding == "bytes":
-        expected = job.text_size
-    elif job.text_size:
-        expected = job.text_size / BYTES_PER_TOKEN
+    cfg = job.cfg
+    bytes_per_token = BYTES_PER_TOKEN
+    if counts["bytes"]:
+        bytes_per_token = counts["bytes"] / counts["tokens"]
+    elif cfg.encoding == "bytes":
+        bytes_per_token = 1
+    expected = job.text_size / bytes_per_token
     # FineWeb's samples: sample-10BT has 10 billion GPT-2 tokens
-    elif not cfg.input and (named := re.search(r"(\d+)BT$", cfg.subset)):
+    if not cfg.input and (named := re.search(r"(\d+)BT$", cfg.subset)):
         expected = int(named[1]) * 1e9
         if cfg.encoding == "bytes":
             expected *= BYTES_PER_TOKEN
@@ -479,9 +480,9 @@ class Job:
     cfg: PrepareConfig
     out_dir: str
     settings: dict  # all that shapes the tokens, plain values, as in meta.json
-    files: list  # local paths or, in the order of the source, addresses on the hub
-    text_size: int  # approximate bytes of text in local files; 0 for the hub
-    source_times: str  # digest of the local files' sizes and times of change
+    files: list  # paths or addresses, in the order of the source
+    text_size: int  # approximate bytes of text in them; 0 for the hub
+    source_times: str  # digest of their sizes and times of change; empty for the hub
 
     @property
     def progress_path(self):
@@ -558,11 +559,8 @@ def describe_source(job):
 
 def record_in(out_dir):
     """Returns what a preparation into out_dir, finished or not, recorded; empty if nothing, or damaged."""
-    try:
-        with open(os.path.join(out_dir, "meta.json"), encoding="utf-8") as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError):
-        pass
+    if record := shards.read_meta(out_dir):
+        return record
     try:
         return Progress.load(os.path.join(out_dir, "unfinished.npz"))[1]
     except UserError:
@@ -572,21 +570,21 @@ def record_in(out_dir):
 def begin(job):
     """Starts or continues a preparation. Returns its (Progress, settings). Raises OSError on a full disk."""
     cfg, out_dir = job.cfg, job.out_dir
-    progress, saved_settings = unfinished(out_dir, job.progress_path, job.settings)
-    saved_settings = saved_settings | dict(source_times=job.source_times)
+    progress, saved = unfinished(out_dir, job.progress_path, job.settings)
+    settings = job.settings | dict(source_times=job.source_times)
     if not cfg.input:  # the hub's files as they were at the start, whatever has been changed there since
-        job.files = saved_settings.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
-        saved_settings = job.settings | dict(hub_files=job.files)
+        job.files = saved.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
+        settings["hub_files"] = job.files
     before = progress.counts["tokens"]
     check_space(out_dir, expected_tokens(job, progress.counts) - before, job.itemsize)
     for partial in glob.glob(f"{glob.escape(out_dir)}/*_[0-9]*.bin.*.tmp"):
         os.remove(partial)
     for path in (job.progress_path, os.path.join(out_dir, "meta.json")):
         remove_temporary(path)
-    progress.save(job.progress_path, saved_settings)
+    progress.save(job.progress_path, settings)
     if before:
         print(f"continuing {out_dir} after {before:,} tokens in {len(progress.files)} whole shards")
-    return progress, saved_settings
+    return progress, settings
 
 
 def number_of_workers(cfg):
@@ -595,7 +593,7 @@ def number_of_workers(cfg):
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def write_train(job, progress, saved_settings, train, stop):
+def write_train(job, progress, settings, train, stop):
     """Writes the training tokens, one chunk of text at a time. Asked to stop, it ends the script; the same
     command continues after the last whole shard."""
     cfg, counts = job.cfg, progress.counts
@@ -618,7 +616,7 @@ def write_train(job, progress, saved_settings, train, stop):
             bar.update(counts["tokens"] - bar.n)
             if len(progress.files) > whole:
                 progress.tail = tokens[len(tokens) - train.open_tokens :]
-                progress.save(job.progress_path, saved_settings)
+                progress.save(job.progress_path, settings)
                 check_space(job.out_dir, (bar.total or 0) - counts["tokens"], job.itemsize)
             if cfg.max_tokens and counts["tokens"] >= cfg.max_tokens:
                 break
@@ -663,7 +661,7 @@ def write_meta(job, progress, counts, files):
 
 def prepare(job, stop):
     """Does the job, or what is left of it, and says what it did."""
-    progress, saved_settings = begin(job)
+    progress, settings = begin(job)
     before = progress.counts["tokens"]
     start = time.perf_counter()
     prefix = job.cfg.name
@@ -673,7 +671,7 @@ def prepare(job, stop):
         shards.ShardWriter(job.out_dir, prefix, "train", shard_tokens, progress.files) as train,
         shards.ShardWriter(job.out_dir, prefix, "val", shard_tokens, {}) as val,
     ):
-        write_train(job, progress, saved_settings, train, stop)
+        write_train(job, progress, settings, train, stop)
         counts = write_val(job, progress, train, val)
     files = val.files | train.files
     write_meta(job, progress, counts, files)
@@ -703,11 +701,11 @@ def prepare(job, stop):
 
 def is_done(job):
     """Returns whether the job has been done already, and says so if it has."""
-    if not prepared_already(job.out_dir, job.settings):
+    record = prepared_already(job.out_dir, job.settings)
+    if not record:
         return False
     with contextlib.suppress(OSError):  # prepared data may be read-only
         remove(job.progress_path)  # left over where a run was killed just before removing it
-    record = record_in(job.out_dir)
     if bad_files := record.get("bad_files"):
         print(f"note: {bad_files:,} files could not be read to their end then, and their rest was skipped")
     print(f"{job.out_dir} is prepared already. Next: {train_command(job.cfg, record['train']['tokens'])}")

@@ -156,9 +156,10 @@ def load_pretrained(name, encoding):
     """Returns (model, tokenizer) of a folder in Hugging Face's format or of one of OpenAI's GPT-2 models.
     encoding names the tokenizer, if not empty; else the folder must."""
     model = GPT.from_pretrained(name)
-    tokenizer = huggingface.read_folder_tokenizer(name)
     if encoding:
         tokenizer = find_tokenizer(encoding)
+    else:
+        tokenizer = huggingface.read_folder_tokenizer(name)
     if not tokenizer:
         raise UserError(f"{name} does not say which tokenizer it has; name it, as in --encoding=gpt2")
     rows = model.config.vocab_size

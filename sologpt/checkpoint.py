@@ -21,7 +21,7 @@ import torch
 
 from sologpt import parallel
 from sologpt.display import say, warn
-from sologpt.errors import UserError, first_line, first_mismatch
+from sologpt.errors import UserError, first_line, first_mismatch, out_of_memory
 from sologpt.files import atomic_file, remove, remove_temporary
 from sologpt.optim import new_moments
 from sologpt.tokenizer import make_tokenizer
@@ -128,6 +128,8 @@ def load(path):
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch and zipfile raise many kinds for a damaged or foreign file
+        if out_of_memory(e):
+            raise
         reason = f"damaged or not one of ours: {first_line(e)}"
         raise UserError(f"cannot read the checkpoint {path}, {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():

@@ -119,11 +119,13 @@ def read_jsonl(path, text_key):
 
 
 def text_of(row, text_key, place):
-    text = row.get(text_key, 0) if isinstance(row, dict) else 0
-    if not isinstance(text, str | None):
-        there = ", ".join(row) if isinstance(row, dict) else f"only {type(row).__name__}"
-        raise UserError(f"{place} has no text under {text_key!r} (--text_key); it has {there}")
-    return text or ""
+    if not isinstance(row, dict):
+        there = f"only {type(row).__name__}"
+    elif text_key in row and isinstance(row[text_key], str | None):
+        return row[text_key] or ""
+    else:
+        there = ", ".join(row)
+    raise UserError(f"{place} has no text under {text_key!r} (--text_key); it has {there}")
 
 
 def read_json(path, text_key):

@@ -87,17 +87,16 @@ def no_room(params, optimizer, config, cfg, dtype, available):
         dtype = "fp8"
     text = f"out of memory with batch_size={cfg.batch_size}"
     if cfg.batch_size > 1:
-        batch_size, accumulation = smaller_batch(
-            cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps
-        )
+        batch_size, accumulation = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
         flags = f"--batch_size={batch_size} --gradient_accumulation_steps={accumulation}"
         return f"{text}; {flags} is the same run in less memory, and --auto_fit=True finds it automatically"
 
-    def total(config, **changes):
+    def total(block_size=config.block_size, **changes):
+        shorter = dataclasses.replace(config, block_size=block_size)
         levers = dict(activation_memory=cfg.activation_memory, loss_chunks=cfg.loss_chunks) | changes
-        return sum(memory_needed(params, optimizer, config, 1, dtype, cfg.compile, **levers).values())
+        return sum(memory_needed(params, optimizer, shorter, 1, dtype, cfg.compile, **levers).values())
 
-    needed = total(config)
+    needed = total()
     text += f"; by estimate {params / 1e6:.1f}M parameters need {needed / 1e9:.2f} GB with one sequence"
     smaller = "a smaller --block_size, --n_layer or --n_embd"
     if available is None:
@@ -106,11 +105,11 @@ def no_room(params, optimizer, config, cfg, dtype, available):
     if needed <= available:
         return f"{text}, so it should fit, but does not: try --loss_chunks=8, or {smaller}"
     levers = dict(loss_chunks=8)
-    if total(config, **levers) > available and cfg.compile:
+    if total(**levers) > available and cfg.compile:
         levers["activation_memory"] = min(0.8, cfg.activation_memory)
-    if total(config, **levers) <= available:
+    if total(**levers) <= available:
         return f"{text}, enough with {' '.join(f'--{name}={value}' for name, value in levers.items())}"
-    lengths = [T for T in range(64, config.block_size, 64) if total(with_length(config, T)) <= available]
+    lengths = [T for T in range(64, config.block_size, 64) if total(T) <= available]
     if lengths:
         return f"{text}, enough for about --block_size={lengths[-1]}"
     most = available * params / (8 * params + optimizer)
@@ -132,10 +131,6 @@ def no_retry_if_out_of_memory():
                 "any batch_size: free memory and resume, or lower --n_layer or --n_embd"
             ) from None
         raise
-
-
-def with_length(config, block_size):
-    return dataclasses.replace(config, block_size=block_size)
 
 
 def check_size(config):

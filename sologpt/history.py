@@ -38,7 +38,7 @@ decode = json.JSONDecoder().raw_decode  # a fifth faster than json.loads
 
 
 class NothingYet(UserError):
-    """A file that has no iteration yet."""
+    """No file of a run yet, or none with an iteration."""
 
 
 class Series:
@@ -233,20 +233,22 @@ def printable(text):
 
 
 def find_metrics(folder):
-    """Returns the path of the metrics.jsonl in folder, which may itself be such a file. Raises UserError."""
+    """Returns the path of the metrics.jsonl in folder, which may itself be such a file. Raises NothingYet."""
     if os.path.isfile(folder):
         return folder
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder}; name an out_dir of train.py, as in python plot.py out")
+        raise NothingYet(
+            f"there is no folder {folder}; name an out_dir of train.py, as in python plot.py out"
+        )
     if not os.path.isfile(path):
-        raise UserError(f"{folder} has no metrics.jsonl, which train.py writes; name the out_dir of a run")
+        raise NothingYet(f"{folder} has no metrics.jsonl, which train.py writes; name the out_dir of a run")
     return path
 
 
 def read_history(folder):
     """Returns the History of a run's folder. Lines that cannot be read are counted, not fatal. Raises
-    UserError if there is no file, and NothingYet if there is nothing in it to draw."""
+    NothingYet if there is no file, or nothing in it to draw."""
     path = find_metrics(folder)
     reader = Reader(History(printable(str(folder).rstrip("/\\") or str(folder))))
     with open(path, encoding="utf-8", errors="replace", newline="\n") as f:

@@ -80,25 +80,20 @@ def read_config(folder):
     """Returns the fields of GPTConfig, a dict, that folder's config.json describes. Raises UserError for a
     model that is not our GPT-2, naming every value that differs."""
     path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            theirs = dict(json.load(f))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder} is no model in Hugging Face's format: it has no config.json"
-        ) from None
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} is damaged: {e}") from None
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{folder} is no model in Hugging Face's format: it has no config.json")
+    theirs = read_json(path)
     if theirs.get("model_type") == remote_code.CONFIG["model_type"]:
         raise UserError(
             f"{folder} is an export of arch='modern', which only transformers reads; take the checkpoint "
             f"that it was made of: --init_from=resume, and its --out_dir"
         )
-    if theirs.get("n_inner") == 4 * theirs.get("n_embd", 0):
+    width = theirs.get("n_embd")
+    if type(width) is int and theirs.get("n_inner") == 4 * width:
         theirs["n_inner"] = None
     gelu = theirs.get("activation_function", "gelu_new")
     wrong = [f"{name}={theirs[name]!r}" for name in REST if theirs.get(name, REST[name]) != REST[name]]
-    if gelu not in GELUS:
+    if type(gelu) is not str or gelu not in GELUS:
         wrong.append(f"activation_function={gelu!r}")
     wrong += [f"{name}={theirs.get(name)!r}" for name in NAMES.values() if type(theirs.get(name)) is not int]
     if "model_type" not in theirs:
@@ -203,8 +198,10 @@ def read_folder_tokenizer(name):
         return gpt2_tokenizer()
     if os.path.exists(os.path.join(name, "meta.json")):  # we exported it
         return read_tokenizer(name)
-    model = read_json(os.path.join(name, "tokenizer.json")).get("model", {})
+    model = read_json(os.path.join(name, "tokenizer.json")).get("model") or {}
     vocabulary = model.get("vocab") or read_json(os.path.join(name, "vocab.json"))
+    if not vocabulary or not isinstance(vocabulary, dict):  # that of a Unigram model is a list
+        return None
     if vocabulary_sha256(vocabulary) == GPT2_VOCABULARY:
         return gpt2_tokenizer()
     if model.get("type") == "WordLevel" and all(len(text) == 1 for text in vocabulary):

@@ -92,9 +92,9 @@ def rewind_metrics(path, iter_num, evaluates):
                     if line.endswith(b"\n"):
                         unreadable += 1
                 elif iteration < iter_num:
-                    kept.append(line)
+                    kept.append(line.rstrip(b"\n") + b"\n")  # the last one may lack its end
                 elif iteration == iter_num and kind in ("eval", "sample") and not evaluates:
-                    kept.append(line)
+                    kept.append(line.rstrip(b"\n") + b"\n")
                     evaluated = evaluated or kind == "eval"
     if unreadable:
         warn(f"{path}: {unreadable} lines that cannot be read are left out")
@@ -176,8 +176,8 @@ def open_metrics(run):
     if not (cfg.eval_only or parallel.rank()):
         path = run.files.metrics
         run.files.remove_partial()
-        if run.files.newest is None:
-            set_aside(run.files)
+        if run.files.newest is None and (folder := run.files.set_aside()):
+            say(f"moved an earlier run to {folder}; --init_from=resume would have continued it")
         evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
         evaluated = rewind_metrics(path, iter_num, evaluates)
     first = iter_num  # that the tracker has not got yet
@@ -191,13 +191,6 @@ def open_metrics(run):
     facts |= dict(processes=parallel.processes(), tokens=run.progress.tokens_seen)
     metrics.record(kind, iter_num, **facts)
     return metrics
-
-
-def set_aside(files):
-    """Moves what an earlier run has left in out_dir out of the way of a new one."""
-    folder = files.set_aside()
-    if folder:
-        say(f"moved an earlier run to {folder}; --init_from=resume would have continued it")
 
 
 def log_iteration(run, step_loss, norm, lr):

@@ -87,21 +87,15 @@ def loss_bytes(config, tokens, dtype, compile, loss_chunks):
     """Returns the bytes that the logits of a chunk and their gradient take, and the head's gradient, which
     compiled or in chunks comes before all others."""
     V, C = config.vocab_size, config.n_embd
-    if compile:
+    bytes_per_logit = 16  # with its gradient and intermediate results
+    if compile:  # the gradient takes the logits' place
+        bytes_per_logit = bytes_of(dtype)
         loss_chunks = loss_chunks or suitable_chunks(tokens, V)
     if loss_chunks:  # the head's gradient exists from the forward pass on
-        return chunk_bytes(config, dtype, compile) * tokens // loss_chunks + 4 * V * C
+        return bytes_per_logit * V * tokens // loss_chunks + 4 * V * C
     if config.arch == "modern":  # the cap's gradient too
         return 16 * V * tokens
     return (8 + bytes_of(dtype)) * V * tokens  # fp32 log-probabilities and their gradient, and the logits'
-
-
-def chunk_bytes(config, dtype, compile):
-    """Returns the bytes of a token's logits; compiled, their gradient takes the same place, else intermediate
-    results are there too."""
-    if compile:
-        return bytes_of(dtype) * config.vocab_size
-    return 16 * config.vocab_size
 
 
 def bytes_of(dtype):

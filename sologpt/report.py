@@ -182,7 +182,7 @@ def seconds_of_earlier_run(path, cfg):
                     same = same and row.get("processes", 1) == parallel.processes()
                     seconds = []
                 if row["kind"] == "iter":
-                    seconds.append(row["dt"])
+                    seconds.append(float(row["dt"]))
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
     if not same or not seconds:

@@ -252,13 +252,21 @@ def same_file(a, b):
     return start == other_start
 
 
+def read_meta(folder):
+    """Returns what folder's meta.json holds, a dict; empty if there is none or it cannot be read."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def recorded_sha256s(folder):
     """Returns {file name: sha256} of the shards that folder's meta.json lists; empty if it lists none."""
     try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            files = json.load(f)["files"]
+        files = read_meta(folder)["files"]
         return {name: str(about["sha256"]) for name, about in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # meta.json may be somebody else's
+    except (KeyError, TypeError, AttributeError):  # meta.json may be somebody else's
         return {}
 
 
@@ -275,10 +283,9 @@ def tokens_per_byte(folder, split):
     """Returns the tokens of a split per byte of its texts in UTF-8, which turns a loss into bits per byte;
     None if the data's meta.json does not say, or there is none."""
     try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            counts = json.load(f)[split]
+        counts = read_meta(folder)[split]
         return counts["tokens"] / counts["bytes"]
-    except (FileNotFoundError, KeyError, TypeError, ZeroDivisionError):  # meta.json may be somebody else's
+    except (KeyError, TypeError, ZeroDivisionError):  # meta.json may be somebody else's
         return None
 
 

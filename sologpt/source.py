@@ -276,7 +276,8 @@ def text_bytes(path, text_key):
     name = name_in(path).lower()
     if name.endswith((".gz", ".zst")):
         return 4 * size
-    with contextlib.suppress(OSError, ValueError):  # a damaged file is reported when its turn comes
+    # a damaged file is reported when its turn comes
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if name.endswith(".parquet") and not is_address(path):
             return column_bytes(path, text_key)
         if name.endswith(".jsonl") and not is_address(path):

@@ -192,7 +192,7 @@ def load_bpe(encoding):
         raise UserError(f"encoding={encoding!r} is not known; use one of {names}")
     try:
         return tiktoken.get_encoding(encoding)
-    except OSError as e:  # requests' errors are OSErrors
+    except (OSError, ValueError) as e:  # requests' errors; a file that is not what it should be
         files = "the two files vocab.bpe and encoder.json" if encoding == "gpt2" else "the file of merges"
         command = f"import tiktoken; tiktoken.get_encoding('{encoding}')"
         raise UserError(

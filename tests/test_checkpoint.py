@@ -329,3 +329,26 @@ def test_nanogpts_oldest_checkpoints_have_biases_without_saying_so(tmp_path):
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="do not fit its model_args"):
         checkpoint.restore_model(GPT(GPTConfig(**loaded["model_args"])), loaded, "ckpt.pt")
+
+
+def test_too_little_memory_to_read_a_checkpoint_is_not_called_damage(tmp_path, monkeypatch):
+    """A stand-in for a machine with less memory than the file needs: ckpt_prev.pt would need as much."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
+    args = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=True, vocab_size=16, dropout=0.0)
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        torch.save(dict(model=model.state_dict(), model_args=args), tmp_path / name)
+
+    def full(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        checkpoint.RunFiles(str(tmp_path)).load_either()
+
+
+def test_a_last_line_of_metrics_without_its_end_gets_one(tmp_path):
+    """A process that is killed between the two, or an editor: the next line would be glued to it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "iter", "iter": 0}\n{"kind": "iter", "iter": 1}')
+    log.rewind_metrics(str(path), 2, True)
+    assert path.read_text() == '{"kind": "iter", "iter": 0}\n{"kind": "iter", "iter": 1}\n'

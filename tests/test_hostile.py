@@ -421,7 +421,11 @@ def test_a_folder_is_sampled_with_its_own_tokenizer_or_the_one_that_is_named(run
     letters = dict(type="WordLevel", vocab={chr(97 + i): i for i in range(257)})
     (tmp_path / "theirs/tokenizer.json").write_text(json.dumps(dict(model=letters)))
     assert re.fullmatch("[a-\u0161]{6}\n---------------\n", run(*argv).stdout)
+    for model in (None, dict(type="Unigram", vocab=[["a", -1.0], ["b", -2.0]])):
+        (tmp_path / "theirs/tokenizer.json").write_text(json.dumps(dict(model=model)))
+        assert "does not say which tokenizer it has" in one_line(run(*argv, status=1))
     (tmp_path / "theirs/tokenizer.json").write_text("{")
+    assert run(*argv, "--encoding=bytes").stdout.startswith("a")
     assert "theirs/tokenizer.json is damaged" in one_line(run(*argv, status=1))
 
 

@@ -219,6 +219,7 @@ def test_dropout_and_a_shorter_context_can_be_chosen(tmp_path):
         (dict(model_type="llama"), "model_type='llama'"),
         (dict(n_inner=99), "n_inner=99"),
         (dict(n_embd="48", n_positions=None), "n_positions=None, n_embd='48'"),
+        (dict(n_embd=None, activation_function=[]), r"activation_function=\[\], n_embd=None"),
         (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06"),
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
         (dict(tie_word_embeddings=False), "tie_word_embeddings=False"),

@@ -202,6 +202,10 @@ def test_the_same_source_gives_the_same_files_and_is_not_prepared_twice(run, tmp
     prepare(run, "--input=a.jsonl")
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert "out is prepared already" in prepare(run, "--input=a.jsonl").stdout
+    meta = first["meta.json"].decode()
+    (tmp_path / "out/meta.json").write_text(meta.replace('"train"', '"trian"'))
+    assert "meta.json is damaged, or not a" in prepare(run, "--input=a.jsonl", status=1).stderr
+    (tmp_path / "out/meta.json").write_text(meta)
     prepare(run, "--input=a.jsonl", "--out_dir=again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
     refused = prepare(run, "--input=a.jsonl", "--val_tokens=500", status=1)
@@ -509,8 +513,10 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
             ["--input=a.txt"],
             "0 tokens to train on and 13 to validate: validation takes whole documents",
         ),
+        (b"one", ["--input=a.txt", "--max_tokens=1"], "tokens to train on and "),
         (b"  \n", ["--input=a.txt"], "0 tokens to train on and 0 to validate"),
         (b'{"text": "x"}\n{"text": ', ["--input=a.jsonl"], "a.jsonl after 1 documents: line 2 is not JSON"),
+        (b"[" * 10**5, ["--input=a.jsonl"], "cannot read a.jsonl after 0 documents: "),
         (
             b'{"body": "x", "id": 3}',
             ["--input=a.jsonl"],

@@ -303,3 +303,5 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_a_meta_json_of_another_shape_gives_no_bits_per_byte(tmp_path, counts):
     (tmp_path / "meta.json").write_text(json.dumps({"val": counts}))
     assert shards.tokens_per_byte(tmp_path, "val") is None
+    (tmp_path / "meta.json").write_text('{"val": ')  # somebody writes it while a run evaluates
+    assert shards.tokens_per_byte(tmp_path, "val") is None

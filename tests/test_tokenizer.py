@@ -125,3 +125,14 @@ def test_bytes_have_no_more_ids_than_bytes_and_one(tmp_path):
         read_tokenizer(tmp_path)
     (tmp_path / "meta.json").write_text('{"encoding": "bytes", "vocab_size": 256, "eot_token": null}')
     assert read_tokenizer(tmp_path).decode([0x68, 0x69]) == "hi"
+
+
+def test_a_download_that_is_not_what_it_should_be_is_no_traceback(monkeypatch):
+    """A stand-in for a page to log in to, in place of the file: tiktoken compares its sha256."""
+
+    def wrong(encoding):
+        raise ValueError("Hash mismatch for data downloaded from https://openaipublic.blob.core.windows.net")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", wrong)
+    with pytest.raises(UserError, match="cannot download tiktoken's 'r50k_base'"):
+        BPETokenizer("r50k_base", 50257, 50256).encode("a")
