@@ -131,7 +131,7 @@ def test_a_download_that_is_not_what_it_should_be_is_no_traceback(monkeypatch):
     """A stand-in for a page to log in to, in place of the file: tiktoken compares its sha256."""
 
     def wrong(encoding):
-        raise ValueError("Hash mismatch for data downloaded from https://openaipublic.blob.core.windows.net")
+        raise ValueError("Hash mismatch for data downloaded from a page to log in to")
 
     monkeypatch.setattr(tiktoken, "get_encoding", wrong)
     with pytest.raises(UserError, match="cannot download tiktoken's 'r50k_base'"):
