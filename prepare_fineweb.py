@@ -380,7 +380,7 @@ def prepared_already(out_dir, settings):
         if not files:
             raise UserError("it lists no files")
         int(there["train"]["tokens"])
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
             f"{path} is damaged, or not a preparation's ({e}); choose another --out_dir, or delete it and "
             f"the shards beside it"

@@ -10,6 +10,7 @@ its tokens but the last, its targets all but the first. Windows never cross from
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import zlib
@@ -152,6 +153,11 @@ def read_npy(path):
         raise UserError(
             f"{path} holds {array.dtype} of shape {array.shape}; tokens are uint16 or uint32, 1-D"
         )
+    size, expected = os.path.getsize(path), array.offset + array.nbytes
+    if size != expected:
+        raise UserError(
+            f"{path} has {size:,} bytes, its header promises {expected:,}: it was damaged; copy it again"
+        )
     return Shard(path, array.dtype, array.offset, array.size)
 
 
@@ -257,7 +263,7 @@ def read_meta(folder):
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             return dict(json.load(f))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -284,9 +290,12 @@ def tokens_per_byte(folder, split):
     None if the data's meta.json does not say, or there is none."""
     try:
         counts = read_meta(folder)[split]
-        return counts["tokens"] / counts["bytes"]
-    except (KeyError, TypeError, ZeroDivisionError):  # meta.json may be somebody else's
+        ratio = counts["tokens"] / counts["bytes"]
+    except (KeyError, TypeError, ArithmeticError):  # meta.json may be somebody else's
         return None
+    if not 0 < ratio < math.inf:
+        return None
+    return ratio
 
 
 # -----------------------------------------------------------------------------

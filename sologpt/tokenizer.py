@@ -183,12 +183,18 @@ def find_tokenizer(encoding):
     return BPETokenizer(encoding, bpe.n_vocab, bpe.eot_token)
 
 
+def encoding_names():
+    import tiktoken
+
+    return tiktoken.list_encoding_names()
+
+
 def load_bpe(encoding):
     """Returns tiktoken's Encoding of that name. Raises UserError if it is unknown or cannot be downloaded."""
     import tiktoken
 
-    if encoding not in tiktoken.list_encoding_names():
-        names = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+    if encoding not in encoding_names():
+        names = ", ".join(["bytes", *encoding_names()])
         raise UserError(f"encoding={encoding!r} is not known; use one of {names}")
     try:
         return tiktoken.get_encoding(encoding)
@@ -217,10 +223,15 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_tokenizer(folder):
     """Returns the Tokenizer of a data folder, from meta.json (prepare_fineweb.py) or meta.pkl (nanoGPT);
-    without either it is GPT-2's, as in nanoGPT. Raises UserError for a file that cannot be read, and for a
-    preparation that is not finished."""
+    without either it is GPT-2's, as in nanoGPT. Raises UserError for both, for a file that cannot be read,
+    and for a preparation that is not finished."""
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):
+        if os.path.exists(os.path.join(folder, "meta.pkl")):
+            raise UserError(
+                f"{folder} has a meta.json and a meta.pkl, which may differ on what its ids mean; move away "
+                f"the one that is not of its tokens"
+            )
         return read_meta_json(path)
     if os.path.exists(os.path.join(folder, "unfinished.npz")):
         raise UserError(
@@ -236,11 +247,20 @@ def read_meta_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
-        eot = meta["eot_token"]
-        fields = dict(encoding=str(meta["encoding"]), vocab_size=int(meta["vocab_size"]))
-        fields["eot_token"] = None if eot is None else int(eot)
-    except (ValueError, KeyError, TypeError) as e:
+        fields = {name: meta[name] for name in ("encoding", "vocab_size", "eot_token")}
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e!r}); prepare the data again") from None
+    encoding = fields["encoding"]
+    ids = fields["vocab_size"]
+    eot = fields["eot_token"]
+    if encoding != "bytes" and encoding not in encoding_names():
+        raise UserError(f"{path} is damaged: the encoding {encoding!r} is not known; prepare the data again")
+    if type(ids) is not int or ids < 1:
+        raise UserError(f"{path} is damaged: vocab_size {ids!r} is no number of ids; prepare the data again")
+    if eot is not None and (type(eot) is not int or not 0 <= eot < ids):
+        raise UserError(
+            f"{path} is damaged: eot_token {eot!r} is none of the {ids} ids; prepare the data again"
+        )
     return make_tokenizer(fields)
 
 

@@ -112,6 +112,14 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
     assert name in str(e.value)
 
 
+def test_bytes_after_the_end_of_an_npy_file_are_refused(tmp_path):
+    np.save(tmp_path / "a_train_000001.npy", np.zeros(9, dtype=np.uint16))
+    with open(tmp_path / "a_train_000001.npy", "ab") as f:
+        f.write(bytes(100))
+    with pytest.raises(ValueError, match="has 246 bytes, its header promises 146: it was damaged"):
+        find_shards(tmp_path, "train")
+
+
 def test_arrays_that_savez_wrote_are_no_npy_file(tmp_path):
     with open(tmp_path / "a_train_000001.npy", "wb") as f:
         np.savez(f, np.zeros(9, dtype=np.uint16))
@@ -299,7 +307,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(out.stdout) < (60 if sys.platform != "darwin" else 60 * 1024)  # MB; macOS counts in bytes
 
 
-@pytest.mark.parametrize("counts", [7, None, {"tokens": 1}, {"tokens": 1, "bytes": 0}])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        7,
+        None,
+        {"tokens": 1},
+        {"tokens": 1, "bytes": 0},
+        {"tokens": -1, "bytes": 3},
+        {"tokens": float("nan"), "bytes": 3},
+        {"tokens": 10**400, "bytes": 3},
+    ],
+)
 def test_a_meta_json_of_another_shape_gives_no_bits_per_byte(tmp_path, counts):
     (tmp_path / "meta.json").write_text(json.dumps({"val": counts}))
     assert shards.tokens_per_byte(tmp_path, "val") is None

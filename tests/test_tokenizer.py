@@ -37,6 +37,9 @@ def test_the_tokenizer_is_read_from_meta_json_or_meta_pkl_or_is_gpt2s(tmp_path):
     (tmp_path / "meta.json").write_text(
         json.dumps(dict(encoding="bytes", vocab_size=257, eot_token=256, more=1))
     )
+    with pytest.raises(UserError, match="has a meta.json and a meta.pkl, which may differ"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "meta.pkl").unlink()
     assert read_tokenizer(tmp_path) == ByteTokenizer("bytes", 257, 256)
 
 
@@ -56,7 +59,21 @@ def test_a_meta_pkl_cannot_run_code_and_a_damaged_one_is_named(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"encoding": "bytes"}', '{"encoding": "bytes", "vocab_size": "x", "eot_token": 1}'],
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"encoding": "bytes"}',
+        '{"encoding": "bytes", "vocab_size": "x", "eot_token": 1}',
+        '{"encoding": "bytes", "vocab_size": 256.9, "eot_token": 1}',
+        '{"encoding": "bytes", "vocab_size": Infinity, "eot_token": 1}',
+        '{"encoding": "bytes", "vocab_size": -3, "eot_token": null}',
+        '{"encoding": "bytes", "vocab_size": 257, "eot_token": 257}',
+        '{"encoding": "bytes", "vocab_size": 257, "eot_token": true}',
+        '{"encoding": "bytes", "vocab_size": 257, "eot_token": 1e400}',
+        '{"encoding": "nope", "vocab_size": 257, "eot_token": 256}',
+        '{"encoding": null, "vocab_size": 257, "eot_token": 256}',
+    ],
 )
 def test_a_damaged_meta_json_is_named(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
