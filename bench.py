@@ -375,12 +375,13 @@ def recommend(rows):
     return min(near, key=lambda row: (row["peak_memory"] or 0, row["ms_per_iter"]))
 
 
-def check_files(argv):
-    """Raises UserError if train.py, for which a command will be printed, would refuse a config file."""
+def refused_by_training(argv):
+    """Returns what train.py, for which a command will be printed, would refuse in a config file: keys of this
+    script, as nanoGPT's real_data; None if nothing."""
     try:
         configure(TrainConfig, training_arguments(argv, {}))
     except ConfigError as e:
-        raise UserError(f"train.py is to take the same files, without keys of bench.py: {e}") from None
+        return str(e).replace("\n", "; ")
 
 
 def training_arguments(argv, flags):
@@ -613,8 +614,9 @@ def main(argv):
     if cfg.hours and not any(arg.endswith(".py") for arg in argv):
         argv = [recipe(), *argv]
         cfg = from_command_line(BenchConfig, __doc__, argv)
-    if not cfg.profile:
-        check_files(argv)
+    refused = refused_by_training(argv)
+    if refused and cfg.hours:
+        raise UserError(f"train.py is to take the same files, without keys of bench.py: {refused}")
     headers = {}
 
     def tell(found):
@@ -649,6 +651,8 @@ def main(argv):
         flags += [name for name in SWEPT[1:] if getattr(cfg, f"sweep_{name}")]
         command = training_command(argv, {name: best[name] for name in flags})
         print(f"recommended, the least memory within 1 % of the fastest:\n{command}")
+        if refused:
+            print(f"note: train.py knows no keys of bench.py; remove them there first: {refused}")
     if cfg.json:
         write_json(cfg.json, cfg, argv, headers, rows, best)
     if not best:

@@ -62,7 +62,7 @@ from sologpt.source import (
     times_of,
 )
 from sologpt.stop import SIGNALS, StopRequest
-from sologpt.tokenizer import EOT, find_tokenizer
+from sologpt.tokenizer import EOT, FORMAT, find_tokenizer
 
 # characters that tiktoken gets at a time: without spaces between them, it takes about 50 bytes for each
 PIECE = 2**18
@@ -512,7 +512,7 @@ def train_command(cfg, tokens):
 def plan(cfg):
     """Returns the Job; the hub's files are still to be found. Says which other files there are."""
     out_dir = cfg.folder
-    settings = dict(format=1) | find_tokenizer(cfg.encoding).fields()
+    settings = dict(format=FORMAT) | find_tokenizer(cfg.encoding).fields()
     settings["source"] = f"{cfg.repo} {cfg.subset} {cfg.split}"
     for name in ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens"):
         settings[name] = getattr(cfg, name)

@@ -113,9 +113,17 @@ def load(cfg):
     if cfg.init_from not in names:
         return *load_pretrained(cfg.init_from, cfg.encoding), None
     name = names[cfg.init_from]
-    if cfg.out_dir:
-        return load_checkpoint(os.path.join(cfg.out_dir, name))
-    return load_checkpoint(newest(name, "name its --out_dir="))
+    if not cfg.out_dir:
+        return load_checkpoint(newest(name, "name its --out_dir="))
+    files = checkpoint.RunFiles(cfg.out_dir)
+    if cfg.init_from == "resume":
+        return load_checkpoint(files.ckpt)
+    if os.path.exists(files.ckpt) and not os.path.exists(files.best):
+        raise UserError(
+            f"there is no {files.best}: no evaluation of this run was better than the one before it began; "
+            f"--init_from=resume takes its newest weights"
+        )
+    return load_checkpoint(files.best)
 
 
 def load_checkpoint(path):

@@ -144,6 +144,8 @@ class TrainConfig(Config):
             )
         if self.wandb_log and self.tracker not in ("", "wandb"):
             found.append(f"wandb_log=True means tracker='wandb', not {self.tracker!r}; leave one of them out")
+        if 0 < self.peak_flops < 1e9:
+            found.append(f"peak_flops={self.peak_flops:g} is in FLOP/s, as in 312e12")
         for name, off in (("compile_mode", "default"), ("activation_memory", 1.0)):
             value = getattr(self, name)
             if not self.compile and value != off:

@@ -521,9 +521,10 @@ def save_checkpoint(run):
 
 
 def save_best(run, val_loss):
-    """Writes best.pt, but not at iteration 0, whose weights are not worth a file. Returns False if it could
-    not be written."""
-    if run.progress.iter_num == 0 and run.cfg.max_iters > 0:
+    """Writes best.pt, but not of random weights, unless they are all that a run is to have. Returns False if
+    it could not be written."""
+    from_nothing = run.cfg.init_from in ("scratch", "auto")
+    if from_nothing and run.progress.iter_num == 0 and run.cfg.max_iters > 0:
         return True
     return run.files.write(run.files.best, weights_state(run) | dict(best_val_loss=val_loss))
 

@@ -119,13 +119,21 @@ def read_jsonl(path, text_key):
 
 
 def text_of(row, text_key, place):
+    """Returns the text of a row of JSON; null is an empty one."""
     if not isinstance(row, dict):
-        there = f"only {type(row).__name__}"
-    elif text_key in row and isinstance(row[text_key], str | None):
-        return row[text_key] or ""
-    else:
-        there = ", ".join(row)
-    raise UserError(f"{place} has no text under {text_key!r} (--text_key); it has {there}")
+        raise UserError(f"{place} is {json_type(row)}, not an object with a text under {text_key!r}")
+    if text_key not in row:
+        check_column(row, text_key, f"{place} has ")
+    text = row[text_key]
+    if not isinstance(text, str | None):
+        raise UserError(f"{place} has {json_type(text)} under {text_key!r} (--text_key), not a text")
+    return text or ""
+
+
+def json_type(value):
+    """Returns what JSON calls a value other than null."""
+    names = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
+    return names.get(type(value), "a number")
 
 
 def read_json(path, text_key):
@@ -224,9 +232,9 @@ def read_arrow(path, text_key):
             raise UserError("the end of the stream is missing: whatever wrote it was cut off")
 
 
-def check_column(there, text_key):
+def check_column(there, text_key, start=""):
     if text_key not in there:
-        raise UserError(f"no text under {text_key!r} (--text_key); it has {', '.join(there)}")
+        raise UserError(f"{start}no text under {text_key!r} (--text_key); it has {', '.join(there)}")
 
 
 def texts_of(column, text_key):

@@ -140,6 +140,7 @@ def check_size(config):
     has = total_memory(torch.device("cpu"))
     if has and 4 * params > has:
         raise UserError(
-            f"n_layer={config.n_layer} of n_embd={config.n_embd} make a model of {params / 1e9:,.1f}B "
-            f"parameters, {4 * params / 1e9:,.1f} GB, and this computer has {has / 1e9:,.1f} GB; lower them"
+            f"n_layer={config.n_layer} of n_embd={config.n_embd} with {config.vocab_size:,} token ids make a "
+            f"model of {params / 1e9:,.1f}B parameters, {4 * params / 1e9:,.1f} GB, and this computer has "
+            f"{has / 1e9:,.1f} GB; lower them"
         )

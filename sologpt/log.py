@@ -177,7 +177,7 @@ def open_metrics(run):
         path = run.files.metrics
         run.files.remove_partial()
         if run.files.newest is None and (folder := run.files.set_aside()):
-            say(f"moved an earlier run to {folder}; --init_from=resume would have continued it")
+            say(f"moved an earlier run to {folder}; --init_from=resume continues one instead")
         evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
         evaluated = rewind_metrics(path, iter_num, evaluates)
     first = iter_num  # that the tracker has not got yet

@@ -32,6 +32,8 @@ def notes(cfg):
         common = math.lcm(cfg.sample_interval, cfg.eval_interval)
         text = f"samples are drawn at evaluations, every {cfg.eval_interval:,} iterations"
         found.append(f"note: {text}, so sample_interval={cfg.sample_interval} acts every {common:,}")
+    if cfg.checkpoint_interval and "always_save_checkpoint" in cfg.given:
+        found.append("note: always_save_checkpoint has no effect with checkpoint_interval")
     if "backend" in cfg.given and parallel.processes() == 1:
         found.append(f"note: backend={cfg.backend!r} has no effect: it is for several processes")
     return found

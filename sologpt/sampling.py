@@ -95,8 +95,8 @@ def step(model, token, position, cache, noise, temperature, top_k, top_p):
 def check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengths):
     """Raises UserError for what stream would stumble over, or take for something else."""
     B, T = idx.shape
-    if idx.dtype != torch.int64:
-        raise UserError(f"the prompt's ids are {idx.dtype}; they must be torch.int64")
+    if idx.dtype not in (torch.int32, torch.int64):
+        raise UserError(f"the prompt's ids are {idx.dtype}; they must be torch.int64 or torch.int32")
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 0")
     if top_k is not None and top_k < 0:
@@ -164,7 +164,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     rows = torch.arange(B, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    text = F.pad(idx, (0, max_new_tokens))
+    text = F.pad(idx.long(), (0, max_new_tokens))
     for end, u in enumerate(noise, T):  # end: of the longest row
         if end == T or end > block_size:
             logits = read_window(model, text, end, lengths, cache)

@@ -9,6 +9,7 @@ its tokens but the last, its targets all but the first. Windows never cross from
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -162,8 +163,13 @@ def read_npy(path):
 
 
 def read_raw(path):
-    """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises UserError at an odd size."""
+    """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises UserError at an odd size, and for
+    a header of llm.c's, which would be taken for tokens."""
     size = os.path.getsize(path)
+    start = np.fromfile(path, dtype="<i4", count=1).tolist()
+    if start and start[0] in FORMATS:
+        split = os.path.basename(path).removesuffix(".bin")
+        raise UserError(f"{path} starts with llm.c's shard header; rename it to NAME_{split}_000001.bin")
     if size % 2:
         raise UserError(
             f"{path} has an odd number of bytes ({size:,}), so it is not uint16 tokens or was cut short; "
@@ -194,11 +200,9 @@ def is_data(name):
     return os.path.isdir(folder) and any(file.endswith((".bin", ".npy")) for file in os.listdir(folder))
 
 
-def find_shards(folder, split):
-    """Returns the Shards of split, 'train' or 'val', in name order. Raises FileNotFoundError for none.
-
-    Both splits have the same format: the first one of which the folder holds any file.
-    """
+def token_files(folder):
+    """Returns (names of the token files of both splits, in order; what reads one) of the first format of
+    which the folder holds any file; without any, no names and None."""
     formats = (
         (r".*(train|val).*_\d+\.bin", read_header),
         (r".*(train|val).*_\d+\.npy", read_npy),
@@ -206,11 +210,17 @@ def find_shards(folder, split):
     )
     for pattern, read in formats:
         names = [name for name in sorted(os.listdir(folder)) if re.fullmatch(pattern, name)]
-        of_split = [name for name in names if split_of(name) == split]
-        if of_split:
-            return [read(os.path.join(folder, name)) for name in of_split]
         if names:
-            break
+            return names, read
+    return [], None
+
+
+def find_shards(folder, split):
+    """Returns the Shards of split, 'train' or 'val', in name order. Raises FileNotFoundError for none."""
+    names, read = token_files(folder)
+    of_split = [name for name in names if split_of(name) == split]
+    if of_split:
+        return [read(os.path.join(folder, name)) for name in of_split]
     raise FileNotFoundError(
         f"{folder} has no {split} tokens (looked for *{split}*_000001.bin, *{split}*_000001.npy and "
         f"{split}.bin, in the format of the other split); write them with python prepare_fineweb.py"
@@ -325,14 +335,41 @@ def epoch_shift(block_size, seed, epoch):
 
 def open_splits(folder, block_size, n_ids):
     """Returns the Windows of train and of val. Raises as find_shards and Windows do, and warns of shards that
-    meta.json lists and the folder lacks."""
+    seem to be missing, and of token files that are not read."""
     splits = [find_shards(folder, split) for split in ("train", "val")]
-    found = {os.path.basename(shard.path) for shards in splits for shard in shards}
-    missing = sorted(recorded_sha256s(folder).keys() - found)
-    if missing:
-        more = ", ..." if len(missing) > 4 else ""
-        warn(f"{folder} lacks {', '.join(missing[:4])}{more}, which its meta.json lists; going on without")
+    names, _ = token_files(folder)
+    if missing := sorted(recorded_sha256s(folder).keys() - set(names)):
+        warn(f"{folder} lacks {some(missing)}, which its meta.json lists; going on without")
+    elif missing := gaps(names):
+        warn(f"{folder} lacks {some(missing)}, if its numbers have no gaps; going on without")
+    token_like = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".npy"))]
+    if unread := [name for name in token_like if name not in names]:
+        warn(f"{folder}: not read, as their names do not go with {names[0]}: {some(unread)}")
     return [Windows(shards, block_size, n_ids) for shards in splits]
+
+
+def gaps(names):
+    """Returns names that lack between those of shards in order: a_000002.bin for a_000001.bin, a_000003.bin.
+    Of each gap the first five, to be shown."""
+    missing = []
+    for name, following in itertools.pairwise(names):
+        stem, number, ending = numbered(name)
+        next_stem, next_number, next_ending = numbered(following)
+        if (stem, ending) == (next_stem, next_ending):
+            absent = range(int(number) + 1, int(next_number))[:5]
+            missing += [f"{stem}{n:0{len(number)}d}{ending}" for n in absent]
+    return [name for name in missing if name not in names]  # numbers without zeros come in another order
+
+
+def numbered(name):
+    """Returns the parts of a token file's name before, of and after its last number, which may be empty."""
+    return re.fullmatch(r"(.*?)(\d*)(\.\w+)", name).groups()
+
+
+def some(names):
+    """Returns the first four names as text."""
+    more = ", ..." if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 class Windows:
@@ -359,7 +396,11 @@ class Windows:
 
     def training(self, first, count, seed):
         """Returns the windows, int64 (count,), of sequences first to first + count - 1 of a training run:
-        every window once an epoch, each epoch shuffled anew."""
+        every window once an epoch, each epoch shuffled anew. Raises DataError past the last epoch."""
+        if first + count > len(self) * 2**32:  # as far as NumPy's seeds go
+            raise DataError(
+                f"sequence {first + count:,} is past the {2**32:,} epochs of the order of the data"
+            )
         chosen = np.empty(count, dtype=np.int64)
         for i in range(count):
             epoch, place = divmod(first + i, len(self))

@@ -16,8 +16,10 @@ import pickle
 import numpy as np
 
 from sologpt.errors import UserError
+from sologpt.shards import token_files
 
 EOT = "<|endoftext|>"
+FORMAT = 1  # of meta.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +225,8 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_tokenizer(folder):
     """Returns the Tokenizer of a data folder, from meta.json (prepare_fineweb.py) or meta.pkl (nanoGPT);
-    without either it is GPT-2's, as in nanoGPT. Raises UserError for both, for a file that cannot be read,
-    and for a preparation that is not finished."""
+    without either it is GPT-2's, as in nanoGPT. Raises UserError for both, for a meta.pkl beside other files
+    than nanoGPT's, for a file that cannot be read, and for a preparation that is not finished."""
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):
         if os.path.exists(os.path.join(folder, "meta.pkl")):
@@ -238,9 +240,15 @@ def read_tokenizer(folder):
             f"the preparation of {folder} is not finished; the same prepare_fineweb.py command continues it"
         )
     path = os.path.join(folder, "meta.pkl")
-    if os.path.exists(path):
-        return read_meta_pkl(path)
-    return gpt2_tokenizer()
+    if not os.path.exists(path):
+        return gpt2_tokenizer()
+    names, _ = token_files(folder)
+    if names and names[0] not in ("train.bin", "val.bin"):
+        raise UserError(
+            f"{path} is about nanoGPT's train.bin, but the folder has {names[0]}, which is read instead; "
+            f"move one of them away"
+        )
+    return read_meta_pkl(path)
 
 
 def read_meta_json(path):
@@ -253,10 +261,21 @@ def read_meta_json(path):
     encoding = fields["encoding"]
     ids = fields["vocab_size"]
     eot = fields["eot_token"]
+    version = meta.get("format", FORMAT)
+    if version != FORMAT:
+        raise UserError(
+            f"{path} has the format {version!r}, and this soloGPT knows only {FORMAT}: read the data with "
+            f"the soloGPT that prepared them, or prepare them again"
+        )
     if encoding != "bytes" and encoding not in encoding_names():
         raise UserError(f"{path} is damaged: the encoding {encoding!r} is not known; prepare the data again")
     if type(ids) is not int or ids < 1:
         raise UserError(f"{path} is damaged: vocab_size {ids!r} is no number of ids; prepare the data again")
+    if encoding == "gpt2" and fields != gpt2_tokenizer().fields():
+        raise UserError(
+            f"{path} is damaged: gpt2 has 50257 ids, the last one <|endoftext|>, not vocab_size {ids} and "
+            f"eot_token {eot!r}; prepare the data again"
+        )
     if eot is not None and (type(eot) is not int or not 0 <= eot < ids):
         raise UserError(
             f"{path} is damaged: eot_token {eot!r} is none of the {ids} ids; prepare the data again"

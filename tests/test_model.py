@@ -452,7 +452,7 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
 @pytest.mark.parametrize(
     "idx, options, message",
     [
-        (torch.zeros(2, 3, dtype=torch.int32), {}, "ids are torch.int32; they must be torch.int64"),
+        (torch.zeros(2, 3), {}, "ids are torch.float32; they must be torch.int64 or torch.int32"),
         (torch.zeros(2, 3).long(), dict(temperature=-1.0), "temperature=-1.0 must be at least 0"),
         (torch.zeros(2, 3).long(), dict(top_k=-1), "top_k=-1 must be at least 0"),
         (torch.zeros(2, 3).long(), dict(max_new_tokens=-1), "max_new_tokens=-1 must be at least 0"),
@@ -465,6 +465,12 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
 def test_arguments_that_would_be_misunderstood_are_refused(idx, options, message):
     with pytest.raises(ValueError, match=message):
         SMALL.generate(idx, **(dict(max_new_tokens=4) | options))
+
+
+def test_a_prompt_may_be_int32_as_in_nanogpt():
+    idx = torch.tensor([[3, 1, 2]])
+    out = SMALL.generate(idx.int(), 5, temperature=0)
+    assert out.dtype == torch.int64 and torch.equal(out, SMALL.generate(idx, 5, temperature=0))
 
 
 def test_a_temperature_next_to_zero_is_greedy():

@@ -103,6 +103,11 @@ def test_a_split_is_recognised_whatever_else_is_in_the_name(tmp_path):
         ),
         ("a_train_000001.npy", b"\x93NUMPY", "is not a whole .npy file"),
         ("train.bin", b"123", "odd number of bytes"),
+        (
+            "train.bin",
+            struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + b"12345678",
+            "llm.c's shard header; rename it to NAME_train_000001.bin",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, message):
@@ -177,6 +182,22 @@ def test_a_shard_that_meta_json_lists_and_is_not_there_is_pointed_out(tmp_path, 
     assert "lacks x_train_000002.bin, which its meta.json lists" in capsys.readouterr().err
 
 
+def test_files_that_seem_to_be_missing_and_those_that_are_not_read_are_pointed_out(tmp_path, capsys):
+    def warnings(*names):
+        for name in names:
+            write_shard(tmp_path / name, IDS)
+        shards.open_splits(tmp_path, 4, 2**16)
+        return capsys.readouterr().err
+
+    first = [f"x_train_{number}.bin" for number in range(8, 12)]  # 10, 11, 8, 9 by name
+    assert warnings("x_val_0.bin", *first) == ""
+    assert "lacks x_train_12.bin, x_train_13.bin, if its numbers have no gaps" in warnings("x_train_14.bin")
+    (tmp_path / "x_train_14.bin").unlink()
+    error = warnings("x_TRAIN_12.bin", "train.bin")
+    assert "not read, as their names do not go with x_train_10.bin: train.bin, x_TRAIN_12.bin" in error
+    assert "lacks" not in error
+
+
 def test_a_digest_is_of_all_of_a_file(tmp_path):
     content = np.random.RandomState(0).bytes(2_500_000)
     (tmp_path / "file").write_bytes(content)
@@ -234,6 +255,14 @@ def test_a_sequence_depends_on_its_number_only(tmp_path):
     for size in (1, 7, 40):
         in_parts = np.concatenate([windows.training(k, size, seed=1) for k in range(0, 120, size)])[:120]
         assert np.array_equal(in_parts, at_once)
+
+
+def test_the_order_has_an_end_that_is_said(tmp_path):
+    windows = windows_of(tmp_path, range(500))
+    last = len(windows) * 2**32
+    assert len(windows.training(last - 3, 3, seed=1)) == 3
+    with pytest.raises(DataError, match="is past the 4,294,967,296 epochs"):
+        windows.training(last - 3, 4, seed=1)
 
 
 def test_the_order_is_the_same_in_every_version_and_on_every_machine():

@@ -73,12 +73,36 @@ def test_a_meta_pkl_cannot_run_code_and_a_damaged_one_is_named(tmp_path, monkeyp
         '{"encoding": "bytes", "vocab_size": 257, "eot_token": 1e400}',
         '{"encoding": "nope", "vocab_size": 257, "eot_token": 256}',
         '{"encoding": null, "vocab_size": 257, "eot_token": 256}',
+        '{"encoding": "gpt2", "vocab_size": 100, "eot_token": 99}',
+        '{"encoding": "gpt2", "vocab_size": 50257, "eot_token": null}',
     ],
 )
 def test_a_damaged_meta_json_is_named(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match="meta.json is damaged"):
         read_tokenizer(str(tmp_path))
+
+
+def test_a_meta_json_of_a_later_format_is_refused(tmp_path):
+    meta = dict(encoding="bytes", vocab_size=257, eot_token=256)
+    for version in (2, "1"):
+        (tmp_path / "meta.json").write_text(json.dumps(meta | dict(format=version)))
+        with pytest.raises(UserError, match=f"has the format {version!r}, and this soloGPT knows only 1"):
+            read_tokenizer(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps(meta | dict(format=1)))
+    assert read_tokenizer(tmp_path).vocab_size == 257
+
+
+@pytest.mark.parametrize("name", ["a_train_000001.bin", "a_val_000001.npy"])
+def test_a_meta_pkl_beside_shards_is_not_applied_to_them(tmp_path, name):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=2, itos=["a", "b"])))
+    (tmp_path / "train.bin").write_bytes(bytes(8))
+    assert read_tokenizer(tmp_path).encoding == "characters"
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"is about nanoGPT's train.bin, but the folder has {name}, which is"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "meta.pkl").unlink()
+    assert read_tokenizer(tmp_path).encoding == "gpt2"
 
 
 def test_bytes_round_trip_with_end_of_text():

@@ -398,6 +398,25 @@ def test_a_reader_that_has_had_enough_ends_a_run_which_is_saved(byte_data, tiny,
     assert "Traceback" not in errors and "BrokenPipe" not in errors
 
 
+def test_finetuning_that_only_makes_a_model_worse_keeps_it_as_the_best(trained, tiny, tmp_path):
+    trained("sample.py", "--export=hf", "--device=cpu")
+    flags = [*tiny, "--learning_rate=3.0", "--warmup_iters=0", "--max_iters=2", "--eval_interval=1"]
+    out = trained("train.py", *flags, "--init_from=hf", "--out_dir=tuned")
+    assert "next: python sample.py --out_dir=tuned --init_from=best" in re.sub(" +", " ", out.stdout)
+    best = torch.load(tmp_path / "tuned/best.pt", weights_only=True)
+    assert best["iter_num"] == 0 and min(float(val) for *_, val in STEP.findall(out.stdout)) == pytest.approx(
+        best["best_val_loss"], abs=1e-4
+    )
+    old = weights(tmp_path / "out")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert torch.equal(best["model"][name], old[name])
+    # but random weights are no model to keep
+    out = trained("train.py", *flags, "--out_dir=anew", "--learning_rate=30.0")
+    assert min(float(val) for *_, val in STEP.findall(out.stdout)[1:]) > float(STEP.findall(out.stdout)[0][2])
+    error = trained("sample.py", "--out_dir=anew", "--init_from=best", status=1).stderr
+    assert "no evaluation of this run was better than the one before it began; --init_from=resume" in error
+
+
 def test_auto_starts_anew_or_resumes(run, byte_data, tiny):
     assert "resuming" not in run("train.py", *tiny, "--init_from=auto", "--max_iters=6").stdout
     out = run("train.py", *tiny, "--init_from=auto")
@@ -1078,6 +1097,9 @@ def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tin
     assert "note: lr rises to min_lr=6e-05: it is above learning_rate=1e-05" in out
     out = run("train.py", *tiny, "--schedule=wsd", "--dry_run=True").stdout
     assert "note: lr_decay_iters has no effect with schedule='wsd'" in out
+    flags = ["--always_save_checkpoint=True", "--checkpoint_interval=3", "--dry_run=True"]
+    out = run("train.py", *tiny, *flags).stdout
+    assert "note: always_save_checkpoint has no effect with checkpoint_interval" in out
     assert "has no effect" not in run("train.py", *tiny, "--dry_run=True").stdout
     assert (
         "cooldown_frac has no effect" in run("train.py", *tiny, "--cooldown_frac=1", "--dry_run=True").stdout
@@ -1409,6 +1431,9 @@ def test_keys_that_a_time_limit_or_another_tracker_rules_out(run, byte_data, tin
     assert not (tmp_path / "out/before_cooldown.pt").exists()
     both = run("train.py", *tiny, "--wandb_log=True", "--tracker=tensorboard", status=2).stderr
     assert "wandb_log=True means tracker='wandb', not 'tensorboard'" in both
+    for flops in ("312", "1e-300"):
+        error = run("train.py", *tiny, f"--peak_flops={flops}", status=2).stderr
+        assert f"peak_flops={flops} is in FLOP/s, as in 312e12" in error
 
 
 def test_the_last_evaluation_of_a_run_stays_when_it_is_lengthened(run, byte_data, tiny, tmp_path):
