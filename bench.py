@@ -69,9 +69,7 @@ SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 
 @dataclass
 class BenchConfig(TrainConfig):
-    base = "train.py"
-
-    # benchmark
+    # the benchmark; all else is train.py's
     sweep_batch_size: str = key(
         "", "sizes to try, as in 8,16,32; empty: batch_size times 1/4, 1/2, 1, 2, 4, 8"
     )

@@ -50,7 +50,6 @@ class Config:
     """Base class of a script's keys; `given` holds the names set in a config file or on the command line."""
 
     given = frozenset()
-    base = ""  # the script whose keys this one takes too; --help then names it instead of listing them
     synonyms = {}  # other programs' names of keys, to suggest ours
     arguments = "[FILE.py ...]"  # what may stand before the keys, for --help
 
@@ -306,12 +305,7 @@ def configure(cls, argv):
 def usage(cls, doc, script):
     """Returns the --help text: the script's docstring, and every key's type, default, limits and meaning."""
     lines = [doc.strip(), "", f"usage: python {script} {cls.arguments} [--key=value ...]", "", "keys:"]
-    fields = dataclasses.fields(cls)
-    if cls.base:
-        lines[-1] = f"keys, besides those of {cls.base} (python {cls.base} --help):"
-        inherited = {f.name for f in dataclasses.fields(cls.__base__)}
-        fields = [f for f in fields if f.name not in inherited]
-    for f in fields:
+    for f in dataclasses.fields(cls):
         text, limits = f.metadata["text"], f.metadata
         if limits["choices"]:
             text += f" ({', '.join(map(repr, limits['choices']))})"
@@ -331,10 +325,7 @@ def from_command_line(cls, doc, argv):
     try:
         return configure(cls, argv)
     except ConfigError as e:
-        scripts = f"python {script} --help lists every key"
-        if cls.base:
-            scripts = f"python {script} --help and python {cls.base} --help list every key"
-        print(f"{e}\n{scripts}", file=sys.stderr)
+        print(f"{e}\npython {script} --help lists every key", file=sys.stderr)
         sys.exit(2)
 
 

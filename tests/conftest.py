@@ -4,6 +4,7 @@ has imported torch already; `spawn` starts a process of its own, for what only a
 """
 
 import functools
+import gc
 import importlib
 import inspect
 import io
@@ -71,12 +72,15 @@ def metrics(folder, kind):
     return [row for row in rows if row["kind"] == kind]
 
 
-def run_here(cwd, script, *argv, status=0, input=b"", **env):
+def run_here(cwd, script, *argv, status=0, input=b"", page=False, **env):
     """Runs a script's main as its last line does, in this process and the folder cwd, with these bytes on
-    stdin and these variables in the environment; returns what a process would have given."""
+    stdin and these variables in the environment; returns what a process would have given. page: a run of
+    train.py writes its page, which takes longer than a tiny run; else plotly is not there."""
     main = importlib.import_module(script.removesuffix(".py")).main
     stdout, stderr = text_file(), text_file()
     code = 0
+    gc.collect()
+    gc.freeze()  # else each evaluation's gc.collect() looks through all that the tests have imported
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script])
@@ -84,6 +88,8 @@ def run_here(cwd, script, *argv, status=0, input=b"", **env):
             patch.setattr(sys, name, file)
         for name, value in env.items():
             patch.setenv(name, value)
+        if script == "train.py" and not page:
+            patch.setitem(sys.modules, "plotly", None)
         try:
             run_script(main, [str(arg) for arg in argv])
         except SystemExit as e:

@@ -261,26 +261,26 @@ def test_every_key_of_nanogpt_is_accepted(tmp_path, cls, text):
     configure(cls, [write(tmp_path, text)])
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_fineweb.py"])
-def test_help_lists_every_key_and_a_wrong_key_exits_with_2(script):
-    cls = {"train.py": TrainConfig, "sample.py": SampleConfig, "prepare_fineweb.py": PrepareConfig}[script]
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0 and not shown.stderr
+@pytest.mark.parametrize(
+    "script, cls",
+    [
+        ("train.py", TrainConfig),
+        ("sample.py", SampleConfig),
+        ("prepare_fineweb.py", PrepareConfig),
+        ("bench.py", BenchConfig),
+    ],
+)
+def test_help_lists_every_key_and_a_wrong_key_exits_with_2(run, script, cls):
+    shown = run(script, "--help")
+    assert not shown.stderr and f"usage: python {script} " in shown.stdout
+    assert re.findall(r"^  --(\w+)=", shown.stdout, re.M) == [field.name for field in fields(cls)]
     for field in fields(cls):
         assert f"--{field.name}={field.default!r}" in shown.stdout and field.metadata["text"] in shown.stdout
-    wrong = subprocess.run([sys.executable, script, "--devise=cpu"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and not wrong.stdout
+    wrong = run(script, "--devise=cpu", status=2)
+    assert not wrong.stdout
     hint = "" if cls is PrepareConfig else " (did you mean 'device'?)"
-    assert wrong.stderr.splitlines()[0] == f"--devise: unknown key 'devise'{hint}"
-
-
-def test_help_of_bench_lists_its_own_keys_and_names_train():
-    shown = usage(BenchConfig, "Doc.", "bench.py")
-    assert "besides those of train.py (python train.py --help)" in shown
-    listed = re.findall(r"^  --(\w+)=", shown, re.M)
-    assert listed == [
-        f.name for f in fields(BenchConfig) if f.name not in {f.name for f in fields(TrainConfig)}
-    ]
+    expected = [f"--devise: unknown key 'devise'{hint}", f"python {script} --help lists every key"]
+    assert wrong.stderr.splitlines() == expected
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_the_cells_of_the_notebook_page_are_commands_of_ours(run):
     assert [command[0] for command in commands] == ["prepare_fineweb.py", "train.py", "plot.py", "sample.py"]
     run(*commands[0])
     train = [ROOT / arg if arg.startswith("config/") else arg for arg in commands[1]]
-    out = run(*train, "--max_iters=6", "--eval_iters=1", "--eval_interval=3").stdout
+    out = run(*train, "--max_iters=6", "--eval_iters=1", "--eval_interval=3", page=True).stdout
     assert "page:       out-quickstart/run.html" in out
     assert run(*commands[2]).stdout.startswith("out-quickstart/run.png")
     assert run(*commands[3], "--max_new_tokens=5").stdout.count("---------------") == 3
