@@ -305,7 +305,8 @@ def configure(cls, argv):
 def usage(cls, doc, script):
     """Returns the --help text: the script's docstring, and every key's type, default, limits and meaning."""
     lines = [doc.strip(), "", f"usage: python {script} {cls.arguments} [--key=value ...]", "", "keys:"]
-    for f in dataclasses.fields(cls):
+    own_first = sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)
+    for f in own_first:
         text, limits = f.metadata["text"], f.metadata
         if limits["choices"]:
             text += f" ({', '.join(map(repr, limits['choices']))})"

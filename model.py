@@ -30,7 +30,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm, as in OpenAI's GPT-2; False is a little faster
-    n_ids: int = 0  # ids that the tokenizer has; the other rows are padding. 0: 50,257 of 50,304, else all
+    n_ids: int = 0  # ids in use; further rows are padding. 0: 50,257 if vocab_size is 50,304, else all
     gelu: str = "none"  # approximation in F.gelu: "none" is exact; OpenAI's weights need "tanh"
     arch: str = "gpt2"  # or "modern"
 
@@ -48,7 +48,7 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v in one matmul
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v: equal in size
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -159,7 +159,7 @@ class GPT(nn.Module):
         chunks = self.loss_chunks
         if not chunks and torch.compiler.is_compiling():  # uncompiled, F.cross_entropy is faster
             chunks = suitable_chunks(B * T, self.config.vocab_size)
-        if chunks:  # always if compiled: a change to the loss goes into chunk_loss too, with its gradient
+        if chunks:  # always if compiled: a change of the loss must go into chunk_loss too, with its gradient
             x = x.view(B * T, -1).to(self.matmul_dtype())
             return None, chunked_cross_entropy(x, self.lm_head.weight, targets, chunks, self.softcap)
         logits = self.logits(x)
@@ -280,7 +280,7 @@ class GPT(nn.Module):
 # the modern architecture
 
 
-GATE = 12  # components that the gate of the embedding reads, as in modded-nanogpt
+GATE = 12  # components of the embedding that the gate of smear reads, as in modded-nanogpt
 
 
 def rms_norm(x):
@@ -289,7 +289,7 @@ def rms_norm(x):
 
 def rotate(x, cos, sin):
     """Returns x (B, T, H, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
-    the position, so that products of queries and keys depend on their distance. sin holds -sin and sin."""
+    the position, so that products of queries and keys depend on their distance. sin is (-sin, sin)."""
     halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses this, unlike cat
     return (x * cos + halves_swapped * sin).to(x.dtype)
 
@@ -408,14 +408,14 @@ class ModernGPT(GPT):
         share = (self.smear * gate).unsqueeze(-1)
         if past is not None:
             return x + share * (position > 0).unsqueeze(-1) * past.before(x)
-        # cat: torch.compile stores its result, but would recompute a sum in every block
+        # torch.compile stores the result of cat; a sum it would compute again in every block
         return torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), dim=1)
 
     def looked_up(self):
         return [self.transformer.wte, self.transformer.wve]
 
     def empty_cache(self, B, L):
-        """Returns what GPT's returns, and last the room for embeddings, for Past.before."""
+        """Returns what GPT's returns, and room for embeddings, which Past.before reads."""
         cache = super().empty_cache(B, L)
         embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
         return [*cache, (embeddings, embeddings)]  # Past.before uses only keys

@@ -8,7 +8,7 @@ Turn text into token shards that train.py reads.
     # Python's own library, without any download
     python prepare_fineweb.py --input=stdlib --encoding=bytes
     # tiny Shakespeare by characters, as nanoGPT's data/shakespeare_char has it
-    python prepare_fineweb.py --encoding=characters --out_dir=data/shakespeare_char \
+    python prepare_fineweb.py --encoding=characters --out_dir=data/shakespeare_char \\
         --input=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 
 Writes NAME_val_000000.bin, NAME_train_000001.bin, ... in llm.c's format, NAME being fineweb or that of the

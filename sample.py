@@ -59,7 +59,7 @@ class SampleConfig(Config):
     temperature: float = key(0.8, "below 1: safer, above 1: wilder; 0: always the likeliest token", low=0)
     top_k: int = key(200, "sample among the top_k likeliest tokens; 0: among all", low=0)
     top_p: float = key(
-        1.0, "sample among the fewest tokens that have this share of the probability; 1: all", above=0, high=1
+        1.0, "sample among the fewest tokens whose probabilities add up to this; 1: all", above=0, high=1
     )
     stop_at_eot: bool = key(False, "end a sample at the end-of-text token")
     seed: int = key(1337, "seed; sample i depends on it and on i, not on num_samples", low=0, below=2**63)
@@ -120,7 +120,7 @@ def load(cfg):
         return load_checkpoint(files.ckpt)
     if os.path.exists(files.ckpt) and not os.path.exists(files.best):
         raise UserError(
-            f"there is no {files.best}: no evaluation of this run was better than the one before it began; "
+            f"there is no {files.best}: no evaluation of this run has improved on its start; "
             f"--init_from=resume takes its newest weights"
         )
     return load_checkpoint(files.best)

@@ -8,7 +8,7 @@ Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newe
 from), ckpt_prev.pt (the one before it), best.pt (the weights with the lowest validation loss) and
 metrics.jsonl (every figure of the log).
 
-Ctrl-C or SIGTERM gives up the unfinished iteration, saves, and prints the command that continues.
+Ctrl-C or SIGTERM drops the unfinished iteration, saves, and prints the command that continues.
 """
 
 import signal
@@ -58,12 +58,12 @@ class TrainConfig(Config):
     allow_data_change: bool = key(False, "resume even if the data or the tokenizer has changed")
     # evaluation and log
     eval_interval: int = key(2000, "iterations between evaluations", low=1)
-    eval_iters: int = key(200, "size of an evaluation, in dozens of sequences per split", low=1)
+    eval_iters: int = key(200, "size of an evaluation: 12 * eval_iters sequences of each split", low=1)
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines", low=1)
-    dry_run: bool = key(False, "print what the run would do and take, then stop")
+    dry_run: bool = key(False, "print the plan and what it takes, then stop")
     sample_interval: int = key(0, "iterations between samples of text, drawn at evaluations; 0: none", low=0)
-    tracker: str = key("", "where to send the figures too, besides metrics.jsonl", choices=("", *TRACKERS))
+    tracker: str = key("", "where else to send the figures of metrics.jsonl", choices=("", *TRACKERS))
     wandb_log: bool = key(False, "nanoGPT's key for tracker='wandb'")
     wandb_project: str = key("owt", "project in wandb or trackio")
     wandb_run_name: str = key("gpt2", "name of the run in wandb or trackio")
@@ -73,9 +73,9 @@ class TrainConfig(Config):
     batch_size: int = key(12, "sequences in a micro-batch, which the model processes at once", low=1)
     block_size: int = key(1024, "tokens in one sequence, the longest context", low=1)
     # model
-    arch: str = key("gpt2", "modern learns more from each token", choices=("gpt2", "modern"))
+    arch: str = key("gpt2", "gpt2: as published; modern: learns more per token", choices=("gpt2", "modern"))
     n_layer: int = key(12, "transformer blocks", low=1)
-    n_head: int = key(12, "attention heads; divides n_embd", low=1)
+    n_head: int = key(12, "attention heads; n_embd must be a multiple of it", low=1)
     n_embd: int = key(768, "width of the model", low=1)
     dropout: float = key(0.0, "fraction of activations to drop; 0.1 or more for finetuning", low=0, below=1)
     bias: bool = key(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has")
@@ -83,7 +83,7 @@ class TrainConfig(Config):
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
-    max_minutes: float = key(0.0, "end after this many minutes, schedule completed; 0: no limit", low=0)
+    max_minutes: float = key(0.0, "end after this many minutes, lr decayed to the end; 0: no limit", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
@@ -91,9 +91,9 @@ class TrainConfig(Config):
     max_bad_steps: int = key(10, "end the run after this many non-finite gradients in a row", low=1)
     # learning rate schedule
     decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
-    schedule: str = key("cosine", "wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
-    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, a fall to min_lr", low=0, high=1)
-    keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, for a longer run to start from")
+    schedule: str = key("cosine", "cosine; wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
+    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, a linear fall to min_lr", low=0, high=1)
+    keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, where a longer run can go on")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration that reaches min_lr, usually max_iters", low=0)
     min_lr: float = key(6e-5, "lowest learning rate, usually learning_rate / 10", low=0)
@@ -105,7 +105,7 @@ class TrainConfig(Config):
     compile: bool = key(True, "torch.compile the model: slower to start, then faster")
     compile_mode: str = key(
         "default",
-        "max-autotune-no-cudagraphs: tunes kernels for minutes; matmuls only with 68 SMs or more",
+        "max-autotune-no-cudagraphs: tunes kernels for minutes; those of matmuls on 68 SMs or more",
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
@@ -164,13 +164,16 @@ def get_lr(it, cfg, time_used=0.0):
     """Returns the learning rate of iteration it: a linear warmup, then as cfg.schedule says.
 
     cosine: down to min_lr at lr_decay_iters, then min_lr. wsd: constant, then from
-    cooldown_start linearly down to min_lr at max_iters. time_used, the share of max_minutes, takes over
-    wherever it is ahead of the iterations.
+    cooldown_start linearly down to min_lr at max_iters. time_used, the share of max_minutes, replaces the
+    share of iterations wherever it is larger.
     """
     if not cfg.decay_lr:
         return cfg.learning_rate
-    if it < cfg.warmup_iters and time_used < 0.1:  # the warmup takes a tenth of the time at most
-        return cfg.learning_rate * max((it + 1) / (cfg.warmup_iters + 1), 10 * time_used)
+    if it < cfg.warmup_iters:
+        # a tenth of the time at most, but ten iterations
+        warm = max((it + 1) / (cfg.warmup_iters + 1), min(10 * time_used, (it + 1) / 10))
+        if warm < 1:
+            return cfg.learning_rate * warm
     if cfg.schedule == "wsd":
         cooldown_left = (cfg.max_iters - it) / max(1, cfg.max_iters - cfg.cooldown_start)
         if cfg.cooldown_frac:
@@ -237,7 +240,7 @@ def micro_step(model, tokens, scaler, machine, accumulation):
     loss, a tensor on the device: reading it here would wait for the GPU."""
     x, y = inputs_and_targets(tokens, machine.device)
     with machine.autocast():
-        loss = model(x, y)[1]  # a name for the logits would keep their memory
+        loss = model(x, y)[1]  # giving the logits a name would keep them in memory
     loss = loss / accumulation  # micro-batches are equal in size: the shares add up to the mean
     scaler.scale(loss).backward()
     return loss.detach()
@@ -248,6 +251,7 @@ def update(model, optimizers, scaler, grad_clip):
     with fit.no_retry_if_out_of_memory():  # half of an update cannot be repeated
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
+        # gradients are unscaled now; Muon's step overwrites them
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = total_norm.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
         if norm > grad_clip > 0:  # else clipping would multiply by 1
@@ -296,7 +300,7 @@ class Run:
     memory: dict = None  # the estimate, in bytes
     # how far it is
     progress: Progress = dataclasses.field(default_factory=Progress)
-    started: float = dataclasses.field(default_factory=time.perf_counter)  # as if never stopped
+    started: float = dataclasses.field(default_factory=time.perf_counter)  # had it never been stopped
     first_iter: int = 0  # where this process began
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
@@ -314,11 +318,11 @@ class Run:
 def train(run):
     """Evaluates, saves, updates and logs until the run is done.
 
-    A request to stop, or running out of memory, leaves this function as an exception, which frees its frame
-    with all activations; run.progress and run.rng say where to continue.
+    A request to stop, or running out of memory, leaves this function as an exception. That frees its frame,
+    and with it all activations; run.progress and run.rng say where to continue.
     """
     cfg, at, clock, machine = run.cfg, run.progress, run.clock, run.machine
-    run.rng = checkpoint.get_rng(machine.device)  # for use_smaller_batch, if compiling takes the memory
+    run.rng = checkpoint.get_rng(machine.device)  # to go back to if memory runs out while compiling
     if cfg.compile:
         compile_passes(run)
     accumulation = cfg.gradient_accumulation_steps
@@ -344,7 +348,7 @@ def train(run):
         if cfg.eval_only:
             return
 
-        # save
+        # save: only here do run.rng and iter_num belong to the weights
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
         else:
@@ -388,8 +392,8 @@ def compile_passes(run):
     cuda_devices = [machine.device] if machine.device.type == "cuda" else []
     try:
         with run.stop.interrupts(), hardware.compiling(), torch.random.fork_rng(cuda_devices):
-            one_window_each = parallel.processes()
-            estimate_loss(run.model, run.val_data, one_window_each, cfg.batch_size, machine)
+            count = parallel.processes()  # a window for each
+            estimate_loss(run.model, run.val_data, count, cfg.batch_size, machine)
             if not cfg.eval_only:
                 micro_step(run.model, tokens, run.scaler, machine, cfg.gradient_accumulation_steps)
     except UserError:
@@ -402,15 +406,15 @@ def compile_passes(run):
 
 @torch.no_grad()
 def estimate_loss(model, windows, count, batch_size, machine):
-    """Returns this process's part of the mean loss, a float, over count windows of a split: the same ones
-    each time, whatever the batch_size, without touching any random state. One sync, at the end."""
+    """Returns this process's part of the mean loss, a float, over count windows of a split. They are the same
+    each time, whatever the batch_size; no random state is touched. One sync, at the end."""
     spread = windows.spread(count)
     chosen = spread[parallel.rank() :: parallel.processes()]
     total = torch.zeros((), device=machine.device)
     model.eval()
     for first in tqdm(range(0, len(chosen), batch_size), "evaluating", leave=False, disable=None):
         chunk = chosen[first : first + batch_size]
-        whole_batch = np.resize(chunk, batch_size)  # the last one repeats windows
+        whole_batch = np.resize(chunk, batch_size)  # the last batch repeats windows
         tokens = host_tensor(windows.read(whole_batch), machine.device)
         x, y = inputs_and_targets(tokens, machine.device)
         y[len(chunk) :] = -1  # repeats do not count; one shape, one graph
@@ -469,7 +473,7 @@ def train_until_it_fits(run):
                 checkpoint.save_checkpoint(run)
             return
         except UserError:
-            raise  # one may be about memory, which below would mean: try again
+            raise  # its text may name memory, which would mean: try again
         except Exception as e:
             if not out_of_memory(e):
                 raise
@@ -484,7 +488,7 @@ def train_until_it_fits(run):
 
 
 def model_config(cfg, fields):
-    """Returns the GPTConfig of the keys, and of fields, a dict, for what has no key."""
+    """Returns the GPTConfig of the keys; fields, a dict, has what no key sets."""
     keys = {name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__ if hasattr(cfg, name)}
     config = GPTConfig(**fields | keys)
     fit.check_size(config)

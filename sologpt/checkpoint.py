@@ -532,7 +532,7 @@ def save_best(run, val_loss):
 def save_before_cooldown(run):
     path = run.files.before_cooldown
     if os.path.exists(path):  # by now this run may have been through a cooldown, and gone on
-        say(f"{path} is of before the first cooldown of this run, and stays")
+        say(f"{path} is kept: it is from before the first cooldown of this run")
         return
     if run.files.write(path, whole_state(run)):
         say(f"saving {path}, from which a longer run can start (docs/recipe.md)")

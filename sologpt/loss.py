@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def suitable_chunks(tokens, vocab_size):
-    """Returns the number of chunks, 1 to 16, that keeps a chunk below 2**28 logits, 0.5 GB in 16 bits.
+    """Returns the number of chunks that keeps a chunk below 2**28 logits, 0.5 GB in 16 bits, but 16 at most.
 
     Every chunk reads the head and adds to its gradient once more, 0.5 GB of traffic for GPT-2's head; more
     than 16 would take torch.compile long.
@@ -41,8 +41,8 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def chunk_loss(x, weight, targets, softcap, d_weight):
     """Returns the summed cross-entropy of one chunk, an fp32 scalar, and its gradient with respect to x, in
-    the dtype of x. Adds that with respect to weight to d_weight, in fp32; if that is None, there are no
-    gradients. x: (n, C), targets: int64 (n,)."""
+    the dtype of x. The gradient with respect to weight is added to d_weight, fp32; without a d_weight no
+    gradients are computed. x: (n, C), targets: int64 (n,)."""
     logits = F.linear(x, weight).float()
     if softcap is not None:
         tanh = torch.tanh(logits / softcap)

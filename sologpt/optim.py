@@ -9,14 +9,15 @@ import torch
 
 from sologpt.hardware import has_bf16
 
-# What the modern architecture has besides matrices learns faster under AdamW: a value of x_mix, v_mix or
-# smear has further to go than one of a matrix, and a row of the table wve learns only where its token occurs.
+# These learn faster under AdamW: a mixing weight (x_mix, v_mix, smear) has further to go than an entry of a
+# matrix, and a row of the table wve learns only where its token occurs.
 FAST = ("x_mix", "v_mix", "smear", "wve.weight")
 FAST_RATE = 4.0  # times learning_rate; in modded-nanogpt it is about that between vectors and the head
 
 
 def rate(name, p):
-    """Returns the factor on the learning rate of a parameter that AdamW trains.
+    """Returns the factor on the learning rate of a parameter that AdamW trains, and so on its weight decay,
+    which AdamW multiplies by the rate.
 
     That of an untied head falls with the width, as in Yang et al. 2022 (https://arxiv.org/abs/2203.03466,
     table 3); learning_rate is meant for GPT-2's width, 768.
@@ -29,8 +30,8 @@ def rate(name, p):
 
 
 def adamw(named_params, weight_decay, learning_rate, betas, device_type, eps=1e-8):
-    """Returns fused AdamW in groups. GPT-2 has two: matrices, with weight_decay, and biases and LayerNorms,
-    without. In others those with the same rate are in a group."""
+    """Returns fused AdamW, with a group for each rate, and in it for matrices, with weight_decay, and for
+    biases and norms, without. GPT-2 has these two."""
     members = collections.defaultdict(list)
     for name, p in named_params:
         members[rate(name, p), p.dim() >= 2].append(p)
@@ -54,8 +55,8 @@ def make_optimizers(model, cfg, device):
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     of_muon = set(matrices.values())
     groups = [
-        dict(params=[p for name, p in matrices.items() if name.endswith("c_attn.weight")], fused=3),
-        dict(params=[p for name, p in matrices.items() if not name.endswith("c_attn.weight")], fused=1),
+        dict(params=[p for name, p in matrices.items() if name.endswith("c_attn.weight")], parts=3),
+        dict(params=[p for name, p in matrices.items() if not name.endswith("c_attn.weight")], parts=1),
     ]
     rest = [(name, p) for name, p in model.named_parameters() if p not in of_muon]
     muon = Muon(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -130,8 +131,8 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon with few launches: all matrices of a shape at once, instead of about 20 launches each;
     and with evened rows.
 
-    A parameter may hold several matrices on top of each other, as c_attn holds q, k and v: a group's `fused`,
-    1 or 3, says how many; each is orthogonalized by itself.
+    A parameter may hold several matrices of one size on top of each other, as c_attn holds q, k and v: a
+    group's `parts`, 1 or 3, says how many; each is orthogonalized by itself.
 
     Updates are scaled to the size of AdamW's, so that learning rate and weight decay are AdamW's too (Liu et
     al. 2025, https://arxiv.org/abs/2502.16982, section 2.2).
@@ -177,6 +178,6 @@ class Muon(torch.optim.Muon):
         squares = [self.state[p]["squares"] for p in params]
 
         def split(tensors):
-            return [part for tensor in tensors for part in tensor.chunk(group["fused"])]
+            return [part for tensor in tensors for part in tensor.chunk(group["parts"])]
 
         return split(params), split(grads), split(squares)

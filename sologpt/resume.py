@@ -20,7 +20,10 @@ def init_from_problem(init_from):
     """Returns what is wrong with a value of train.py's init_from, or None."""
     names = ("scratch", "resume", "auto", *huggingface.PRETRAINED)
     if init_from == "best":
-        return "init_from='best' is for sample.py, as best.pt holds weights only; use init_from='resume'"
+        return (
+            "init_from='best' is for sample.py, as best.pt holds weights only; use init_from='resume', or, "
+            "to finetune GPT-2's weights, sample.py --init_from=best --export=FOLDER and init_from=FOLDER"
+        )
     if init_from not in names and not os.path.isdir(init_from):
         return f"init_from must be {', '.join(map(repr, names))} or a folder, not {init_from!r}"
     return None
@@ -181,18 +184,26 @@ SETTINGS = ("dropout", "weight_decay", "grad_clip", "beta1", "beta2", "eval_iter
 
 def warn_of_changes(cfg, machine, state, get_lr):
     """Warns of how a run with cfg will differ from the one it resumes: by a learning rate, from train.py's
-    get_lr, that is more than 1 % off at this iteration, by other SETTINGS or another dtype, and by another
-    order of the data."""
+    get_lr, that is more than 1 % off at this iteration or a later one, by other SETTINGS or another dtype,
+    and by another order of the data."""
     if cfg.eval_only:
         return
     it = state["iter_num"]
     before = settings_before(cfg, state)
     seconds = state.get("seconds", 0.0)
-    lr = get_lr(it, cfg, share_of(cfg, seconds))
-    lr_before = get_lr(it, before, share_of(before, seconds))
-    if abs(lr - lr_before) > 0.01 * lr_before:
-        expected = f"the schedule so far has {lr_before:.3e}"
-        warn(f"the learning rate of iteration {it} is {lr:.3e}, {expected}")
+    share, share_before = share_of(cfg, seconds), share_of(before, seconds)
+    end = min(cfg.max_iters, before.max_iters)
+    for later in range(it, max(end, it + 1), max(1, (end - it) // 100)):
+        lr = get_lr(later, cfg, share)
+        lr_before = get_lr(later, before, share_before)
+        if abs(lr - lr_before) > 0.01 * lr_before:
+            so_far = f"the schedule so far has {lr_before:.3e}"
+            text = f"the learning rate of iteration {later} is {lr:.3e}, {so_far}"
+            if later == it:
+                warn(text)
+            else:  # as from before_cooldown.pt
+                print(f"note: {text}")
+            break
     changed = [name for name in SETTINGS if getattr(cfg, name) != getattr(before, name)]
     phrases = [f"{name}={getattr(cfg, name)}, was {getattr(before, name)}" for name in changed]
     if state.get("dtype", machine.dtype) != machine.dtype:
@@ -201,10 +212,10 @@ def warn_of_changes(cfg, machine, state, get_lr):
     if "data" not in state and S != S_before:
         phrases.append(f"{S} sequences per iteration, was {S_before}")
     if phrases:
-        warn(f"from here on with other settings: {'; '.join(phrases)}")
+        warn(f"settings that change from here on: {'; '.join(phrases)}")
     if "data" in state and (S, cfg.seed) != (S_before, before.seed):  # nanoGPT's batches are random anyway
         warn(
-            f"from here on the data comes in another order, parts of it twice or never: "
+            f"from here on the data comes in another order; parts of it will be seen twice or never: "
             f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
         )
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from configurator import run_script
-from sologpt import shards
+from sologpt import hardware, shards
 
 ROOT = Path(__file__).parent.parent
 # enough for models of this size, and the sums are the same each time
@@ -96,6 +96,7 @@ def run_here(cwd, script, *argv, status=0, input=b"", page=False, **env):
             code = e.code or 0
     if "--compile=True" in argv:
         torch._dynamo.reset()  # as a new process would begin
+        hardware.keep_activations(1.0)
     return check(Outcome(code, text_of(stdout), text_of(stderr)), status)
 
 

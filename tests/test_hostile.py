@@ -505,7 +505,7 @@ def test_other_settings_than_before_are_pointed_out_in_one_line(run, byte_data, 
     more = ["--dropout=0.1", "--weight_decay=0.2", "--grad_clip=0.5", "--beta1=0.8", "--beta2=0.9"]
     out = run("train.py", *tiny, "--init_from=resume", "--max_iters=4", *more, "--dtype=bfloat16")
     assert out.stderr.splitlines() == [
-        "warning: from here on with other settings: dropout=0.1, was 0.0; weight_decay=0.2, was 0.1; "
+        "warning: settings that change from here on: dropout=0.1, was 0.0; weight_decay=0.2, was 0.1; "
         "grad_clip=0.5, was 1.0; beta1=0.8, was 0.9; beta2=0.9, was 0.95; dtype=bfloat16, was float32"
     ]
 
@@ -768,7 +768,7 @@ def test_more_samples_than_fit_into_memory_are_refused_at_once(trained, argv, me
 
 def test_a_model_that_no_computer_holds_is_refused_at_once(run, byte_data, tiny):
     refused = one_line(run("train.py", *tiny, "--n_layer=10000000", "--n_embd=768", status=1))
-    assert "n_layer=10000000 of n_embd=768 make a model of 70,778.9B parameters" in refused
+    assert "n_layer=10000000 of n_embd=768 with 320 token ids make a model of 70,778.9B parameters" in refused
 
 
 def test_the_cooldown_begins_exactly_where_the_fraction_says():

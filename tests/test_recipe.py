@@ -59,7 +59,7 @@ def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart_and_even_rows()
     lr, weight_decay = 0.02, 0.1
     fused, tall, wide = torch.randn(144, 48), torch.randn(192, 48), torch.randn(48, 192)
     ours = [torch.nn.Parameter(w.clone()) for w in (fused, tall, wide)]
-    groups = [dict(params=ours[:1], fused=3), dict(params=ours[1:], fused=1)]
+    groups = [dict(params=ours[:1], parts=3), dict(params=ours[1:], parts=1)]
     mine = Muon(groups, lr=lr, weight_decay=weight_decay)
     expected = [w.clone() for w in (*fused.chunk(3), tall, wide)]
     # with these, theirs moves to minus its update
@@ -111,7 +111,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
     assert not mine & others and len(mine | others) == len(list(model.parameters()))
     # c_attn, of three matrices each, and others
     assert [len(group["params"]) for group in muon.param_groups] == [3, 9]
-    assert [group["fused"] for group in muon.param_groups] == [3, 1]
+    assert [group["parts"] for group in muon.param_groups] == [3, 1]
 
 
 def test_learning_rates_and_decay_by_kind_of_parameter():
@@ -390,12 +390,15 @@ def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_pa
     run("train.py", *argv, "--out_dir=long", "--max_iters=12")
     # in its own folder the state of a longer run has been through the cooldown
     out = run("train.py", *argv, "--out_dir=short", "--max_iters=20", "--init_from=resume").stdout
-    assert "short/before_cooldown.pt is of before the first cooldown of this run, and stays" in out
+    assert "short/before_cooldown.pt is kept: it is from before the first cooldown of this run" in out
     assert state_of(tmp_path / "short", "before_cooldown.pt")["iter_num"] == 4
     (tmp_path / "longer").mkdir()
     shutil.copy(tmp_path / "short" / "before_cooldown.pt", tmp_path / "longer" / "ckpt.pt")
     out = run("train.py", *argv, "--out_dir=longer", "--max_iters=12", "--init_from=resume")
     assert "warning" not in out.stderr
+    # the cooldown of the 8 iterations would have gone on to fall here
+    expected = "note: the learning rate of iteration 5 is 1.000e-02, the schedule so far has 7.500e-03\n"
+    assert expected in out.stdout
     long, longer = state_of(tmp_path / "long"), state_of(tmp_path / "longer")
     assert longer["iter_num"] == 12
     assert all(torch.equal(p, longer["model"][name]) for name, p in long["model"].items())

@@ -202,7 +202,7 @@ def test_garbage_is_collected_at_evaluations_only_and_a_leak_does_not_outlive_on
     run("train.py", *tiny)
     # two micro-batches an iteration, six iterations an evaluation
     assert found == [(n, False) for n in [*range(12)] * 2]
-    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert gc.isenabled()
 
 
 def test_the_allocator_is_set_up_unless_the_user_has_done_so(monkeypatch):
@@ -377,7 +377,8 @@ def piped(argv, reader, cwd):
 
 def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves_and_says_so(byte_data, tiny, tmp_path):
     """As in `train.py | tee log`, where a terminal sends it to both."""
-    argv = [*tiny, "--max_iters=1000000", "--eval_interval=1000000"]
+    # a state that takes longer to save than tee to end, even on one core
+    argv = [*tiny, "--max_iters=1000000", "--eval_interval=1000000", "--n_embd=256"]
     with piped(argv, "tee log", tmp_path) as process:
         while not (tmp_path / "log").exists() or "iter 20:" not in (tmp_path / "log").read_text():
             time.sleep(0.05)
@@ -414,7 +415,7 @@ def test_finetuning_that_only_makes_a_model_worse_keeps_it_as_the_best(trained, 
     out = trained("train.py", *flags, "--out_dir=anew", "--learning_rate=30.0")
     assert min(float(val) for *_, val in STEP.findall(out.stdout)[1:]) > float(STEP.findall(out.stdout)[0][2])
     error = trained("sample.py", "--out_dir=anew", "--init_from=best", status=1).stderr
-    assert "no evaluation of this run was better than the one before it began; --init_from=resume" in error
+    assert "no evaluation of this run has improved on its start; --init_from=resume" in error
 
 
 def test_auto_starts_anew_or_resumes(run, byte_data, tiny):
@@ -800,8 +801,8 @@ def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, t
     out = run("train.py", *argv)
     assert out.stderr.splitlines() == [
         f"warning: the learning rate of iteration 12 is {lr:.3e}, the schedule so far has 6.000e-05",
-        "warning: from here on with other settings: eval_iters=100, was 1",
-        "warning: from here on the data comes in another order, parts of it twice or never: "
+        "warning: settings that change from here on: eval_iters=100, was 1",
+        "warning: from here on the data comes in another order; parts of it will be seen twice or never: "
         "12 sequences per iteration and seed 5, so far 8 and seed 1337",
     ]
     assert "note: val has only 62 windows; all of them are evaluated" in out.stdout
@@ -933,7 +934,10 @@ def test_a_run_of_nanogpts_on_other_characters_or_in_other_batches_is_pointed_ou
     torch.save(state, tmp_path / "out/ckpt.pt")
     assert "8 sequences per iteration, was 12" in run("train.py", *argv).stderr
     nanogpt_checkpoint(tmp_path / "other", 8)
-    (byte_data / "meta.json").unlink()
+    shutil.rmtree(byte_data)
+    byte_data.mkdir()
+    for split in ("train", "val"):
+        np.arange(5000, dtype=np.uint16).__mod__(250).tofile(byte_data / f"{split}.bin")
     for rows, status in ((320, 0), (300, 1)):
         characters = {i: chr(i) for i in range(rows)}
         (byte_data / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=rows, itos=characters)))
@@ -1394,7 +1398,7 @@ def byte_data_text(tmp_path):
 
 def test_a_run_ends_with_a_summary_which_is_in_metrics_too(run, byte_data, tiny, tmp_path):
     run("train.py", *tiny, "--max_iters=6")
-    out = run("train.py", *tiny, "--init_from=resume").stdout
+    out = run("train.py", *tiny, "--init_from=resume", page=True).stdout
     [done] = metrics(tmp_path / "out", "done")
     last = metrics(tmp_path / "out", "eval")[-1]
     assert (done["iter"], done["tokens"], done["resumed"], done["bad_steps"]) == (12, 12 * 128, 1, 0)
@@ -1417,8 +1421,10 @@ def test_the_warmup_takes_a_tenth_of_the_time_at_most():
     assert get_lr(49, cfg) == pytest.approx(6e-4 * 0.5) == get_lr(9, cfg, 0.05)
     assert get_lr(9, cfg, 0.0) == pytest.approx(6e-4 * 0.1)
     assert get_lr(9, cfg, 0.1) == get_lr(9, cfg, 0.15) == 6e-4
+    # but ten iterations, if starting has used more time
+    assert [get_lr(it, cfg, 0.2) for it in range(10)] == pytest.approx([6e-5 * n for n in range(1, 11)])
     cosine = configure(TrainConfig, ["--warmup_iters=99", "--lr_decay_iters=1000", "--max_minutes=1"])
-    assert get_lr(0, cosine, 0.5) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert get_lr(9, cosine, 0.5) == pytest.approx((6e-4 + 6e-5) / 2)
     for end in (99, 50):  # a cosine that ends while iterations still warm up goes by the clock
         cosine.lr_decay_iters = end
         assert get_lr(10, cosine, 0.5) == pytest.approx((6e-4 + 6e-5) / 2)
