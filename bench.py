@@ -59,8 +59,7 @@ from sologpt.report import parameters
 from sologpt.tokenizer import gpt2_tokenizer, read_tokenizer
 from train import TrainConfig, host_tensor, micro_batches, micro_step, model_config, prepare_model, update
 
-BLOCK_SECONDS = 1.0  # for a block of micro-steps
-ROW_SECONDS = 4.0  # for all blocks of a row
+ROW_SECONDS = 4.0  # for a row: about four blocks of micro-steps, or more that are shorter
 TRIAL_SECONDS = 20.0  # of train.py itself, for --hours
 MOST_REPEATS = 20  # blocks of a row
 RECIPE = os.path.join("config", "fineweb_125m_fast.py")
@@ -200,16 +199,16 @@ class Timed:
         return first
 
 
-def measure(timed):
+def measure(timed, row_seconds):
     """Returns the figures of one row; the docstring of this file explains them."""
     cfg, machine, model = timed.cfg, timed.machine, timed.model
     accumulation = cfg.gradient_accumulation_steps
     first = timed.warm_up()
-    block = min(accumulation, max(1, round(BLOCK_SECONDS / timed.seconds(timed.one_micro_step))))
+    block = min(accumulation, max(1, round(row_seconds / 4 / timed.seconds(timed.one_micro_step))))
     timed.seconds(timed.one_update)
     micro, updates = [], []
     start = time.perf_counter()
-    while not micro or (time.perf_counter() - start < ROW_SECONDS and len(micro) < MOST_REPEATS):
+    while not micro or (time.perf_counter() - start < row_seconds and len(micro) < MOST_REPEATS):
         micro.append(timed.seconds(timed.one_micro_step, block))
         updates.append(timed.seconds(timed.one_update))
     iters = [m * accumulation + u for m, u in zip(micro, updates, strict=True)]
@@ -280,13 +279,13 @@ def about(timed):
     )
 
 
-def row_process(cfg, pipe):
+def row_process(cfg, row_seconds, pipe):
     """Sends ("about", dict), then ("row", figures); if it fails, ("memory", None) or ("error", text)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C and ends this process
     try:
         timed = Timed(cfg, hardware.find_machine(cfg))
         pipe.send(("about", about(timed)))
-        figures = profile(timed) if cfg.profile else measure(timed)
+        figures = profile(timed) if cfg.profile else measure(timed, row_seconds)
         pipe.send(("row", figures))
     except Exception as e:
         if out_of_memory(e):
@@ -338,7 +337,7 @@ def run_row(cfg, tell):
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=row_process, args=(cfg, sending))
+    process = context.Process(target=row_process, args=(cfg, ROW_SECONDS, sending))
     process.start()
     sending.close()
     try:

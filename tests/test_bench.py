@@ -35,7 +35,8 @@ def numbers(text):
     return [tuple(float(cell.replace(",", "")) for cell in row) for row in ROW.findall(text)]
 
 
-def test_every_row_has_the_tokens_of_the_iteration_and_the_file_says_the_same(run, tmp_path):
+def test_every_row_has_the_tokens_of_the_iteration_and_the_file_says_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.ROW_SECONDS", 0.5)
     flags = ["--batch_size=2", "--gradient_accumulation_steps=6", "--seed=3", "--learning_rate=1e9"]
     (tmp_path / "c.py").write_text("real_data = False\nprofile = False")  # nanoGPT's bench.py has these
     out = run("bench.py", "c.py", *SMALL, *flags, "--sweep_batch_size=6,3", "--json=figures.json").stdout
