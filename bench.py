@@ -606,6 +606,20 @@ def write_json(path, cfg, argv, headers, rows, best):
         json.dump(report | dict(rows=rows, recommended=best), f, indent=1)
 
 
+def recommend_one(rows, cfg, argv, refused):
+    """Prints the command that trains as the best row of a sweep. Returns that row, or None."""
+    if not any(row["status"] == "measured" for row in rows):
+        return None
+    best = recommend(rows)
+    flags = ["batch_size", "gradient_accumulation_steps"]
+    flags += [name for name in SWEPT[1:] if getattr(cfg, f"sweep_{name}")]
+    command = training_command(argv, {name: best[name] for name in flags})
+    print(f"recommended, the least memory within 1 % of the fastest:\n{command}")
+    if refused:
+        print(f"note: train.py knows no keys of bench.py; remove them there first: {refused}")
+    return best
+
+
 def main(argv):
     cfg = from_command_line(BenchConfig, __doc__, argv)
     if cfg.hours and not any(arg.endswith(".py") for arg in argv):
@@ -641,15 +655,7 @@ def main(argv):
             write_json(cfg.json, cfg, argv, headers, rows, best)
         return
     rows = sweep(cfg, tell)
-    best = None
-    if any(row["status"] == "measured" for row in rows):
-        best = recommend(rows)
-        flags = ["batch_size", "gradient_accumulation_steps"]
-        flags += [name for name in SWEPT[1:] if getattr(cfg, f"sweep_{name}")]
-        command = training_command(argv, {name: best[name] for name in flags})
-        print(f"recommended, the least memory within 1 % of the fastest:\n{command}")
-        if refused:
-            print(f"note: train.py knows no keys of bench.py; remove them there first: {refused}")
+    best = recommend_one(rows, cfg, argv, refused)
     if cfg.json:
         write_json(cfg.json, cfg, argv, headers, rows, best)
     if not best:
