@@ -4,7 +4,7 @@ Token files: writing, finding and reading them, and the order in which training 
 Three formats are read, told apart by file name: shards with llm.c's header (`*train*_000001.bin`),
 build-nanogpt's NumPy shards (`*train*_000001.npy`) and nanoGPT's raw uint16 `train.bin`. Only the first is
 written. A split is cut into windows of block_size + 1 tokens that overlap by one: a window's inputs are all
-its tokens but the last, its targets all but the first. Windows never cross from one file into the next.
+its tokens but the last, its targets all but the first. No window has tokens of two files.
 """
 
 import contextlib
@@ -372,6 +372,15 @@ def some(names):
     return ", ".join(names[:4]) + more
 
 
+def read_tokens(f, shard, start, count):
+    """Returns count tokens of an open file as bytes. Raises DataError if it ends before them."""
+    f.seek(shard.offset + start * shard.dtype.itemsize)
+    tokens = f.read(count * shard.dtype.itemsize)
+    if len(tokens) < count * shard.dtype.itemsize:
+        raise DataError(f"{shard.path} has become shorter; copy or prepare it again")
+    return tokens
+
+
 class Windows:
     """The windows of one split. len() is their number; their tokens are read from disk when asked for."""
 
@@ -426,7 +435,8 @@ class Windows:
 
     def read(self, windows, shifts=0):
         """Returns the tokens, int64 (len(windows), block_size + 1), of the windows with these numbers, each
-        beginning so many tokens later, but not so late that it would leave its file.
+        beginning so many tokens later. One that would then leave its file goes on at the file's beginning,
+        where no other one is left: no two windows of an epoch have an input in common.
 
         Raises DataError for a file that has become shorter or is gone, and for an id that the tokenizer
         lacks: the model may have no row for it, and on a GPU that would be a device-side assert.
@@ -439,7 +449,7 @@ class Windows:
             rows = np.flatnonzero(owners == owner)
             first = self.ends[owner - 1] if owner else 0
             starts = (windows[rows] - first) * self.block_size + shifts[rows]
-            starts = np.minimum(starts, shard.count - 1 - self.block_size)
+            starts = starts % shard.count
             tokens[rows] = self.read_from(shard, starts)
             self.check_ids(shard, starts, tokens[rows])
         return tokens
@@ -447,25 +457,25 @@ class Windows:
     def read_from(self, shard, starts):
         """Returns the tokens of the windows that begin at starts in one file. No memory map: that would grow
         to the size of the file in RSS, and a file that is cut short would kill the process."""
-        size = (self.block_size + 1) * shard.dtype.itemsize
-        windows = []
+        size = self.block_size + 1
+        pieces = []
         try:
             with open(shard.path, "rb") as f:
                 for start in starts.tolist():
-                    f.seek(shard.offset + start * shard.dtype.itemsize)
-                    windows.append(f.read(size))
+                    before_end = min(size, shard.count - start)
+                    pieces.append(read_tokens(f, shard, start, before_end))
+                    pieces.append(read_tokens(f, shard, 0, size - before_end))
         except OSError as e:
             raise DataError(f"cannot read {shard.path}: {e.strerror}") from None
-        if any(len(window) < size for window in windows):
-            raise DataError(f"{shard.path} has become shorter; copy or prepare it again")
-        return np.frombuffer(b"".join(windows), dtype=shard.dtype).reshape(len(windows), -1)
+        return np.frombuffer(b"".join(pieces), dtype=shard.dtype).reshape(len(starts), size)
 
     def check_ids(self, shard, starts, tokens):
         if tokens.max() < self.n_ids:
             return
         row, column = np.argwhere(tokens >= self.n_ids)[0]
+        position = (starts[row] + column) % shard.count
         raise DataError(
-            f"{shard.path} has the token id {tokens[row, column]} at position {starts[row] + column:,}, but "
+            f"{shard.path} has the token id {tokens[row, column]} at position {position:,}, but "
             f"its tokenizer has only the ids below {self.n_ids}: it was made with another one than its "
             f"meta.json or meta.pkl (none: GPT-2) says; correct that file or prepare the data again"
         )
