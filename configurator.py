@@ -50,6 +50,7 @@ class Config:
     """Base class of a script's keys; `given` holds the names set in a config file or on the command line."""
 
     given = frozenset()
+    overruled = ()  # names that were given, and whose values are those of the model that is finetuned
     synonyms = {}  # other programs' names of keys, to suggest ours
     arguments = "[FILE.py ...]"  # what may stand before the keys, for --help
 
@@ -147,6 +148,7 @@ def read_file(path, fields, values, synonyms):
     except ConfigError as e:
         return {}, [str(e)]
     new, problems = {}, []
+    strangers = 0
     for name, value in sorted(namespace.items(), key=lambda item: lines.get(item[0], 0)):
         ignored = inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
         if name.startswith("_") or (ignored and name not in fields):
@@ -154,6 +156,7 @@ def read_file(path, fields, values, synonyms):
         where = f"{path}:{lines[name]}" if name in lines else path
         try:
             if name not in fields:
+                strangers += 1
                 raise UserError(
                     f"{unknown(name, fields, synonyms)}; a name of your own may begin with an underscore"
                 )
@@ -161,6 +164,9 @@ def read_file(path, fields, values, synonyms):
                 new[name] = convert(value, fields[name])
         except UserError as e:
             problems.append(f"{where}: {e}")
+    if strangers > max(5, len(new)):
+        text = f"{path} sets {strangers} names that are no keys of this script"
+        return {}, [f"{text}; is it a config of another one? (see --help for its keys)"]
     return new, problems
 
 

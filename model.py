@@ -213,9 +213,9 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """Returns the model FLOPs utilization: the fraction of peak_flops (FLOP/s) reached by running
-        fwdbwd_per_iter sequences of block_size tokens forward and backward in dt seconds."""
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Returns the model FLOPs utilization: the fraction of peak_flops (FLOP/s; the default is an A100's)
+        reached by fwdbwd_per_iter sequences of block_size tokens, forward and backward, in dt seconds."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):

@@ -120,8 +120,8 @@ def load(cfg):
         return load_checkpoint(files.ckpt)
     if os.path.exists(files.ckpt) and not os.path.exists(files.best):
         raise UserError(
-            f"there is no {files.best}: no evaluation of this run has improved on its start; "
-            f"--init_from=resume takes its newest weights"
+            f"there is no {files.best}: nanoGPT writes none, and train.py only when an evaluation improves "
+            f"on the start; --init_from=resume takes the newest weights"
         )
     return load_checkpoint(files.best)
 

@@ -348,13 +348,13 @@ def train(run):
         if cfg.eval_only:
             return
 
-        # save: only here do run.rng and iter_num belong to the weights
+        # save, not amid skipped updates: only here run.rng and iter_num belong to the weights
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
         else:
             save_due = eval_due and (improved or cfg.always_save_checkpoint)
         already_saved = run.files.saved_iter == at.iter_num and not improved
-        if (run.done or (save_due and at.iter_num > 0)) and not already_saved:
+        if (run.done or (save_due and at.iter_num > 0 and not at.bad_in_row)) and not already_saved:
             with clock.paused():
                 checkpoint.save_checkpoint(run)
         if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start and not cfg.max_minutes:
@@ -569,7 +569,7 @@ def finish(run, argv):
     if run.files.saved_iter != at.iter_num:
         raise OSError(f"iteration {at.iter_num}, the last one, could not be saved; {run.files.saved_text}")
     if not run.done or run.evaluated_iter != at.iter_num:
-        say(f"stopped at iteration {at.iter_num}; continue with: {report.resume_command(argv)}")
+        say(f"stopped at iteration {at.iter_num}; continue with: {report.resume_command(argv, run.cfg)}")
         sys.exit(128 + run.stop.number)
     report.sum_up(run)
 

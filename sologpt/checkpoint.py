@@ -156,6 +156,16 @@ def load(path):
     return state
 
 
+def iteration_and_loss(path):
+    """Returns iter_num and best_val_loss of a checkpoint, without reading its tensors; Nones if there is none
+    or it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["iter_num"]), float(state["best_val_loss"])
+    except Exception:  # as in load
+        return None, None
+
+
 def check_types(state, path):
     """Raises UserError for a part of a state that is not of its type, or a number out of range."""
     check_type_of_each(state, TYPES, path)
@@ -531,7 +541,8 @@ def save_best(run, val_loss):
 
 def save_before_cooldown(run):
     path = run.files.before_cooldown
-    if os.path.exists(path):  # by now this run may have been through a cooldown, and gone on
+    there, _ = iteration_and_loss(path)
+    if there is not None and there <= run.first_iter:  # else what led to it was given up
         say(f"{path} is kept: it is from before the first cooldown of this run")
         return
     if run.files.write(path, whole_state(run)):

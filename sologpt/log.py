@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sologpt import parallel
 from sologpt.display import duration, say, warn
-from sologpt.errors import UserError
+from sologpt.errors import UserError, first_line, out_of_memory
 from sologpt.files import atomic_file
 from sologpt.hardware import peak_memory
 from sologpt.health import watch_loss
@@ -81,9 +81,9 @@ def share_of(cfg, seconds):
 def rewind_metrics(path, iter_num, evaluates):
     """Drops the lines of metrics.jsonl from iter_num on, so that no iteration appears twice after resuming
     there. An evaluation at iter_num, and its samples, stay if the run will not evaluate there again; returns
-    whether there is one. Lines that cannot be read are dropped too; a last one that was cut short is no news,
-    others are counted."""
-    kept, unreadable, evaluated = [], 0, False
+    its line as bytes, empty if there is none. Lines that cannot be read are dropped too; a last one that was
+    cut short is no news, others are counted."""
+    kept, unreadable, evaluation = [], 0, b""
     if os.path.exists(path):
         with open(path, "rb") as f:
             for line in f:
@@ -95,12 +95,13 @@ def rewind_metrics(path, iter_num, evaluates):
                     kept.append(line.rstrip(b"\n") + b"\n")  # the last one may lack its end
                 elif iteration == iter_num and kind in ("eval", "sample") and not evaluates:
                     kept.append(line.rstrip(b"\n") + b"\n")
-                    evaluated = evaluated or kind == "eval"
+                    if kind == "eval":
+                        evaluation = line
     if unreadable:
         warn(f"{path}: {unreadable} lines that cannot be read are left out")
     with atomic_file(path) as f:
         f.write(b"".join(kept))
-    return evaluated
+    return evaluation
 
 
 def iteration_and_kind(line):
@@ -171,7 +172,7 @@ def open_metrics(run):
     cfg, iter_num = run.cfg, run.progress.iter_num
     if cfg.sample_interval:
         run.tokenizer.decode([0])  # may need a download: better missed now than at the first evaluation
-    evaluated = False
+    evaluation = b""
     path = os.devnull  # eval_only leaves out_dir alone: a run may be writing there
     if not (cfg.eval_only or parallel.rank()):
         path = run.files.metrics
@@ -179,12 +180,12 @@ def open_metrics(run):
         if run.files.newest is None and (folder := run.files.set_aside()):
             say(f"moved an earlier run to {folder}; --init_from=resume continues one instead")
         evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
-        evaluated = rewind_metrics(path, iter_num, evaluates)
-    first = iter_num  # that the tracker has not got yet
-    if evaluated:
-        first += 1
-    metrics = Metrics(path, Tracker(cfg, first))
-    if evaluated:  # compiling may take what is left of max_minutes, so that it evaluates after all
+        evaluation = rewind_metrics(path, iter_num, evaluates)
+    metrics = Metrics(path, Tracker(cfg, first=iter_num))
+    if evaluation:
+        figures = json.loads(evaluation)
+        metrics.tracker.send(figures.pop("iter"), {name: figures[name] for name in figures if name != "kind"})
+        # compiling may take what is left of max_minutes, so that it evaluates after all
         metrics.evaluated_iter = iter_num
     kind = "resume" if iter_num else "config"
     facts = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
@@ -237,8 +238,10 @@ def log_samples(run):
     try:
         with run.stop.interrupts():
             texts = model.generate(prompts, length, temperature=0.8, noise=noise).tolist()
-    except UserError as e:  # no reason to end a run
-        warn(f"no samples at iteration {run.progress.iter_num}: {e}")
+    except Exception as e:  # no reason to end a run, or to make its micro-batches smaller
+        if not isinstance(e, UserError) and not out_of_memory(e):
+            raise
+        warn(f"no samples at iteration {run.progress.iter_num}: {first_line(e)}")
         return
     finally:
         model.train()

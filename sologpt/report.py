@@ -83,23 +83,32 @@ def describe(run):
     ]
     if backend := attention_backend(run.machine, model.config):
         lines[-1] += f", {backend}"
+    how_often = "once"
     if not cfg.eval_only:
-        lines.append(f"memory: {memory_line(run.memory, run.machine.device)}")
+        lines += plan(run)
+        how_often = f"every {cfg.eval_interval:,} iterations"
     lines.append(
-        f"iteration: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = "
-        f"{cfg.tokens_per_iter:,} tokens (batch_size * gradient_accumulation_steps * block_size)"
-    )
-    if parallel.processes() > 1:
-        share = cfg.gradient_accumulation_steps // parallel.processes()
-        lines[-1] += f", {share} micro-batches on each of {parallel.processes()} processes"
-    lines.append(f"run: {whole_run(cfg, len(run.train_data))}")
-    lines.append(
-        f"evaluation: every {cfg.eval_interval:,} iterations, 12 * {cfg.eval_iters} = {cfg.eval_windows:,} "
-        f"windows of {len(run.train_data):,} train and {len(run.val_data):,} val"
+        f"evaluation: {how_often}, 12 * {cfg.eval_iters} = {cfg.eval_windows:,} windows of "
+        f"{len(run.train_data):,} train and {len(run.val_data):,} val"
     )
     print_aligned(lines)
     for note in data_notes(run):
         print(f"note: {note}")
+
+
+def plan(run):
+    """Returns lines about the memory, the iterations and the length of training."""
+    cfg = run.cfg
+    # its label must not begin as log lines do, with iter or step
+    tokens = (
+        f"tokens: {cfg.batch_size} * {cfg.gradient_accumulation_steps} * {cfg.block_size} = "
+        f"{cfg.tokens_per_iter:,} an iteration (batch_size * gradient_accumulation_steps * block_size)"
+    )
+    if parallel.processes() > 1:
+        share = cfg.gradient_accumulation_steps // parallel.processes()
+        tokens += f", {share} micro-batches on each of {parallel.processes()} processes"
+    memory = f"memory: {memory_line(run.memory, run.machine.device)}"
+    return [memory, tokens, f"run: {whole_run(cfg, len(run.train_data))}"]
 
 
 def whole_run(cfg, windows):
@@ -129,6 +138,8 @@ def data_notes(run):
     for split, windows in (("train", run.train_data), ("val", run.val_data)):
         if len(windows) < cfg.eval_windows:
             found.append(f"{split} has only {len(windows):,} windows; all of them are evaluated")
+    if cfg.eval_only:
+        return found
     epochs = cfg.max_iters * cfg.sequences_per_iter / len(run.train_data)
     if epochs > 20 and cfg.dropout == 0 and not cfg.max_minutes:
         found.append(
@@ -157,7 +168,8 @@ def foretell(run):
         shown = f"the {dt:.3g} s each that {cfg.out_dir} shows"
         time_text = f"{duration(left * dt)} for {left:,} iterations of {shown}, without evaluations"
     if cfg.max_minutes:
-        time_text = f"about {cfg.max_minutes:g} minutes at most, evaluations included"
+        minutes = max(0.0, cfg.max_minutes - elapsed(run) / 60)
+        time_text = f"about {minutes:.3g} minutes at most, evaluations included"
     written = checkpoint_bytes(run.memory, cfg.keep_before_cooldown) / 1e9
     free = free_bytes(cfg.out_dir) / 1e9
     print_aligned(
@@ -192,10 +204,11 @@ def seconds_of_earlier_run(path, cfg):
     return statistics.median(seconds[-50:])
 
 
-def resume_command(argv):
-    """Returns the command that continues a run of train.py with these arguments."""
+def resume_command(argv, cfg):
+    """Returns the command that continues a run of train.py with these arguments, which gave cfg."""
     kept = [arg for arg in argv if not arg.startswith("--init_from=")]
-    return shlex.join([*launcher(), sys.argv[0], *kept, "--init_from=resume"])
+    finetuned = [f"--{name}={getattr(cfg, name)}" for name in cfg.overruled]  # a config file has other values
+    return shlex.join([*launcher(), sys.argv[0], *kept, *finetuned, "--init_from=resume"])
 
 
 def launcher():

@@ -52,13 +52,16 @@ def with_architecture(cfg, fields, source, resuming):
     differing = [name for name in saved if name in cfg.given and getattr(cfg, name) != saved[name]]
     listed = ", ".join(f"{name}={saved[name]}, not {getattr(cfg, name)}" for name in differing)
     if differing and resuming:
+        flags = " ".join(f"--{name}={saved[name]}" for name in differing)
         raise UserError(
-            f"{source} has another architecture: {listed}; omit these, or start anew in another --out_dir"
+            f"{source} has another architecture: {listed}; add {flags} to go on with it, or start anew in "
+            f"another --out_dir"
         )
     if differing:
         warn(f"the architecture is that of {source}: {listed}")
     changed = dataclasses.replace(cfg, **saved)
     changed.given = cfg.given
+    changed.overruled = differing
     return changed
 
 
@@ -137,7 +140,7 @@ def restore(run, state, data_changed):
     restore_scaler_and_rng(run, state, path)
     run.train_data.shifting = state.get("shifting", False)
     at.iter_num = run.first_iter = iter_num
-    at.best_val_loss = float(state["best_val_loss"])
+    at.best_val_loss = lowest_loss(run.files.best, state)
     at.tokens_seen = state.get("tokens_seen", iter_num * settings_before(run.cfg, state).tokens_per_iter)
     at.bad_steps = state.get("bad_steps", 0)
     at.bad_in_row = state.get("bad_in_row", 0)
@@ -145,6 +148,9 @@ def restore(run, state, data_changed):
     at.eval_seconds = float(state.get("eval_seconds", 0.0))
     run.started = time.perf_counter() - state.get("seconds", 0.0)
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
+    absent = not os.path.exists(run.files.before_cooldown)
+    if run.cfg.keep_before_cooldown and absent and iter_num > run.cfg.cooldown_start:
+        print(f"note: no {run.files.before_cooldown}: this run is past iteration {run.cfg.cooldown_start}")
     if iter_num == run.cfg.max_iters:
         print(f"note: that is all of max_iters={iter_num}; to train on, raise --max_iters (docs/recipe.md)")
     seconds = state.get("seconds", 0.0)
@@ -165,6 +171,17 @@ def restore(run, state, data_changed):
     if reason:
         at.best_val_loss = math.inf
         print(f"{reason}: the best val loss, and best.pt, start anew")
+
+
+def lowest_loss(best, state):
+    """Returns the lowest validation loss that a state or best.pt, at this path, knows of: a killed run may
+    have saved best.pt later than the state."""
+    loss = float(state["best_val_loss"])
+    best_iter, best_loss = checkpoint.iteration_and_loss(best)
+    if best_iter is None or best_iter <= state["iter_num"] or not best_loss < loss:
+        return loss
+    print(f"note: {best}, of iteration {best_iter} and val loss {best_loss:.4f}, is kept until a lower one")
+    return math.nextafter(best_loss, math.inf)  # the same evaluation, if reached again, is an improvement
 
 
 def restore_scaler_and_rng(run, state, path):

@@ -120,6 +120,8 @@ class CharacterTokenizer(Tokenizer):
 
     def ids_of(self, text):
         missing = sorted(set(text) - set(self.stoi))
+        if missing and not self.itos:
+            raise UserError("the model's data have a meta.pkl without itos, so its ids mean no characters")
         if missing:
             raise UserError(
                 f"the model's vocabulary of {len(self.stoi)} characters lacks {''.join(missing)!r}"
@@ -219,7 +221,7 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(
-            f"it refers to {module}.{name}; only dicts, strings and numbers are read"
+            f"it refers to {module}.{name}; only Python's own dicts, strings and numbers are read"
         )
 
 

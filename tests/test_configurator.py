@@ -113,6 +113,15 @@ def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path):
     ]
 
 
+def test_a_config_of_another_script_is_one_problem(tmp_path):
+    names = [f"other_{letter}" for letter in "abcdef"]
+    text = "".join(f"{name} = 1\n" for name in names)
+    [error] = errors([write(tmp_path, text + "steps = 'x'\nrate = 2.0\n")])
+    assert "toy.py sets 6 names that are no keys of this script; is it a config of another one?" in error
+    # but each by itself, with its line, if most names are keys, or few are not
+    assert len(errors([write(tmp_path, text.replace("other_f = 1\n", ""))])) == 5
+
+
 def test_the_line_of_a_problem_is_that_of_the_last_assignment(tmp_path):
     path = write(tmp_path, "if steps > 4:\n    steps = 'x'\nsteps = 'y'\ndef f():\n    rate = 'z'\n")
     assert errors([path]) == [f"{path}:3: steps needs an int, not 'y' (a str)"]

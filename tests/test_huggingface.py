@@ -5,6 +5,7 @@ Run: pytest tests/test_huggingface.py
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -17,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from configurator import from_command_line
 from model import GPT, GPTConfig
-from sologpt import huggingface
+from sologpt import huggingface, report, resume
 from sologpt.tokenizer import BPETokenizer, ByteTokenizer, CharacterTokenizer, read_tokenizer
+from train import TrainConfig
 
 BYTES = ByteTokenizer("bytes", 257, 256)
 GPT2 = BPETokenizer("gpt2", 50257, 50256)
@@ -280,6 +283,16 @@ def test_a_checkpoint_is_exported_and_loads_without_our_code(run, byte_data, tin
     assert "| training tokens | 19,200 |" in card and card.startswith("---\nlibrary_name: transformers\n")
     out = run("train.py", *tiny, "--init_from=hf", "--max_iters=0", "--eval_only=True", "--bias=True")
     assert float(out.stdout.rsplit("val loss ")[-1].split()[0]) == pytest.approx(loss, abs=2e-4)
+    # the command that continues has what a config file sets otherwise
+    (tmp_path / "mine.py").write_text("bias = False\nn_layer = 3\nmax_iters = 2\n")
+    argv = [*tiny, "mine.py", "--out_dir=tuned", "--init_from=hf"]
+    out = run("train.py", *argv)
+    assert "warning: the architecture is that of hf: n_layer=2, not 3, bias=True, not False\n" in out.stderr
+    cfg = from_command_line(TrainConfig, "", [str(tmp_path / "mine.py")])
+    cfg = resume.with_architecture(cfg, dict(n_layer=2, bias=True), "hf", resuming=False)
+    command = shlex.split(report.resume_command(argv, cfg))
+    assert command[-4:] == ["--out_dir=tuned", "--n_layer=2", "--bias=True", "--init_from=resume"]
+    assert "resuming from tuned/ckpt.pt" in run("train.py", *command[2:], "--max_iters=3").stdout
 
 
 @pytest.fixture

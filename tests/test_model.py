@@ -258,7 +258,7 @@ def peak_memory(work):
 def test_a_compiled_loss_takes_less_memory_the_more_chunks_it_has():
     x, targets = torch.randn(2048, 256), torch.randint(8192, (2048,))
     peaks = []
-    for chunks in (1, 2, 16):
+    for chunks in (1, 2, 8):
         torch._dynamo.reset()
         model = HeadAlone(chunks)
         compiled = torch.compile(model, dynamic=False)
@@ -273,7 +273,7 @@ def test_a_compiled_loss_takes_less_memory_the_more_chunks_it_has():
     # in one chunk the gradient of the logits takes their place: a second matrix of them would double this
     assert peaks[0] < 4 * 8192 * (256 + 256 + 2048) * 1.3
     # the head's gradient, a chunk's product and logits, and little else: not the products of all chunks
-    assert peaks[-1] < 4 * 8192 * (256 + 256 + 2048 / 16) * 1.5
+    assert peaks[-1] < 4 * 8192 * (256 + 256 + 2048 / 8) * 1.5
 
 
 def test_dropout_acts_in_training_only():

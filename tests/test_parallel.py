@@ -182,7 +182,7 @@ def test_only_the_first_process_writes(folder):
     assert out.count("iter 29: loss") == 3 and out.count("done: iteration 30") == 3
     first = out[: out.index("done:")]
     assert "no peak is known for cpu; 2 processes\n" in first
-    assert "4 * 4 * 16 = 256 tokens" in first and "2 micro-batches on each of 2 processes" in first
+    assert "4 * 4 * 16 = 256 an iteration" in first and "2 micro-batches on each of 2 processes" in first
     assert re.search(r"iter 29: .* mfu n/a, .* tok/s of 2 processes,", first)
     assert len([line for line in errors.splitlines() if "warning" in line]) == 2  # one of nan, one of full
     assert not list(folder.glob("*/*.tmp")) and not list(folder.glob("*/.lock"))

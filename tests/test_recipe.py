@@ -381,6 +381,24 @@ def test_a_resumed_run_of_the_recipe_is_bit_for_bit_the_uninterrupted_one(run, b
     assert whole["muon"]["state"][0]["momentum_buffer"].abs().max() > 0
 
 
+def test_the_state_before_a_cooldown_is_of_the_iterations_that_led_to_it(run, byte_data, tiny, tmp_path):
+    """After going back, as after kill -9, other iterations may lead there."""
+    argv = [*tiny, *RECIPE, "--eval_interval=100"]
+    out, path = tmp_path / "out", tmp_path / "out/ckpt.pt"
+    run("train.py", *argv, "--max_iters=3", "--cooldown_frac=0.0")
+    back = path.read_bytes()
+    argv += ["--max_iters=8", "--init_from=resume", "--keep_before_cooldown=True"]
+    for learning_rate in (1e-2, 2e-3, 1e-3):
+        path.write_bytes(back)
+        printed = run("train.py", *argv, f"--learning_rate={learning_rate}").stdout
+        assert "before_cooldown.pt is kept" not in printed
+        assert state_of(out, "before_cooldown.pt")["config"]["learning_rate"] == learning_rate
+    # one that is asked for too late
+    os.remove(out / "before_cooldown.pt")
+    text = "note: no out/before_cooldown.pt: this run is past iteration 5\n"
+    assert text in run("train.py", *argv, "--max_iters=10").stdout
+
+
 def test_a_run_is_extended_from_before_its_cooldown(run, byte_data, tiny, tmp_path):
     argv = [*tiny, *RECIPE, "--keep_before_cooldown=True"]
     out = run("train.py", *argv, "--out_dir=short", "--max_iters=8")

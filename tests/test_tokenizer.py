@@ -124,6 +124,8 @@ def test_characters_round_trip_and_a_foreign_one_is_named():
     assert tokenizer.encode("abba") == [0, 1, 1, 0] and tokenizer.decode([1, 0]) == "ba"
     with pytest.raises(UserError, match="vocabulary of 2 characters lacks 'cz'"):
         tokenizer.encode("abzc")
+    with pytest.raises(UserError, match="a meta.pkl without itos"):
+        CharacterTokenizer("characters", 2, None, {}).encode("a")
 
 
 def test_an_unknown_encoding_lists_the_known_ones():

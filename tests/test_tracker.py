@@ -7,6 +7,7 @@ Run: pytest tests/test_tracker.py
 import glob
 import importlib.util
 import json
+import shutil
 import sqlite3
 import sys
 import types
@@ -97,12 +98,17 @@ def test_tensorboard_has_what_the_log_has_and_a_resumed_run_no_iteration_twice(
 ):
     spawn("train.py", *tiny, "--tracker=tensorboard", "--max_iters=8")
     spawn("train.py", *tiny, "--tracker=tensorboard", "--init_from=resume")
+    # back again, where the first run ended with an evaluation that is not repeated
+    shutil.move(tmp_path / "out/ckpt_prev.pt", tmp_path / "out/ckpt.pt")
+    argv = [*tiny, "--tracker=tensorboard", "--init_from=resume", "--eval_interval=5"]
+    assert "at iteration 8," in spawn("train.py", *argv).stdout
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "out/tensorboard")).Reload()
     for tag, kind, name in (("loss", "iter", "loss"), ("val/loss", "eval", "val_loss"), ("lr", "iter", "lr")):
         rows = metrics(tmp_path / "out", kind)
         there = {event.step: event.value for event in events.Scalars(tag)}
+        assert len(there) == len(events.Scalars(tag))
         assert there == pytest.approx({row["iter"]: row[name] for row in rows})
 
 

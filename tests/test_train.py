@@ -73,7 +73,7 @@ def test_a_run_updates_max_iters_times_and_evaluates_first_and_last(run, byte_da
     assert [int(it) for it, *_ in STEP.findall(out.stdout)] == [0, 6, 10]
     assert list(losses(out)) == list(range(10))
     assert all(mfu for *_, mfu in ITER.findall(out.stdout))
-    assert "iteration:  4 * 2 * 16 = 128 tokens" in out.stdout
+    assert "tokens:     4 * 2 * 16 = 128 an iteration" in out.stdout
     assert "run:        10 * 128 = 1,280 tokens, 0.119 epochs" in out.stdout
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert state["iter_num"] == 10
@@ -133,7 +133,7 @@ def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, monkeypatch)
     first = next(i for i, line in enumerate(lines) if line.startswith("step 0:"))
     assert first == 8 and lines[7].startswith("compiling the model")
     labels = [line.partition(":")[0] for line in lines[:7]]
-    assert labels == ["device", "data", "model", "memory", "iteration", "run", "evaluation"]
+    assert labels == ["device", "data", "model", "memory", "tokens", "run", "evaluation"]
     assert all(line[12] != " " and line[11] == " " for line in lines[:7])
 
 
@@ -417,7 +417,7 @@ def test_finetuning_that_only_makes_a_model_worse_keeps_it_as_the_best(trained, 
     out = trained("train.py", *flags, "--out_dir=anew", "--learning_rate=30.0")
     assert min(float(val) for *_, val in STEP.findall(out.stdout)[1:]) > float(STEP.findall(out.stdout)[0][2])
     error = trained("sample.py", "--out_dir=anew", "--init_from=best", status=1).stderr
-    assert "no evaluation of this run has improved on its start; --init_from=resume" in error
+    assert "train.py only when an evaluation improves on the start; --init_from=resume takes the" in error
 
 
 def test_auto_starts_anew_or_resumes(run, byte_data, tiny):
@@ -446,9 +446,31 @@ def test_eval_only_evaluates_a_resumed_model_and_leaves_it_alone(run, byte_data,
     out = run("train.py", *tiny, "--init_from=resume", "--eval_only=True")
     assert [int(it) for it, *_ in STEP.findall(out.stdout)] == [5] and not losses(out)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    # nothing is said of a run that does not take place
+    labels = re.findall(r"^(\w+): +", out.stdout, re.M)
+    assert labels == ["device", "data", "model", "evaluation"] and "evaluation: once, 12 * 1 = " in out.stdout
     out = run("train.py", *tiny, "--eval_only=True")  # of a model from scratch, beside what is there
     assert [int(it) for it, *_ in STEP.findall(out.stdout)] == [0] and "overwritten" not in out.stdout
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_best_is_not_overwritten_by_worse_weights_after_going_back(run, byte_data, tiny, tmp_path):
+    """As after kill -9: the newest best.pt is of a later iteration than the newest state."""
+    argv = [*tiny, "--eval_interval=4", "--checkpoint_interval=6"]
+    whole = run("train.py", *argv)
+    best, path = (tmp_path / "out/best.pt").read_bytes(), tmp_path / "out/ckpt.pt"
+    lowest = float(STEP.findall(whole.stdout)[-1][2])
+    shutil.move(tmp_path / "out/ckpt_prev.pt", path)
+    back = path.read_bytes()
+    out = run("train.py", *argv, "--init_from=resume", "--learning_rate=1e-4").stdout
+    assert f"note: out/best.pt, of iteration 12 and val loss {lowest:.4f}, is kept until a lower one" in out
+    assert (tmp_path / "out/best.pt").read_bytes() == best
+    assert checkpoint.load(path)["best_val_loss"] == pytest.approx(lowest, abs=1e-4)
+    # and a run that goes the same way again ends with the same files
+    path.write_bytes(back)
+    again = run("train.py", *argv, "--init_from=resume")
+    assert losses(again).items() <= losses(whole).items()
+    assert same(weights(tmp_path / "out", "best.pt"), weights(tmp_path / "out"))
 
 
 def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data, tiny):
@@ -458,6 +480,7 @@ def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data,
         "n_embd=32, not 64" in out.stderr
         and "block_size=16, not 8" in out.stderr
         and "n_head" not in out.stderr
+        and "; add --n_embd=32 --block_size=16 to go on with it, or start anew in another --out" in out.stderr
     )
     keys_not_given = [arg for arg in tiny if not re.match("--(n_|block_size)", arg)]
     assert losses(run("train.py", *keys_not_given, "--init_from=resume", "--max_iters=3"))
@@ -633,6 +656,11 @@ def test_a_run_that_has_blown_up_stops(run, byte_data, tiny, tmp_path):
         "error: no finite gradient in the 3 iterations 7 to 9; out/ckpt.pt holds iteration 6. Try a low"
     )
     assert same(weights(tmp_path / "out"), before)
+    # a state saved amid skipped updates would have the weights that led to them: it replaces no good one
+    out = run("train.py", *argv, "--checkpoint_interval=1", "--max_iters=30", status=1)
+    assert "in the 3 iterations 7 to 9; out/ckpt.pt holds iteration 7" in out.stderr
+    assert same(weights(tmp_path / "out", "ckpt_prev.pt"), before)
+    shutil.move(tmp_path / "out/ckpt_prev.pt", tmp_path / "out/ckpt.pt")
     # here the weights are infinite when the run is over: they do not replace the good ones
     out = run("train.py", *argv, "--learning_rate=3e38", "--weight_decay=10.0", "--max_iters=7", status=1)
     assert "moments that are not finite; out/ckpt.pt holds iteration 6" in out.stderr
@@ -1221,7 +1249,7 @@ def test_a_batch_that_cannot_fit_is_made_smaller_before_it_is_tried(
     )
     smaller, accumulation = map(int, started.groups())
     assert smaller < 64 and smaller * accumulation == 64
-    assert f"iteration:  {smaller} * {accumulation} * 16 = 1,024 tokens" in out.stdout
+    assert f"tokens:     {smaller} * {accumulation} * 16 = 1,024 an iteration" in out.stdout
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     whole = run("train.py", *wide, "--out_dir=whole")
@@ -1249,8 +1277,8 @@ def test_what_cannot_fit_into_a_computer_at_all_is_refused(run, byte_data, tiny,
 
 @pytest.mark.parametrize("dropout, warned", [(0.0, True), (0.1, False)])
 def test_many_epochs_without_dropout_are_pointed_out(run, byte_data, tiny, dropout, warned):
-    # 3 * 8 of 672 windows an epoch; the first iteration is stopped by the data being evaluated only
-    argv = ["--max_iters=2000", "--eval_only=True", "--eval_iters=1", f"--dropout={dropout}"]
+    # 8 of 672 windows an iteration
+    argv = ["--max_iters=2000", "--dry_run=True", f"--dropout={dropout}"]
     out = run("train.py", *tiny, *argv).stdout
     assert ("note: 24 epochs without dropout learn the text by heart" in out) == warned
 
@@ -1477,6 +1505,14 @@ def test_an_evaluation_is_recorded_once_even_if_compiling_takes_the_time_that_wa
     assert metrics(tmp_path / "out", "done")[-1]["iter"] == 7
 
 
+def test_a_dry_run_counts_the_minutes_that_are_left(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=3")
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    torch.save(state | dict(seconds=300.0), tmp_path / "out/ckpt.pt")
+    out = run("train.py", *tiny, "--max_minutes=20", "--init_from=resume", "--dry_run=True").stdout
+    assert "time:       about 15 minutes at most, evaluations included\n" in out
+
+
 def test_a_resumed_run_knows_how_long_an_evaluation_takes(run, byte_data, tiny, tmp_path, monkeypatch):
     run("train.py", *tiny, "--max_iters=3")
     seconds = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["eval_seconds"]
@@ -1486,14 +1522,17 @@ def test_a_resumed_run_knows_how_long_an_evaluation_takes(run, byte_data, tiny, 
     assert resumed.progress.eval_seconds == seconds > 0
 
 
-def test_samples_that_cannot_be_drawn_do_not_end_a_run(run, byte_data, tiny, monkeypatch):
-    def overflowing(*args, **options):
-        raise UserError("the model's logits are not finite")
+@pytest.mark.parametrize(
+    "error", [UserError("the model's logits are not finite"), torch.OutOfMemoryError("CUDA out of memory.")]
+)
+def test_samples_that_cannot_be_drawn_change_nothing_else(run, byte_data, tiny, tmp_path, monkeypatch, error):
+    def failing(*args, **options):
+        raise error
 
-    monkeypatch.setattr(GPT, "generate", overflowing)
+    monkeypatch.setattr(GPT, "generate", failing)
     out = run("train.py", *tiny, "--sample_interval=6")
-    assert "warning: no samples at iteration 6: the model's logits are not finite\n" in out.stderr
-    assert "done: iteration 12" in out.stdout
+    assert f"warning: no samples at iteration 6: {error}\n" in out.stderr
+    assert "done: iteration 12" in out.stdout and not metrics(tmp_path / "out", "smaller_batch")
 
 
 def test_samples_at_the_end_stay_when_a_run_is_lengthened(run, byte_data, tiny, tmp_path):
