@@ -27,5 +27,6 @@ def out_of_memory(error):
     name = type(error).__name__  # torch, whose error has this name, is not imported here
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return True
-    phrases = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    # cuBLAS cannot be started on a full card, and says no more than that
+    phrases = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "cublasCreate")
     return any(phrase in str(error) for phrase in phrases)

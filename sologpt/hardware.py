@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -206,6 +207,8 @@ def find_machine(cfg):
         check_compiler(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for what is left in fp32, as in nanoGPT
+        if has_windows_driver():
+            keep_to_gpu_memory(device)
     mfu = f"mfu n/a, {peak_reason}"
     if peak:
         mfu = f"mfu of {peak_reason}"
@@ -235,7 +238,8 @@ def connect_processes(cfg, machine):
         torch.distributed.init_process_group(backend, timeout=parallel.TIMEOUT)
     except RuntimeError as e:
         raise UserError(f"the {count} processes cannot reach each other: {e}") from None
-    parallel.combine([torch.zeros(1, device=machine.device)], parallel.SUM)  # takes the memory for it now
+    # takes the memory for it now; NCCL has other buffers for large tensors than for small ones
+    parallel.combine([torch.zeros(2**24, device=machine.device)], parallel.SUM)
     peak = parallel.all_reduce([machine.peak or -math.inf], parallel.SUM)[0]
     if peak < 0:
         peak = None  # that of one is unknown
@@ -244,9 +248,25 @@ def connect_processes(cfg, machine):
 
 def use_expandable_segments():
     """Makes torch keep CUDA memory in segments that grow, instead of fixed ones with gaps too small to use,
-    unless the user has set the variable. It is read at the first use of CUDA; Windows does not have it."""
-    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    unless the user has set the variable. It is read at the first use of CUDA. Windows does not have it, and
+    under WSL it can fail (https://github.com/pytorch/pytorch/issues/192330)."""
+    names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    if sys.platform == "linux" and not has_windows_driver() and not names & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def has_windows_driver():
+    """Whether the GPU's driver is that of Windows, as it is under WSL too."""
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def keep_to_gpu_memory(device):
+    """Makes torch raise OutOfMemoryError where the driver of Windows would give more than the GPU has: that
+    is the computer's memory, and many times slower, so that a micro-batch that does not fit would go
+    unnoticed (https://github.com/microsoft/WSL/issues/11050). Of what is free, 0.3 GB are left for CUDA's
+    libraries."""
+    usable = max(0.0, available_memory(device) - 0.3e9)
+    torch.cuda.set_per_process_memory_fraction(usable / total_memory(device), device)
 
 
 def pick_device(asked):

@@ -98,6 +98,7 @@ def agree(stop, time_used=0.0, error=None):
 def sum_gradients(run, step_loss):
     """Sums the gradients and step_loss, a tensor, of all processes, in place."""
     if processes() > 1:
+        run.machine.synchronize()  # else a process waits in the sum for others that compute, or have ended
         agree(run.stop)
         combine([step_loss] + [p.grad for p in run.model.parameters() if p.grad is not None], SUM)
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import shlex
 import shutil
@@ -219,8 +220,24 @@ def test_the_allocator_is_set_up_unless_the_user_has_done_so(monkeypatch):
     hardware.use_expandable_segments()
     assert "PYTORCH_ALLOC_CONF" not in os.environ
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(platform, "release", lambda: "6.6.114.1-microsoft-standard-WSL2")
+    hardware.use_expandable_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
     hardware.use_expandable_segments()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_windows_driver_gives_no_more_than_the_gpu_has(monkeypatch):
+    """As on a card of 12 GB of which a desktop has taken 3; torch holds 1 GB already."""
+    limits = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8e9, 12e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1e9)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share)
+    )
+    hardware.keep_to_gpu_memory(torch.device("cuda"))
+    assert limits == [pytest.approx(8.7 / 12)]
 
 
 def test_learning_rate_by_hand():
@@ -735,6 +752,8 @@ def test_memory_that_runs_out_before_an_update_is_applied_ends_the_run_too(
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to allocate",
     ],
 )
