@@ -266,7 +266,10 @@ def keep_to_gpu_memory(device):
     unnoticed (https://github.com/microsoft/WSL/issues/11050). Of what is free, 0.3 GB are left for CUDA's
     libraries."""
     usable = max(0.0, available_memory(device) - 0.3e9)
-    torch.cuda.set_per_process_memory_fraction(usable / total_memory(device), device)
+    number = torch.cuda.current_device()
+    if device.index is not None:
+        number = device.index
+    torch.cuda.set_per_process_memory_fraction(usable / total_memory(device), number)
 
 
 def pick_device(asked):

@@ -233,11 +233,11 @@ def test_windows_driver_gives_no_more_than_the_gpu_has(monkeypatch):
     limits = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8e9, 12e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1e9)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share)
-    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: limits.append(args))
     hardware.keep_to_gpu_memory(torch.device("cuda"))
-    assert limits == [pytest.approx(8.7 / 12)]
+    hardware.keep_to_gpu_memory(torch.device("cuda:1"))
+    assert limits == [(pytest.approx(8.7 / 12), 0), (pytest.approx(8.7 / 12), 1)]
 
 
 def test_learning_rate_by_hand():
