@@ -3,6 +3,7 @@ benchmarks/candidates.py: its design against the algebra that it is chosen for, 
 recipe itself. benchmarks/recipe.py: a ladder from GPT-2 to the recipe. Run: pytest tests/test_candidates.py
 """
 
+import dataclasses
 import itertools
 import sys
 
@@ -92,7 +93,8 @@ def test_every_candidate_changes_the_run_and_learns(name):
     for parts in ("", name):
         torch.manual_seed(0)
         run = Run(parts, 1, 20)
-        one = candidates.Ours(Small, keys_of(Small, run), 64, run, CPU)
+        keys = dataclasses.replace(keys_of(Small, run), warmup_iters=2)
+        one = candidates.Ours(Small, keys, 64, run, CPU)
         for it in range(8):
             one.iteration(it, iter([batch]), 1)
         losses.append(one.evaluate(Windows(batch), 4, 4))
