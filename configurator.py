@@ -119,11 +119,12 @@ def parse(text, field):
 
 def unquote(text):
     """Returns a Python string literal's value, other text as it is: not every shell removes single quotes."""
+    if not re.fullmatch(r"""(["'])(\\.|(?!\1)[^\\])*\1""", text, re.DOTALL):
+        return text  # also a text that only begins with a quote
     try:
-        value = ast.literal_eval(text) if text.startswith(("'", '"')) else None
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = None
-    return value if type(value) is str else text
+        return text
 
 
 def a(kind):

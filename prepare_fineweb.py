@@ -390,14 +390,22 @@ def prepared_already(out_dir, settings):
             f"{out_dir} was prepared with other settings ({differing}); choose another --out_dir, or delete "
             f"meta.json and the shards there"
         )
+    if changed := first_changed(out_dir, files):
+        raise UserError(
+            f"{changed} is missing or not the file that meta.json lists; put it back, or delete meta.json "
+            f"and the shards in {out_dir}, and begin again"
+        )
+    return there
+
+
+def first_changed(out_dir, files):
+    """Returns the path of the first of these shards, {name: tokens}, that out_dir lacks or has with another
+    number of tokens; None if there is none."""
     for name, tokens in files.items():
         path = os.path.join(out_dir, name)
         if not os.path.exists(path) or shards.read_header(path).count != tokens:
-            raise UserError(
-                f"{path} is missing or not the file that meta.json lists; delete meta.json and the shards in "
-                f"{out_dir}, and begin again"
-            )
-    return there
+            return path
+    return None
 
 
 def shards_in(folder):
@@ -411,6 +419,12 @@ def unfinished(out_dir, path, settings):
         progress, saved_settings = Progress.load(path)
         differing = differences(saved_settings, settings)
         if not differing:
+            whole = {name: int(about["tokens"]) for name, about in progress.files.items()}
+            if changed := first_changed(out_dir, whole):
+                raise UserError(
+                    f"{changed} is missing or was changed, so this preparation cannot go on; put it back, or "
+                    f"delete {path} and the shards, and begin again"
+                )
             return progress, saved_settings
         if shards_in(out_dir):
             raise UserError(
@@ -510,15 +524,18 @@ def train_command(cfg, tokens):
 
 
 def plan(cfg):
-    """Returns the Job; the hub's files are still to be found. Says which other files there are."""
+    """Returns the Job. Files of the hub are still to be found, local ones are there."""
     out_dir = cfg.folder
     settings = dict(format=FORMAT) | find_tokenizer(cfg.encoding).fields()
     settings["source"] = f"{cfg.repo} {cfg.subset} {cfg.split}"
     for name in ("text_key", "txt_documents", "shard_tokens", "val_tokens", "max_tokens"):
         settings[name] = getattr(cfg, name)
-    if not cfg.input:
+    if cfg.input:
+        files = find_and_say(cfg)
+    elif os.path.isdir(cfg.repo):
+        files = find_hub_files(cfg.repo, cfg.subset, cfg.split)
+    else:
         return Job(cfg, out_dir, settings, [], 0, "")
-    files = find_and_say(cfg)
     return Job(cfg, out_dir, settings, files, text_size(cfg, files), times_of(files))
 
 
@@ -547,7 +564,7 @@ def describe_source(job):
     unless nothing has changed since an earlier preparation, or what they give would not fit on the disk
     anyway."""
     record = record_in(job.out_dir)
-    start = f"{job.cfg.input}: "
+    start = f"{job.cfg.input or job.settings['source']}: "
     if record.get("source_times") == job.source_times and str(record.get("source")).startswith(start):
         return record["source"]
     if not record:
@@ -572,7 +589,7 @@ def begin(job):
     cfg, out_dir = job.cfg, job.out_dir
     progress, saved = unfinished(out_dir, job.progress_path, job.settings)
     settings = job.settings | dict(source_times=job.source_times)
-    if not cfg.input:  # the hub's files as they were at the start, whatever has been changed there since
+    if not job.source_times:  # the hub's files as they were at the start, whatever has changed there since
         job.files = saved.get("hub_files") or find_hub_files(cfg.repo, cfg.subset, cfg.split)
         settings["hub_files"] = job.files
     before = progress.counts["tokens"]
@@ -647,7 +664,7 @@ def write_meta(job, progress, counts, files):
     """Writes meta.json, last: with it the folder is complete."""
     if job.source_times and times_of(job.files) != job.source_times:
         raise UserError(
-            f"the files of --input={job.cfg.input} were changed while they were read; "
+            f"the files of {job.cfg.input or job.cfg.repo} were changed while they were read; "
             f"delete {job.progress_path} and the shards beside it, and prepare them again"
         )
     position = progress.position
@@ -687,6 +704,11 @@ def prepare(job, stop):
     if counts["val"]["tokens"] < wanted // 2:
         print(
             f"note: validation takes whole documents, and most are too long for the {wanted:,} that it needs"
+        )
+    if counts["val"]["tokens"] > 2 * wanted:
+        print(
+            f"note: validation should have {wanted:,} tokens, and has more since equal documents stay "
+            f"together; remove copies from the source"
         )
     skipped = progress.position
     print(
@@ -792,7 +814,7 @@ def main(argv):
     if cfg.dry_run:
         foretell_job(job)
         return
-    if cfg.input:
+    if job.source_times:
         job.settings["source"] = describe_source(job)
     if is_done(job):
         return

@@ -62,7 +62,7 @@ class SampleConfig(Config):
         1.0, "sample among the fewest tokens whose probabilities add up to this; 1: all", above=0, high=1
     )
     stop_at_eot: bool = key(False, "end a sample at the end-of-text token")
-    seed: int = key(1337, "seed; sample i depends on it and on i, not on num_samples", low=0, below=2**63)
+    seed: int = key(1337, "seed; sample i depends on it and on i, not on num_samples", low=0, below=2**32)
     out: str = key("", "file to write the samples to as well, one JSON object per line")
     export: str = key(
         "", "write the model to this folder, for Hugging Face's transformers, instead of sampling"

@@ -131,8 +131,8 @@ def text_of(row, text_key, place):
 
 
 def json_type(value):
-    """Returns what JSON calls a value other than null."""
-    names = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
+    """Returns what JSON calls a value."""
+    names = {str: "a string", bool: "true or false", list: "an array", dict: "an object", type(None): "null"}
     return names.get(type(value), "a number")
 
 

@@ -122,6 +122,11 @@ def test_a_config_of_another_script_is_one_problem(tmp_path):
     assert len(errors([write(tmp_path, text.replace("other_f = 1\n", ""))])) == 5
 
 
+@pytest.mark.parametrize("text", ['"a" "b"', '"yes" # maybe', '"a"\n', "'tis", '"a"+"b"', '"', '"a', "'a\\'"])
+def test_a_text_that_only_begins_with_a_quote_is_as_it_is(text):
+    assert configure(Toy, [f"--name={text}"]).name == text
+
+
 def test_the_line_of_a_problem_is_that_of_the_last_assignment(tmp_path):
     path = write(tmp_path, "if steps > 4:\n    steps = 'x'\nsteps = 'y'\ndef f():\n    rate = 'z'\n")
     assert errors([path]) == [f"{path}:3: steps needs an int, not 'y' (a str)"]

@@ -722,7 +722,7 @@ def test_characters_beside_another_preparations_meta_json_are_refused(run, tmp_p
     assert "out holds other data (meta.json)" in error
     # and the command of before says what is missing
     error = prepare(run, "--input=a.jsonl", status=1).stderr
-    assert "is missing or not the file that meta.json lists; delete meta.json" in error
+    assert "is missing or not the file that meta.json lists; put it back, or delete meta.json" in error
 
 
 def test_a_folder_may_be_prepared_in_its_place_and_loses_nothing(run, tmp_path):
@@ -1020,6 +1020,31 @@ def test_of_several_subsets_and_splits_the_one_that_is_asked_for_is_read(spawn, 
     assert "has no split 'val' (--split); it has train, test" in wrong
 
 
+def test_a_local_dataset_that_has_changed_is_not_taken_for_prepared(run, tmp_path):
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows/train.jsonl", TEXTS)
+    flags = ["--repo=rows", "--subset="]
+    prepare(run, *flags)
+    documents = documents_in(tmp_path / "out")
+    assert sorted(documents["train"] + documents["val"]) == sorted(list(text.encode()) for text in TEXTS)
+    assert "out is prepared already" in prepare(run, *flags).stdout
+    write_jsonl(tmp_path / "rows/train.jsonl", [text.upper() for text in TEXTS])
+    error = prepare(run, *flags, status=1).stderr
+    assert "out was prepared with other settings (source: 'rows  train: 1 files, " in error
+
+
+def test_many_copies_that_fill_the_validation_split_are_pointed_out(run, tmp_path):
+    texts = [f"A real document number {i} about something. " for i in range(100)]
+    # the text whose hash is lowest, and so the last to leave the validation split
+    texts_404 = [f"Page not found {i}" for i in range(2000)]
+    copied = min(texts_404, key=lambda text: hashlib.blake2b(text.encode(), digest_size=8).digest())
+    write_jsonl(tmp_path / "a.jsonl", [*texts, *[copied] * 100])
+    out = prepare(run, "--input=a.jsonl").stdout
+    assert re.search(r"note: validation should have \d+ tokens, and has more since equal documents", out)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    assert "note:" not in prepare(run, "--input=a.jsonl", "--out_dir=without").stdout
+
+
 def test_a_network_that_fails_for_a_while_is_asked_again(spawn, tmp_path, hub):
     prepare(spawn, *SMALL_HUB, **hub)
     Hub.failures[:] = [404, 404]  # which the hub's own library takes for final
@@ -1300,6 +1325,13 @@ def test_a_worker_that_is_killed_ends_it_with_one_line(run, tmp_path, big_source
         and err.startswith("error: a worker process died")
         and len(err.splitlines()) == 1
     )
+    first = min((tmp_path / "out").glob("*_train_*.bin"))
+    first.rename(tmp_path / "elsewhere")
+    error = prepare(run, *big_source, status=1).stderr
+    assert (
+        f"{first.relative_to(tmp_path)} is missing or was changed, so this preparation cannot go on" in error
+    )
+    (tmp_path / "elsewhere").rename(first)
     assert "continuing out after " in prepare(run, *big_source).stdout
 
 

@@ -187,10 +187,10 @@ def test_a_folder_without_a_known_tokenizer_is_refused(run, tmp_path):
 
 
 def test_noise_is_a_function_of_seed_and_sample():
-    first = sample.draw_noise(2**63 - 1, 3, 1000)
-    assert np.array_equal(sample.draw_noise(2**63 - 1, 3, 10), first[:10]) and first.dtype == np.float32
+    first = sample.draw_noise(2**32 - 1, 3, 1000)
+    assert np.array_equal(sample.draw_noise(2**32 - 1, 3, 10), first[:10]) and first.dtype == np.float32
     assert first.min() >= 0 and first.max() < 1 and abs(first.mean() - 0.5) < 0.05
-    others = [sample.draw_noise(seed, i, 1000) for seed in (0, 1, 2**62) for i in (0, 1, 2)] + [first]
+    others = [sample.draw_noise(seed, i, 1000) for seed in (0, 1, 2**31) for i in (0, 1, 2)] + [first]
     assert np.abs(np.corrcoef(others) - np.eye(10)).max() < 0.15
 
 
