@@ -1,4 +1,4 @@
-# A first model in three to five minutes on two CPU cores: it learns to write something like Python, byte by
+# A first model in two to five minutes on two CPU cores: it learns to write something like Python, byte by
 # byte. Small as it is, it is trained with the modern recipe, which gets further in that time than GPT-2's
 # architecture with AdamW.
 # 1.8M tokens: 1,800 iterations of 1,024.

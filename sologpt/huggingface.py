@@ -232,6 +232,7 @@ def read_json(path):
 
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md")
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json", remote_code.FILE)
+METADATA = dict(format="pt", writer="soloGPT")  # of the weights' file
 
 
 def make_room(folder):
@@ -251,11 +252,14 @@ def make_room(folder):
 
 
 def is_export(folder):
-    path = os.path.join(folder, "README.md")
-    if not os.path.exists(path):
+    """Whether a folder's weights are as an export of ours wrote them: transformers may have saved others
+    there since, and writes other metadata."""
+    path = os.path.join(folder, "model.safetensors")
+    try:
+        with require("safetensors").safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("writer") == METADATA["writer"]
+    except (OSError, require("safetensors").SafetensorError):
         return False
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return "trained with soloGPT" in f.read()
 
 
 def write_json(folder, name, content):
@@ -315,7 +319,7 @@ def write_files(folder, config, tokens, weights):
     make_folder(folder)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", tokens)
-    save_file(weights, os.path.join(folder, "model.safetensors"), metadata=dict(format="pt"))
+    save_file(weights, os.path.join(folder, "model.safetensors"), metadata=METADATA)
 
 
 def byte_alphabet():

@@ -463,6 +463,18 @@ def test_weights_in_parts_are_those_of_the_index_and_no_others(tmp_path):
         huggingface.read_folder(str(tmp_path / "parts"))
 
 
+def test_an_export_that_transformers_has_saved_over_is_not_deleted(run, trained, tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    argv = ["sample.py", "--device=cpu", "--export=hf"]
+    run(*argv)
+    run(*argv)  # what only an export has written is written anew
+    GPT2LMHeadModel.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "hf")
+    before = (tmp_path / "hf/model.safetensors").read_bytes()
+    assert "not of an export of ours" in one_line_of(run(*argv, status=1))
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == before
+
+
 def test_an_export_takes_nobodys_place_but_that_of_an_export(run, trained, tmp_path):
     argv = ["sample.py", "--device=cpu", "--export=hf"]
     gpt2_folder(tmp_path / "hf")
