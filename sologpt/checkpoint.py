@@ -162,7 +162,7 @@ def iteration_and_loss(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(state["iter_num"]), float(state["best_val_loss"])
-    except Exception:  # as in load
+    except Exception:  # torch raises many kinds for a damaged file; load, which needs it, says which
         return None, None
 
 

@@ -1033,6 +1033,11 @@ def test_a_local_dataset_that_has_changed_is_not_taken_for_prepared(run, tmp_pat
     assert "out was prepared with other settings (source: 'rows  train: 1 files, " in error
 
 
+def test_null_where_a_document_belongs_is_called_null(run, tmp_path):
+    (tmp_path / "a.json").write_text('["a", null]')
+    assert "item 2 is null, not an object" in prepare(run, "--input=a.json", status=1).stderr
+
+
 def test_many_copies_that_fill_the_validation_split_are_pointed_out(run, tmp_path):
     texts = [f"A real document number {i} about something. " for i in range(100)]
     # the text whose hash is lowest, and so the last to leave the validation split
