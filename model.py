@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from sologpt import huggingface, optim, sampling, sizes
 from sologpt.errors import UserError
+from sologpt.layers import Linear, squared_relu
 from sologpt.loss import capped, chunked_cross_entropy, suitable_chunks
-from sologpt.sampling import Linear  # nn.Linear, faster for a single token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class GPT(nn.Module):
             chunks = suitable_chunks(B * T, self.config.vocab_size)
         if chunks:  # always if compiled: a change of the loss must go into chunk_loss too, with its gradient
             x = x.view(B * T, -1).to(self.matmul_dtype())
-            return None, chunked_cross_entropy(x, self.lm_head.weight, targets, chunks, self.softcap)
+            return None, chunked_cross_entropy(x, self.lm_head, targets, chunks, self.softcap)
         logits = self.logits(x)
         loss = F.cross_entropy(logits.view(B * T, -1), targets, ignore_index=-1)
         return logits, loss
@@ -317,7 +317,7 @@ class ModernAttention(CausalSelfAttention):
 
 class ModernMLP(MLP):
     def forward(self, x):
-        x = F.relu(self.c_fc(x)).square()
+        x = squared_relu(self.c_fc(x))
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 

@@ -5,8 +5,8 @@ Train a GPT on one GPU (or CPU).
     torchrun --standalone --nproc_per_node=4 train.py config/fineweb_125m.py  # on four GPUs
 
 Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newest complete state, to resume
-from), ckpt_prev.pt (the one before it), best.pt (the weights with the lowest validation loss) and
-metrics.jsonl (every figure of the log).
+from), ckpt_prev.pt (the one before), best.pt (weights with the lowest validation loss) and metrics.jsonl
+(every figure of the log).
 
 Ctrl-C or SIGTERM drops the unfinished iteration, saves, and prints the command that continues.
 """
@@ -37,6 +37,7 @@ from sologpt.display import print_aligned, say
 from sologpt.errors import UserError, out_of_memory
 from sologpt.files import sole_use
 from sologpt.fp8 import use_fp8
+from sologpt.layers import cast_weights, recast_weights
 from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import Tokenizer, read_tokenizer
 from sologpt.tracker import TRACKERS
@@ -259,6 +260,7 @@ def update(model, optimizers, scaler, grad_clip):
         if math.isfinite(norm):
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
+            recast_weights(model)  # in 16 bits
     scaler.update()
     model.zero_grad(set_to_none=True)
     return norm
@@ -479,7 +481,7 @@ def train_until_it_fits(run):
                 raise
         finally:
             gc.enable()  # train has disabled it
-        # out here the exception is gone, and with it the frame that held the activations
+        # here the exception is gone, and with it the activations
         fit.use_smaller_batch(run)
 
 
@@ -504,6 +506,7 @@ def prepare_model(model, cfg, machine):
         hardware.keep_activations(cfg.activation_memory)
         model.compile(dynamic=False, mode=cfg.compile_mode)
     model.to(machine.device)
+    cast_weights(model, machine.dtype)
 
 
 def set_up(cfg, machine):

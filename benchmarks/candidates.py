@@ -210,7 +210,7 @@ class Candidate(ModernGPT):
         x = self.hidden(idx, torch.arange(idx.size(1), device=idx.device)[None])
         chunks = loss.suitable_chunks(targets.numel(), self.config.vocab_size)
         x, targets = x.flatten(0, 1), targets.flatten()
-        return None, self.compiled_loss(x, self.lm_head.weight, targets, chunks, self.softcap)
+        return None, self.compiled_loss(x, self.lm_head, targets, chunks, self.softcap)
 
     def embed(self, idx, position, past):
         x = self.transformer.wte(idx)

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 
 def suitable_chunks(tokens, vocab_size):
-    """Returns the number of chunks that keeps a chunk below 2**28 logits, 0.5 GB in 16 bits, but 16 at most.
+    """Returns the number of chunks that keeps a chunk below 2**29 logits, 1 GB in 16 bits, but 16 at most.
 
     Every chunk reads the head and adds to its gradient once more, 0.5 GB of traffic for GPT-2's head; more
     than 16 would take torch.compile long.
     """
-    return min(16, math.ceil(tokens * vocab_size / 2**28))
+    return min(16, math.ceil(tokens * vocab_size / 2**29))
 
 
 def capped(logits, softcap):
@@ -26,23 +26,26 @@ def capped(logits, softcap):
 
 
 @torch.library.custom_op("sologpt::add_product_", mutates_args=["total"])
-def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Adds a.T @ b to total, (V, C) in fp32, for a (n, V) and b (n, C) in the dtype of the matmuls.
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """Adds a.T @ b to total, (V, C) in fp32, for a (n, V) and b (n, C) in the dtype of the matmuls. The first
+    product takes the place of what total holds.
 
     An operation of its own, as torch.compile would put all chunks' sums off to the end, and keep every
     product until then.
     """
     if total.is_cuda:  # the matmul itself adds in fp32; elsewhere torch has no such matmul
-        torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a.t(), b, beta=0 if first else 1, out_dtype=torch.float32, out=total)
         return
+    if first:
+        total.zero_()
     # the product sums over many tokens, and fp16 ends at 65,504
     total.add_(a.t() @ (b / 128), alpha=128)
 
 
-def chunk_loss(x, weight, targets, softcap, d_weight):
+def chunk_loss(x, weight, targets, softcap, d_weight, first):
     """Returns the summed cross-entropy of one chunk, an fp32 scalar, and its gradient with respect to x, in
-    the dtype of x. The gradient with respect to weight is added to d_weight, fp32; without a d_weight no
-    gradients are computed. x: (n, C), targets: int64 (n,)."""
+    the dtype of x. The gradient with respect to weight is added to d_weight, fp32, or that of the first chunk
+    written there; without a d_weight no gradients are computed. x: (n, C), targets: int64 (n,)."""
     logits = F.linear(x, weight).float()
     if softcap is not None:
         tanh = torch.tanh(logits / softcap)
@@ -66,7 +69,7 @@ def chunk_loss(x, weight, targets, softcap, d_weight):
     if softcap is not None:
         d = d * (1 - tanh * tanh)  # the derivative of tanh
     d = d.to(x.dtype)
-    add_product_(d_weight, d, x)
+    add_product_(d_weight, d, x, first)
     return loss, d @ weight
 
 
@@ -74,15 +77,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradients in the forward pass, while a chunk's logits exist. See chunked_cross_entropy."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunks, softcap, with_gradients):
-        w = weight.to(x.dtype)
+    def forward(ctx, x, weight, weight16, targets, chunks, softcap, with_gradients):
+        w = weight16
+        if w is None or w.dtype != x.dtype:
+            w = weight.to(x.dtype)
         loss = 0.0
         dx = []
         dw = None
         if with_gradients:
-            dw = torch.zeros_like(weight, dtype=torch.float32)
+            dw = torch.empty_like(weight, dtype=torch.float32)
         for x_chunk, targets_chunk in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
-            part, d_x = chunk_loss(x_chunk, w, targets_chunk, softcap, dw)
+            part, d_x = chunk_loss(x_chunk, w, targets_chunk, softcap, dw, first=not dx)
             loss += part
             dx.append(d_x)
         count = (targets >= 0).sum()
@@ -95,13 +100,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count.clamp(min=1)  # the gradients are 0 if no target counts
         dx = (dx.float() * scale).to(dx.dtype)  # in fp32: a GPU would round scale to the dtype of dx
-        return dx, dw * scale, None, None, None, None
+        return dx, dw * scale, None, None, None, None, None
 
 
-def chunked_cross_entropy(x, weight, targets, chunks, softcap=None):
-    """Returns the mean cross-entropy in nats, an fp32 scalar, of the capped logits x @ weight.T and targets.
+def chunked_cross_entropy(x, head, targets, chunks, softcap=None):
+    """Returns the mean cross-entropy in nats, an fp32 scalar, of the capped logits head(x) and targets.
 
-    x is (N, C) in the dtype of the matmuls, weight (V, C) in fp32, targets int64 (N,), -1 where one does not
-    count. The tokens are processed chunk by chunk, with torch.chunk's sizes. Sums over chunks are fp32.
+    x is (N, C) in the dtype of the matmuls, head a Linear without bias, targets int64 (N,), -1 where one does
+    not count. The tokens are processed chunk by chunk, with torch.chunk's sizes. Sums over chunks are fp32.
     """
-    return ChunkedCrossEntropy.apply(x, weight, targets, chunks, softcap, torch.is_grad_enabled())
+    weight16 = head.weight16
+    if weight16 is not None:
+        weight16 = weight16.detach()  # the gradient, in fp32, goes to the weight
+    with_gradients = torch.is_grad_enabled()
+    return ChunkedCrossEntropy.apply(x, head.weight, weight16, targets, chunks, softcap, with_gradients)

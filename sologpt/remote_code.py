@@ -10,7 +10,7 @@ import ast
 import inspect
 import os
 
-from sologpt import loss, sampling
+from sologpt import layers, loss
 
 FILE = "modeling_sologpt.py"
 CONFIG = dict(  # what config.json says besides the fields of GPTConfig
@@ -37,7 +37,8 @@ def modeling_file(source):
     """Returns the text of an export's modeling_sologpt.py; source is the text of model.py."""
     with open(os.path.join(os.path.dirname(__file__), FILE), encoding="utf-8") as f:
         text = f.read()
-    parts = [inspect.getsource(part) for part in (loss.capped, sampling.Linear)]
+    needed = (loss.capped, layers.Linear, layers.SquaredReLU, layers.squared_relu)
+    parts = [inspect.getsource(part) for part in needed]
     return text.replace(PLACE, "\n" + "\n\n".join([*parts, definitions(source)]))
 
 

@@ -13,6 +13,7 @@ import torch
 from sologpt import checkpoint, huggingface, parallel, shards
 from sologpt.display import warn
 from sologpt.errors import UserError
+from sologpt.layers import recast_weights
 from sologpt.log import share_of
 
 
@@ -136,6 +137,7 @@ def restore(run, state, data_changed):
     at = run.progress
     iter_num = state["iter_num"]
     checkpoint.restore_model(run.model, state, path)
+    recast_weights(run.model)
     checkpoint.restore_optimizers(run.optimizers, state, path)
     restore_scaler_and_rng(run, state, path)
     run.train_data.shifting = state.get("shifting", False)

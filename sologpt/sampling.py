@@ -6,7 +6,6 @@ tokens.
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 from torch.nn import functional as F
 
 from sologpt.errors import UserError
@@ -35,20 +34,6 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
     if ids is not None:
         chosen = ids.gather(-1, chosen)
     return chosen.squeeze(-1)
-
-
-class Linear(nn.Linear):
-    """nn.Linear, but with a matrix-vector product for a single token: twice as fast in bf16 on a CPU."""
-
-    def forward(self, x):
-        if x.numel() > self.in_features or x.dtype != self.weight.dtype:  # as under bf16 autocast
-            return super().forward(x)
-        token = x.reshape(-1)
-        if self.bias is None:
-            y = torch.mv(self.weight, token)
-        else:
-            y = torch.addmv(self.bias, self.weight, token)
-        return y.view(*x.shape[:-1], -1)
 
 
 class Past(NamedTuple):

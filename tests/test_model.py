@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig, make_gpt
 from sologpt import sampling
+from sologpt.layers import Linear
 from sologpt.loss import chunked_cross_entropy, suitable_chunks
 from sologpt.sampling import pick
 
@@ -204,8 +205,8 @@ def test_a_loss_in_chunks_makes_no_logits_and_without_gradients_none_of_those():
 
 @pytest.mark.parametrize(
     "tokens, vocab_size, expected",
-    # 0.21e9, 0.41e9, 0.82e9 and 6.6e9 logits in chunks of 0.27e9, but no more than 16; bytes need no chunks
-    [(4096, 50304, 1), (8192, 50304, 2), (16384, 50304, 4), (131072, 50304, 16), (131072, 320, 1)],
+    # 0.41e9, 0.82e9, 2.5e9 and 13e9 logits in chunks of 0.54e9, but no more than 16; bytes need no chunks
+    [(8192, 50304, 1), (16384, 50304, 2), (49152, 50304, 5), (262144, 50304, 16), (131072, 320, 1)],
 )
 def test_the_number_of_chunks_suits_the_logits(tokens, vocab_size, expected):
     assert suitable_chunks(tokens, vocab_size) == expected
@@ -234,11 +235,11 @@ class HeadAlone(torch.nn.Module):
     def __init__(self, chunks):
         super().__init__()
         self.before = torch.nn.Linear(256, 256)
-        self.head = torch.nn.Linear(256, 8192, bias=False)
+        self.head = Linear(256, 8192, bias=False)
         self.chunks = chunks
 
     def forward(self, x, targets):
-        return chunked_cross_entropy(self.before(x).relu(), self.head.weight, targets, self.chunks)
+        return chunked_cross_entropy(self.before(x).relu(), self.head, targets, self.chunks)
 
 
 def peak_memory(work):

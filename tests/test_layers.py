@@ -1,0 +1,127 @@
+"""
+The 16-bit weights of training: all numbers are those of autocast alone, to the bit.
+Run: pytest tests/test_cast.py
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from configurator import configure
+from model import GPTConfig, make_gpt
+from sologpt import hardware, optim
+from sologpt.layers import Linear, cast_weights, squared_relu
+from train import TrainConfig, micro_step, update
+
+ARCHS = pytest.mark.parametrize("arch", ["gpt2", "modern"])
+
+
+def make_models(arch, **changes):
+    """Returns the same model twice, with random values everywhere; the second has 16-bit weights."""
+    torch.manual_seed(0)
+    sizes = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
+    plain = make_gpt(GPTConfig(**sizes, arch=arch)).train()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    model = copy.deepcopy(plain)
+    cast_weights(model, "bfloat16")
+    return plain, model
+
+
+@ARCHS
+@pytest.mark.parametrize("loss_chunks", [0, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_losses_gradients_and_updates_are_those_of_autocast(arch, optimizer, loss_chunks):
+    cfg = configure(TrainConfig, ["--device=cpu", "--dtype=bfloat16", f"--optimizer={optimizer}"])
+    machine = hardware.find_machine(cfg)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batches = torch.randint(64, (3, 2, 4, 17))
+    runs = []
+    for model in make_models(arch):
+        model.loss_chunks = loss_chunks
+        optimizers = optim.make_optimizers(model, cfg, machine.device)
+        numbers = []
+        for micro_batches in batches:
+            numbers += [micro_step(model, tokens, scaler, machine, 2) for tokens in micro_batches]
+            numbers += [p.grad.clone() for p in model.parameters()]
+            numbers.append(update(model, optimizers, scaler, 1.0))
+            assert all(p.grad is None for p in model.parameters())
+        runs.append(numbers + list(model.state_dict().values()))
+    plain, cast = runs
+    assert len(plain) == len(cast)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@ARCHS
+def test_the_matmuls_read_the_16_bit_weights(arch):
+    """Else the test above would compare autocast with itself."""
+    _, model = make_models(arch)
+    model.loss_chunks = 1
+    idx = torch.randint(64, (4, 16))
+    layers = [layer for layer in model.transformer.h.modules() if isinstance(layer, Linear)]
+    assert len(layers) == 2 * 4
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.fill_(math.nan)
+        model.lm_head.weight16.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(idx, idx)[1].item() == pytest.approx(math.log(64))
+    # outside of autocast, as where a run draws samples, it is the weights
+    assert model(idx, idx)[1].isnan()
+
+
+@ARCHS
+def test_a_compiled_model_has_the_same_gradients(arch):
+    idx, targets = torch.randint(64, (2, 4, 16))
+    grads = []
+    for model in make_models(arch):
+        torch._dynamo.reset()
+        model.compile(dynamic=False)
+        for _ in range(2):  # the second adds to the first
+            with torch.autocast("cpu", torch.bfloat16):
+                model(idx, targets)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() <= 1e-2 * a.norm()
+
+
+def test_a_run_in_bf16_that_was_stopped_is_that_which_was_not(run, byte_data, tiny, tmp_path):
+    argv = ["train.py", *tiny, "--dtype=bfloat16", "--sample_interval=6"]
+    run(*argv, "--out_dir=whole")
+    run(*argv, "--max_iters=6", "--out_dir=half")
+    run(*argv, "--out_dir=half", "--init_from=resume")
+    states = [torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("whole", "half")]
+    for name, weight in states[0]["model"].items():
+        assert torch.equal(weight, states[1]["model"][name]), name
+
+
+# -----------------------------------------------------------------------------
+# squared ReLU
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_squared_relu_is_torchs(dtype, tolerance):
+    torch.manual_seed(0)
+    x = torch.randn(1000, dtype=dtype)
+    x[:3] = torch.tensor([0.0, -0.0, -1.0])
+    results = []
+    for function in (squared_relu, lambda x: torch.relu(x).square()):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        y.backward(torch.arange(1000, dtype=dtype) / 1000)
+        results.append((y.detach(), leaf.grad))
+    (y, grad), (expected, expected_grad) = results
+    assert torch.equal(y, expected)
+    assert torch.allclose(grad, expected_grad, rtol=tolerance, atol=0)
+
+
+def test_squared_relu_keeps_its_result_and_nothing_else():
+    kept = []
+    x = torch.randn(100, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda _: None):
+        y = squared_relu(x)
+    assert [tensor.data_ptr() for tensor in kept] == [y.data_ptr()]
