@@ -21,21 +21,31 @@ def memory_needed(
     params, optimizer, config, batch_size, dtype, compile, activation_memory=1.0, loss_chunks=0
 ):
     """Returns an estimate of training's peak: bytes of weights, gradients, optimizer, activations and loss.
+    Weights in 16 bits count as activations.
 
     params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig.
     dtype: "fp8" for matmul="fp8". The rest is as in train.py. Left out: dropout's masks, and what the CUDA
-    context and the libraries take.
+    context and the libraries take. The numbers here and below are fitted to what torch 2.11 asks of CUDA's
+    allocator (docs/memory.md).
     """
     tokens = batch_size * config.block_size
-    activations = activation_bytes(config, tokens, dtype, compile, activation_memory)
+    of_blocks = 12 * config.n_layer * config.n_embd**2
+    of_head = config.vocab_size * config.n_embd
+    recomputes = compile and activation_memory < 1
+    activations = activation_bytes(config, tokens, dtype, compile, recomputes)
     loss = loss_bytes(config, tokens, dtype, compile, loss_chunks)
+    if recomputes:  # which begins when the loss has left only the head's gradient
+        loss = max(loss, 4 * of_head + bytes_of(dtype) * tokens * config.n_embd * RECOMPUTED)
     gradients = 4 * params
-    # with activations and loss used up there come: from a compiled backward pass, all of its gradients; in an
-    # update of Muon, 4.4 bytes for each of its parameters, whose state is of 4 bytes instead of AdamW's 8
+    # with activations and loss used up there come: from a compiled backward pass, all of its gradients, and
+    # in fp32 those of the head and two more of its size; in an update of Muon, 4.4 bytes for each of its
+    # parameters, whose state is of 4 bytes instead of AdamW's 8
     later = 1.1 * (8 * params - optimizer)
     if compile:
-        later = 4 * params
+        later = bytes_of(dtype) * of_blocks + 12 * of_head
     gradients += max(later - activations - loss, 0)
+    if bytes_of(dtype) == 2:  # there all the time: layers.cast_weights
+        activations += 2 * (of_blocks + of_head)
     sizes = dict(
         weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss
     )
@@ -55,39 +65,34 @@ def checkpoint_bytes(memory, keep_before_cooldown):
 # numbers, times n_embd, that the blocks keep for each token and layer until the backward pass
 KEPT = {  # arch: {dtype: (compiled, not compiled)}; in FP8 some are half as long
     "gpt2": {"bfloat16": (16, 18), "float16": (18, 18), "float32": (16, 16), "fp8": (10, 18)},
-    "modern": {"bfloat16": (20, 28), "float16": (21, 28), "float32": (20, 21), "fp8": (14, 28)},
+    "modern": {"bfloat16": (16.3, 16.5), "float16": (17.5, 19.5), "float32": (16, 17), "fp8": (13.7, 16.5)},
 }
-CHEAP = {"gpt2": 4.8, "modern": 6.5}  # of these, what an activation_memory just below 1 recomputes
+CHEAP = {"gpt2": 5.8, "modern": 3.9}  # of these, what an activation_memory of 0.8 recomputes
+RECOMPUTED = 22  # and what recomputing a block takes
 
 
-def activation_bytes(config, tokens, dtype, compile, activation_memory):
-    """Returns the bytes that the blocks keep for the backward pass.
+def activation_bytes(config, tokens, dtype, compile, recomputes):
+    """Returns the bytes that the blocks keep for the backward pass, without what is CHEAP if it recomputes.
 
-    In 16 bits that includes a copy of every matrix, except at an activation_memory below 1, where no copies
-    and not even what is CHEAP are kept. The numbers, and those of loss_bytes, are fitted to what torch 2.11
-    asks of CUDA's allocator in 47 cases of 124M parameters (docs/memory.md); Korthikanti et al. 2022
-    (https://arxiv.org/abs/2205.05198, section 4.1) count 34 bytes in 16 bits, without attention's scores,
-    which fused attention does not keep.
+    An activation_memory below 0.7 counts like 0.8: what torch keeps then jumps from size to size, and takes
+    more as often as less. Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198, section 4.1) count 34
+    bytes in 16 bits, without attention's scores, which fused attention does not keep.
     """
     size = bytes_of(dtype)
-    C, V, layers = config.n_embd, config.vocab_size, config.n_layer
+    C, layers = config.n_embd, config.n_layer
     if_compiled, if_not = KEPT[config.arch][dtype]
     kept = if_compiled if compile else if_not
     at_the_ends = 4 if compile else 2  # what embedding and loss keep
-    total = size * tokens * C * (kept * layers + at_the_ends)
-    if size == 2:
-        total += 2 * (12 * layers * C * C + V * C)
-    if compile and activation_memory < 1:
-        least = size * tokens * C * ((kept - CHEAP[config.arch]) * layers + at_the_ends)
-        total = min(least, activation_memory * total)
-    return total
+    if recomputes:
+        kept -= CHEAP[config.arch]
+    return size * tokens * C * (kept * layers + at_the_ends)
 
 
 def loss_bytes(config, tokens, dtype, compile, loss_chunks):
     """Returns the bytes that the logits of a chunk and their gradient take, and the head's gradient, which
     compiled or in chunks comes before all others."""
     V, C = config.vocab_size, config.n_embd
-    bytes_per_logit = 16  # with its gradient and intermediate results
+    bytes_per_logit = 20  # with its gradient and intermediate results
     if compile:  # the gradient takes the logits' place
         bytes_per_logit = bytes_of(dtype)
         loss_chunks = loss_chunks or suitable_chunks(tokens, V)
