@@ -46,13 +46,14 @@ def cast_weights(model, dtype):
 
 def pass_on_gradient(weight, weight16):
     """Adds the gradient of a weight16 to that of the weight, in fp32, and frees it."""
-    if weight16.grad is None:  # the head's, compiled: chunked_cross_entropy gives the weight its gradient
+    grad = weight16.grad
+    if grad is None:  # the head's, compiled: chunked_cross_entropy gives the weight its gradient
         return
+    weight16.grad = None  # before memory can run out: a gradient left here would count in the next try too
     if weight.grad is None:
-        weight.grad = weight16.grad.float()
+        weight.grad = grad.float()
     else:
-        weight.grad += weight16.grad
-    weight16.grad = None
+        weight.grad += grad
 
 
 @torch.no_grad()

@@ -89,6 +89,31 @@ def test_a_compiled_model_has_the_same_gradients(arch):
         assert (a - b).norm() <= 1e-2 * a.norm()
 
 
+def test_memory_that_runs_out_in_a_pass_leaves_no_gradient_to_the_next(monkeypatch):
+    _, model = make_models("gpt2")
+    idx = torch.randint(64, (4, 16))
+    weight = model.transformer.h[0].mlp.c_fc.weight
+
+    def backward():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    def no_memory(tensor):
+        if tensor.shape == weight.shape:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tensor.to(torch.float32)
+
+    expected = backward()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "float", no_memory)
+        backward()
+    for grad, expected_grad in zip(backward(), expected, strict=True):
+        assert torch.equal(grad, expected_grad)
+
+
 def test_a_run_in_bf16_that_was_stopped_is_that_which_was_not(run, byte_data, tiny, tmp_path):
     argv = ["train.py", *tiny, "--dtype=bfloat16", "--sample_interval=6"]
     run(*argv, "--out_dir=whole")
