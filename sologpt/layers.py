@@ -79,14 +79,15 @@ class SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         y = F.relu(x)
-        y = y * y  # square() would be fp32 under autocast on a GPU, and the compiler keep x instead
+        y *= y  # square() would be fp32 under autocast on a GPU, and the compiler keep x instead
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        return grad * (2 * y.sqrt())
+        y = ctx.saved_tensors[0].float()
+        root = (y + 1e-30).rsqrt().mul_(y)  # 0 for 0; sqrt() takes 20 times as long on a CPU where many are 0
+        return (root.mul_(2) * grad).to(grad.dtype)
 
 
 def squared_relu(x):
