@@ -79,7 +79,9 @@ class SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         y = F.relu(x)
-        y *= y  # square() would be fp32 under autocast on a GPU, and the compiler keep x instead
+        # not y *= y, which torch 2.11 compiles to wrong gradients; nor y.square(), which is fp32 under
+        # autocast on a GPU, so that the compiler keeps x instead
+        y = y * y
         ctx.save_for_backward(y)
         return y
 
@@ -87,7 +89,7 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx, grad):
         y = ctx.saved_tensors[0].float()
         root = (y + 1e-30).rsqrt().mul_(y)  # 0 for 0; sqrt() takes 20 times as long on a CPU where many are 0
-        return (root.mul_(2) * grad).to(grad.dtype)
+        return root.mul_(2).mul_(grad).to(grad.dtype)
 
 
 def squared_relu(x):

@@ -75,18 +75,17 @@ def test_the_matmuls_read_the_16_bit_weights(arch):
 
 
 @ARCHS
-def test_a_compiled_model_has_the_same_gradients(arch):
+def test_a_compiled_model_has_the_gradients_of_one_that_is_not_compiled(arch):
+    torch._dynamo.reset()
+    plain, model = make_models(arch)
+    model.compile(dynamic=False)
     idx, targets = torch.randint(64, (2, 4, 16))
-    grads = []
-    for model in make_models(arch):
-        torch._dynamo.reset()
-        model.compile(dynamic=False)
-        for _ in range(2):  # the second adds to the first
-            with torch.autocast("cpu", torch.bfloat16):
-                model(idx, targets)[1].backward()
-        grads.append([p.grad for p in model.parameters()])
-    for a, b in zip(*grads, strict=True):
-        assert (a - b).norm() <= 1e-2 * a.norm()
+    for _ in range(2):  # the second adds to the first
+        with torch.autocast("cpu", torch.bfloat16):
+            plain(idx, targets)[1].backward()
+            model(idx, targets)[1].backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 0.1 * p.grad.norm()
 
 
 def test_memory_that_runs_out_in_a_pass_leaves_no_gradient_to_the_next(monkeypatch):
