@@ -37,12 +37,12 @@ def memory_needed(
     if recomputes:  # which begins when the loss has left only the head's gradient
         loss = max(loss, 4 * of_head + bytes_of(dtype) * tokens * config.n_embd * RECOMPUTED)
     gradients = 4 * params
-    # with activations and loss used up there come: from a compiled backward pass, all of its gradients, and
-    # in fp32 those of the head and two more of its size; in an update of Muon, 4.4 bytes for each of its
-    # parameters, whose state is of 4 bytes instead of AdamW's 8
+    # with activations and loss used up there come: in an update of Muon, 4.4 bytes for each of its
+    # parameters, whose state is of 4 bytes instead of AdamW's 8; from a compiled backward pass, all gradients
+    # of the blocks, and in fp32 that of the head and two more of its size
     later = 1.1 * (8 * params - optimizer)
     if compile:
-        later = bytes_of(dtype) * of_blocks + 12 * of_head
+        later = max(later, bytes_of(dtype) * of_blocks + 12 * of_head)
     gradients += max(later - activations - loss, 0)
     if bytes_of(dtype) == 2:  # there all the time: layers.cast_weights
         activations += 2 * (of_blocks + of_head)
