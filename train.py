@@ -260,7 +260,7 @@ def update(model, optimizers, scaler, grad_clip):
         if math.isfinite(norm):
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
-            recast_weights(model)  # in 16 bits
+            recast_weights(model)  # to 16 bits
     scaler.update()
     model.zero_grad(set_to_none=True)
     return norm
@@ -498,7 +498,8 @@ def model_config(cfg, fields):
 
 
 def prepare_model(model, cfg, machine):
-    """Moves the model to the device, and sets FP8, loss_chunks and torch.compile as the keys say."""
+    """Moves the model to the device, and sets FP8, loss_chunks, 16-bit weights and torch.compile as the keys
+    say."""
     model.loss_chunks = cfg.loss_chunks
     if cfg.matmul == "fp8":
         use_fp8(model, machine)

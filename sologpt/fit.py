@@ -13,7 +13,7 @@ from sologpt.checkpoint import save_progress, set_rng
 from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, forget_compiled, total_memory
-from sologpt.memory import memory_estimate, memory_needed
+from sologpt.memory import casts_bytes, memory_estimate, memory_needed
 
 
 def lower_batch_size(model, optimizers, cfg, machine):
@@ -112,7 +112,8 @@ def no_room(params, optimizer, config, cfg, dtype, available):
     lengths = [T for T in range(64, config.block_size, 64) if total(T) <= available]
     if lengths:
         return f"{text}, enough for about --block_size={lengths[-1]}"
-    most = available * params / (8 * params + optimizer)
+    least = 8 * params + optimizer + casts_bytes(config, dtype)
+    most = available * params / least
     return (
         f"{text}, not enough for more than {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
     )

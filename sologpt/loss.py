@@ -74,7 +74,10 @@ def chunk_loss(x, weight, targets, softcap, d_weight, first):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, while a chunk's logits exist. See chunked_cross_entropy."""
+    """Computes the gradients in the forward pass, while a chunk's logits exist. See chunked_cross_entropy.
+
+    weight16: the weight in 16 bits, or None; taken if it is in the dtype of x.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, weight16, targets, chunks, softcap, with_gradients):

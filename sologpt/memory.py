@@ -44,12 +44,19 @@ def memory_needed(
     if compile:
         later = max(later, bytes_of(dtype) * of_blocks + 12 * of_head)
     gradients += max(later - activations - loss, 0)
-    if bytes_of(dtype) == 2:  # there all the time: layers.cast_weights
-        activations += 2 * (of_blocks + of_head)
+    activations += casts_bytes(config, dtype)  # there all the time
     sizes = dict(
         weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss
     )
     return {name: round(bytes) for name, bytes in sizes.items()}
+
+
+def casts_bytes(config, dtype):
+    """Returns the bytes of what layers.cast_weights makes; in FP8 the blocks have layers of torchao's."""
+    if dtype == "float32":
+        return 0
+    blocks = 0 if dtype == "fp8" else 12 * config.n_layer * config.n_embd**2
+    return 2 * (blocks + config.vocab_size * config.n_embd)
 
 
 def checkpoint_bytes(memory, keep_before_cooldown):
@@ -64,8 +71,8 @@ def checkpoint_bytes(memory, keep_before_cooldown):
 
 # numbers, times n_embd, that the blocks keep for each token and layer until the backward pass
 KEPT = {  # arch: {dtype: (compiled, not compiled)}; in FP8 some are half as long
-    "gpt2": {"bfloat16": (16, 18), "float16": (18, 18), "float32": (16, 16), "fp8": (10, 18)},
-    "modern": {"bfloat16": (16.3, 16.5), "float16": (17.5, 19.5), "float32": (16, 17), "fp8": (13.7, 16.5)},
+    "gpt2": {"bfloat16": (16, 18), "float16": (18, 18), "float32": (16, 16), "fp8": (10.2, 18)},
+    "modern": {"bfloat16": (16.3, 16.5), "float16": (17.5, 19.5), "float32": (16, 17), "fp8": (14.3, 16.5)},
 }
 CHEAP = {"gpt2": 5.8, "modern": 3.9}  # of these, what an activation_memory of 0.8 recomputes
 RECOMPUTED = 22  # and what recomputing a block takes
@@ -74,7 +81,7 @@ RECOMPUTED = 22  # and what recomputing a block takes
 def activation_bytes(config, tokens, dtype, compile, recomputes):
     """Returns the bytes that the blocks keep for the backward pass, without what is CHEAP if it recomputes.
 
-    An activation_memory below 0.7 counts like 0.8: what torch keeps then jumps from size to size, and takes
+    Any activation_memory below 1 counts as 0.8: below that what torch keeps jumps from size to size, and is
     more as often as less. Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198, section 4.1) count 34
     bytes in 16 bits, without attention's scores, which fused attention does not keep.
     """

@@ -3,7 +3,8 @@ The code that an export of ModernGPT brings along, for transformers to run with 
 
 It is modeling_sologpt.py, which is transformers' side, with the definitions of model.py itself put into it
 at the time of the export: there is no second version of the architecture, which could differ from the first.
-What is new in model.py goes along by itself; what transformers does not need is named in LEFT_OUT.
+What is new in model.py goes along by itself; what transformers does not need is named in LEFT_OUT, and what
+model.py imports for it in NEEDED.
 """
 
 import ast
@@ -23,6 +24,7 @@ CONFIG = dict(  # what config.json says besides the fields of GPTConfig
     tie_word_embeddings=False,
 )
 PLACE = "# [here an export has the classes of model.py]\n"
+NEEDED = (loss.capped, layers.Linear, layers.SquaredReLU, layers.squared_relu)
 # of model.py: what only GPT-2 has, and what trains, samples, counts and saves
 LEFT_OUT = """
 GPTConfig Block make_gpt
@@ -37,8 +39,7 @@ def modeling_file(source):
     """Returns the text of an export's modeling_sologpt.py; source is the text of model.py."""
     with open(os.path.join(os.path.dirname(__file__), FILE), encoding="utf-8") as f:
         text = f.read()
-    needed = (loss.capped, layers.Linear, layers.SquaredReLU, layers.squared_relu)
-    parts = [inspect.getsource(part) for part in needed]
+    parts = [inspect.getsource(part) for part in NEEDED]
     return text.replace(PLACE, "\n" + "\n\n".join([*parts, definitions(source)]))
 
 

@@ -298,8 +298,9 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
     assert advice(3.0e9).endswith("3.00 GB are available, enough with --loss_chunks=8")
     # 2,600e6 - 2,237e6 = 363e6 over 838e3 a token: 433
     assert advice(2.6e9).endswith("2.60 GB are available, enough for about --block_size=384")
+    # 1.5e9 of those 2,237e6, times 124.4e6
     assert advice(1.5e9).endswith(
-        "not enough for more than 94M parameters: use a smaller --n_layer or --n_embd"
+        "not enough for more than 83M parameters: use a smaller --n_layer or --n_embd"
     )
     # compiled: 2 * 768 * (16 * 12 + 4) = 301e3 and 2 * 50,304 a token, and 155e6 once, make less than the
     # gradients later on: 170e6 of the blocks, in 16 bits, and three times 155e6

@@ -4,6 +4,7 @@ Skipped where there is none. benchmarks/gpu_day.py runs these too.
 Run: pytest -m gpu -n0
 """
 
+import copy
 import json
 import math
 
@@ -14,6 +15,7 @@ import train
 from configurator import configure
 from model import GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, memory, optim, sampling
+from sologpt.layers import cast_weights
 from train import TrainConfig
 
 pytestmark = [
@@ -84,6 +86,22 @@ def test_half_precision_is_near(arch, dtype):
     with torch.autocast("cuda", dtype):
         found = twin(idx.cuda(), targets.cuda())[1].item()
     assert found == pytest.approx(expected, rel=1e-2)
+
+
+@ARCHS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_weights_give_the_gradients_of_autocast(arch, dtype):
+    _, plain = pair(arch)
+    model = copy.deepcopy(plain)
+    cast_weights(model, dtype)
+    idx, targets = (part.cuda() for part in batch())
+    for _ in range(2):  # the second adds to the first
+        for m in (plain.train(), model.train()):
+            with torch.autocast("cuda", getattr(torch, dtype)):
+                loss = m(idx, targets)[1]
+            (1024 * loss).backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-3 * p.grad.norm() + 1e-6
 
 
 @ARCHS

@@ -1,6 +1,6 @@
 """
-The 16-bit weights of training: all numbers are those of autocast alone, to the bit.
-Run: pytest tests/test_cast.py
+The 16-bit weights of training: all numbers are those of autocast alone.
+Run: pytest tests/test_layers.py
 """
 
 import copy
@@ -78,6 +78,7 @@ def test_the_matmuls_read_the_16_bit_weights(arch):
 def test_a_compiled_model_has_the_gradients_of_one_that_is_not_compiled(arch):
     torch._dynamo.reset()
     plain, model = make_models(arch)
+    model.loss_chunks = 2
     model.compile(dynamic=False)
     idx, targets = torch.randint(64, (2, 4, 16))
     for _ in range(2):  # the second adds to the first
@@ -85,8 +86,49 @@ def test_a_compiled_model_has_the_gradients_of_one_that_is_not_compiled(arch):
             plain(idx, targets)[1].backward()
             model(idx, targets)[1].backward()
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        if p.dim() == 2:  # those of single numbers are sums in which nearly all cancels
+        if p.dim() == 2:  # those of vectors are sums in which much cancels
             assert (p.grad - q.grad).norm() <= 0.1 * p.grad.norm()
+
+
+@ARCHS
+def test_gradients_in_fp16_are_those_of_autocast(arch):
+    idx, targets = torch.randint(64, (2, 4, 16))
+    grads = []
+    for model, dtype in zip(make_models(arch), ("float32", "float16"), strict=True):
+        cast_weights(model, dtype)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.float16):
+                loss = model(idx, targets)[1]
+            (1024 * loss).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_weight_has_no_gradient():
+    plain, model = make_models("gpt2")
+    frozen = [model.transformer.h[0].mlp.c_fc.weight, model.transformer.h[1].mlp.c_fc.weight]
+    frozen[0].requires_grad_(False)
+    cast_weights(model, "bfloat16")
+    frozen[1].requires_grad_(False)
+    idx = torch.randint(64, (4, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(idx, idx)[1].backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {f"transformer.h.{i}.mlp.c_fc.weight" for i in (0, 1)}
+
+
+def test_a_copy_of_the_model_has_no_16_bit_weights():
+    """They would be those of another model, and their gradients would go nowhere."""
+    _, model = make_models("gpt2")
+    twin = copy.deepcopy(model)
+    assert all(layer.weight16 is None for layer in twin.modules() if isinstance(layer, Linear))
+    idx = torch.randint(64, (4, 16))
+    for m in (model, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            m(idx, idx)[1].backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p is not q and torch.equal(p.grad, q.grad)
 
 
 def test_memory_that_runs_out_in_a_pass_leaves_no_gradient_to_the_next(monkeypatch):
