@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configurator import configure  # noqa: E402
-from model import make_gpt  # noqa: E402
-from sologpt.hardware import peak_flops  # noqa: E402
-from sologpt.memory import checkpoint_bytes, memory_estimate  # noqa: E402
-from sologpt.optim import allocate_moments, make_optimizers  # noqa: E402
-from sologpt.tokenizer import gpt2_tokenizer  # noqa: E402
-from train import TrainConfig, model_config  # noqa: E402
+from configurator import configure
+from model import make_gpt
+from sologpt.hardware import peak_flops
+from sologpt.memory import checkpoint_bytes, memory_estimate
+from sologpt.optim import allocate_moments, make_optimizers
+from sologpt.tokenizer import gpt2_tokenizer
+from train import TrainConfig, model_config
+
+ROOT = Path(__file__).resolve().parent.parent
 
 GPT2 = 854.7e6  # FLOPs for each token of GPT-2 124M, with 1,024 tokens of context
 SMALL = 300.0e6  # of the model of config/fineweb_40m.py

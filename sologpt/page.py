@@ -58,7 +58,7 @@ def page_of_run(out_dir):
     For the end of a run, which it must not spoil: whatever goes wrong is one line on stderr, and None.
     """
     try:
-        import plotly  # noqa: F401
+        import plotly  # noqa: F401, as the page is made elsewhere; here only whether it is there
     except ImportError:
         return None
     path = os.path.join(out_dir, "run.html")

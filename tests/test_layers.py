@@ -106,7 +106,7 @@ def test_gradients_in_fp16_are_those_of_autocast(arch):
 
 
 def test_a_frozen_weight_has_no_gradient():
-    plain, model = make_models("gpt2")
+    _, model = make_models("gpt2")
     frozen = [model.transformer.h[0].mlp.c_fc.weight, model.transformer.h[1].mlp.c_fc.weight]
     frozen[0].requires_grad_(False)
     cast_weights(model, "bfloat16")
