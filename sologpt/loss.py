@@ -25,27 +25,38 @@ def capped(logits, softcap):
     return softcap * torch.tanh(logits.float() / softcap)
 
 
+@torch.library.custom_op("sologpt::product", mutates_args=())
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns a.T @ b, (V, C) in fp32, for a (n, V) and b (n, C) in the dtype of the matmuls."""
+    if a.is_cuda:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    total = a.new_zeros(a.size(1), b.size(1), dtype=torch.float32)
+    add_product_(total, a, b)
+    return total
+
+
+@product.register_fake
+def shape_of_product(a, b):
+    return a.new_empty(a.size(1), b.size(1), dtype=torch.float32)
+
+
 @torch.library.custom_op("sologpt::add_product_", mutates_args=["total"])
-def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """Adds a.T @ b to total, (V, C) in fp32, for a (n, V) and b (n, C) in the dtype of the matmuls. The first
-    product takes the place of what total holds.
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Adds product(a, b) to total.
 
     An operation of its own, as torch.compile would put all chunks' sums off to the end, and keep every
     product until then.
     """
     if total.is_cuda:  # the matmul itself adds in fp32; elsewhere torch has no such matmul
-        torch.addmm(total, a.t(), b, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
         return
-    if first:
-        total.zero_()
     # the product sums over many tokens, and fp16 ends at 65,504
     total.add_(a.t() @ (b / 128), alpha=128)
 
 
-def chunk_loss(x, weight, targets, softcap, d_weight, first):
-    """Returns the summed cross-entropy of one chunk, an fp32 scalar, and its gradient with respect to x, in
-    the dtype of x. The gradient with respect to weight is added to d_weight, fp32, or that of the first chunk
-    written there; without a d_weight no gradients are computed. x: (n, C), targets: int64 (n,)."""
+def chunk_loss(x, weight, targets, softcap, with_gradient):
+    """Returns the summed cross-entropy of one chunk, an fp32 scalar, and its gradient with respect to the
+    logits, (n, V) in the dtype of x; None without gradient. x: (n, C), targets: int64 (n,)."""
     logits = F.linear(x, weight).float()
     if softcap is not None:
         tanh = torch.tanh(logits / softcap)
@@ -58,19 +69,16 @@ def chunk_loss(x, weight, targets, softcap, d_weight, first):
     nats = largest + total.log() - target_logit
     ignored = (targets < 0)[:, None]
     loss = nats.masked_fill(ignored, 0).sum()
-    if d_weight is None:
+    if not with_gradient:
         return loss, None
 
-    # The gradient with respect to the logits is softmax - one-hot, and 0 where the loss does not count. It is
-    # not divided by the number of targets yet, as fp16 would lose small values. As it depends on all results
-    # so far, and on few operations, torch.compile puts it where the logits were: 1.6 GB less for
-    # (16, 1024, 50304).
+    # The gradient is softmax - one-hot, and 0 where the loss does not count. It is not divided by the number
+    # of targets yet, as fp16 would lose small values. As it depends on all results so far, and on few
+    # operations, torch.compile puts it where the logits were: 1.6 GB less for (16, 1024, 50304).
     d = (logits - target_logit - nats.masked_fill(ignored, math.inf)).exp() - is_target.float()
     if softcap is not None:
         d = d * (1 - tanh * tanh)  # the derivative of tanh
-    d = d.to(x.dtype)
-    add_product_(d_weight, d, x, first)
-    return loss, d @ weight
+    return loss, d.to(x.dtype)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -87,12 +95,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = 0.0
         dx = []
         dw = None
-        if with_gradients:
-            dw = torch.empty_like(weight, dtype=torch.float32)
         for x_chunk, targets_chunk in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
-            part, d_x = chunk_loss(x_chunk, w, targets_chunk, softcap, dw, first=not dx)
+            part, d = chunk_loss(x_chunk, w, targets_chunk, softcap, with_gradients)
             loss += part
-            dx.append(d_x)
+            if not with_gradients:
+                continue
+            if dw is None:
+                dw = product(d, x_chunk)
+            else:
+                add_product_(dw, d, x_chunk)
+            dx.append(d @ w)
         count = (targets >= 0).sum()
         if with_gradients:
             ctx.save_for_backward(torch.cat(dx), dw, count)
