@@ -190,9 +190,10 @@ def run_file(path, values):
         if isinstance(e, NameError) and e.name in {"np", "torch", *sys.stdlib_module_names}:
             hint = "; a config file imports what it uses"  # in nanoGPT it has the imports of train.py
         raise ConfigError(f"{where}: {type(e).__name__}: {e}{hint}") from None
-    for name in imported_names(tree) & namespace.keys() - values.keys():
+    lines = last_lines(tree)
+    for name in (imported_names(tree) - lines.keys()) & namespace.keys() - values.keys():
         del namespace[name]
-    return namespace, last_lines(tree)
+    return namespace, lines
 
 
 def last_lines(tree):

@@ -159,7 +159,7 @@ class GPT(nn.Module):
         chunks = self.loss_chunks
         if not chunks and torch.compiler.is_compiling():  # uncompiled, F.cross_entropy is faster
             chunks = suitable_chunks(B * T, self.config.vocab_size)
-        if chunks:  # always if compiled: a change of the loss must go into chunk_loss too, with its gradient
+        if chunks:  # always if compiled: whoever changes the loss changes chunk_loss too
             x = x.view(B * T, -1).to(self.matmul_dtype())
             return None, chunked_cross_entropy(x, self.lm_head, targets, chunks, self.softcap)
         logits = self.logits(x)
@@ -179,7 +179,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x):
-        """Returns the logits (..., V) of all ids for lm_head's input x (..., C)."""
+        """Returns the logits (..., V) for lm_head's input x (..., C)."""
         return capped(self.lm_head(x), self.softcap)
 
     def matmul_dtype(self):
@@ -284,7 +284,9 @@ GATE = 12  # components of the embedding that the gate of smear reads, as in mod
 
 
 def rms_norm(x):
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    # autocast would make the result fp32, from torch 2.12 on
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def rotate(x, cos, sin):
@@ -364,7 +366,6 @@ class ModernGPT(GPT):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wve=nn.Embedding(config.vocab_size, config.n_embd),
                 h=nn.ModuleList([ModernBlock(config, ve) for ve in have_ve]),
-                ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -379,7 +380,7 @@ class ModernGPT(GPT):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's, but head and c_proj are zero: the first loss is ln(V), and each block the identity."""
+        """GPT-2's, but head and c_proj are zero: the first loss is ln(V), each block the identity."""
         super().init_weights()
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
@@ -393,13 +394,13 @@ class ModernGPT(GPT):
             x = x.bfloat16()
         x = x0 = F.dropout(x, self.config.dropout, self.training)
         first_v = None
-        ve = self.transformer.wve(idx).to(x.dtype).unflatten(-1, (self.config.n_head, -1))
+        ve = self.transformer.wve(idx).to(self.matmul_dtype()).unflatten(-1, (self.config.n_head, -1))
         cos, sin = self.rotary[:, position].unsqueeze(3)  # each (B or 1, T, 1, D)
         for block, past in zip(self.transformer.h, pasts[:-1], strict=True):
             x, v = block(x, x0, first_v, ve, cos, sin, past)
             if first_v is None:
                 first_v = v
-        return self.transformer.ln_f(x)
+        return rms_norm(x)
 
     def embed(self, idx, position, past):
         """Returns each token's embedding plus a gated share of the one before."""

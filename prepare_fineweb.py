@@ -431,8 +431,11 @@ def unfinished(out_dir, path, settings):
                 f"{out_dir} holds an unfinished run with other settings ({differing}); "
                 f"use those to continue it, or choose another --out_dir, or delete {path} and the shards"
             )
-    elif shards_in(out_dir) or os.path.exists(os.path.join(out_dir, "train.bin")):
-        raise UserError(f"{out_dir} holds tokens of another origin; delete them or choose another --out_dir")
+    for name in sorted(os.listdir(out_dir)):
+        if name.endswith((".bin", ".npy")) or name == "meta.pkl":
+            raise UserError(
+                f"{out_dir} holds tokens of another origin ({name}); delete them or choose another --out_dir"
+            )
     return Progress(), settings
 
 
@@ -564,7 +567,7 @@ def describe_source(job):
     unless nothing has changed since an earlier preparation, or what they give would not fit on the disk
     anyway."""
     record = record_in(job.out_dir)
-    start = f"{job.cfg.input or job.settings['source']}: "
+    start = f"{job.cfg.input.rstrip('/') or job.settings['source']}: "
     if record.get("source_times") == job.source_times and str(record.get("source")).startswith(start):
         return record["source"]
     if not record:
@@ -648,10 +651,14 @@ def write_val(job, progress, train, val):
     n_val = dict(tokens=sum(len(e[3]) for e in held), documents=len(held), bytes=sum(e[2] for e in held))
     n_train = {name: count - n_val[name] for name, count in progress.counts.items()}
     if not held or n_train["tokens"] <= n_val["tokens"]:
+        advice = f"separate them by {EOT}"
+        if job.cfg.txt_documents == "file":
+            advice += ", or use --txt_documents=blank_line"
+        if shards_in(job.out_dir):
+            advice += f"; first delete {job.progress_path} and the shards beside it"
         raise UserError(
             f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes "
-            f"whole documents, and these are too few, or one is huge. Separate them by {EOT}, or use "
-            f"--txt_documents=blank_line"
+            f"whole documents, and these are too few, or one is huge: {advice}"
         )
     for entry in held:
         val.write(entry[3])

@@ -63,7 +63,7 @@ class SampleConfig(Config):
     )
     stop_at_eot: bool = key(False, "end a sample at the end-of-text token")
     seed: int = key(1337, "seed; sample i depends on it and on i, not on num_samples", low=0, below=2**32)
-    out: str = key("", "file to write the samples to as well, one JSON object per line")
+    out: str = key("", "file to write the samples to as well, one JSON object a line; overwritten")
     export: str = key(
         "", "write the model to this folder, for Hugging Face's transformers, instead of sampling"
     )
@@ -379,9 +379,20 @@ def read_prompt(start):
     return text.replace("\r\n", "\n").replace("\r", "\n")  # an editor's line ends, not the model's
 
 
+def open_output(path):
+    """Returns the --out file, empty, open for writing line by line. Raises UserError if another kind of file
+    is there: out_dir is easily mistyped."""
+    if os.path.isfile(path) and os.path.getsize(path):
+        with open(path, "rb") as f:
+            if not f.read(16).startswith(b'{"sample": '):
+                raise UserError(f"--out={path} is a file already, and not of samples; name another one")
+    return open(path or os.devnull, "w", encoding="utf-8", buffering=1)
+
+
 def main(argv):
     cfg = from_command_line(SampleConfig, __doc__, argv)
     device, _ = hardware.pick_device(cfg.device)
+    hardware.check_gpu(device)
     dtype, _ = hardware.pick_dtype(cfg.dtype, device)
     if cfg.compile:
         hardware.check_compiler(device)
@@ -409,7 +420,7 @@ def main(argv):
     if cfg.stop_at_eot and tokenizer.eot_token is None:
         raise UserError(f"stop_at_eot=True, but the encoding {tokenizer.encoding!r} has no end-of-text token")
     check_room(cfg, model, prompt)
-    with open(cfg.out or os.devnull, "w", encoding="utf-8", buffering=1) as out:  # line by line
+    with open_output(cfg.out) as out:
         session = Session(cfg, model, tokenizer, device, out)
         if cfg.compile:
             compile_step(session, cfg.sequences)

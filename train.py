@@ -252,7 +252,7 @@ def update(model, optimizers, scaler, grad_clip):
     with fit.no_retry_if_out_of_memory():  # half of an update cannot be repeated
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
-        # gradients are unscaled now; Muon's step overwrites them
+        # between unscaling and the steps: Muon's overwrites the gradients
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = total_norm.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
         if norm > grad_clip > 0:  # else clipping would multiply by 1
@@ -350,7 +350,7 @@ def train(run):
         if cfg.eval_only:
             return
 
-        # save, not amid skipped updates: only here run.rng and iter_num belong to the weights
+        # save, not amid skipped updates: only here weights, run.rng and iter_num belong together
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
         else:
@@ -381,7 +381,6 @@ def train(run):
         # log
         if at.iter_num % cfg.log_interval == 0 or at.iter_num == cfg.max_iters - 1:
             log.log_iteration(run, step_loss, norm, lr)
-            clock.restart()
         at.iter_num += 1
 
 

@@ -130,7 +130,7 @@ def load(path):
     except Exception as e:  # torch and zipfile raise many kinds for a damaged or foreign file
         if out_of_memory(e):
             raise
-        reason = f"damaged or not one of ours: {first_line(e)}"
+        reason = f"damaged or not one of ours: {first_line(e).partition(' (1)')[0]}"  # then: how to trust it
         raise UserError(f"cannot read the checkpoint {path}, {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise UserError(f"{path} is not a GPT checkpoint: it lacks 'model' or 'model_args'")
@@ -156,14 +156,18 @@ def load(path):
     return state
 
 
-def iteration_and_loss(path):
-    """Returns iter_num and best_val_loss of a checkpoint, without reading its tensors; Nones if there is none
-    or it cannot be read."""
+def about(path):
+    """Returns iter_num, best_val_loss, config and, but for nanoGPT's, data of a checkpoint, without reading
+    its tensors, in a dict; None if there is none or it cannot be read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(state["iter_num"]), float(state["best_val_loss"])
+        found = dict(iter_num=int(state["iter_num"]), best_val_loss=float(state["best_val_loss"]))
+        found["config"] = dict(state.get("config", {}))
+        if "data" in state:
+            found["data"] = dict(state["data"])
+        return found
     except Exception:  # torch raises many kinds for a damaged file; load, which needs it, says which
-        return None, None
+        return None
 
 
 def check_types(state, path):
@@ -541,8 +545,9 @@ def save_best(run, val_loss):
 
 def save_before_cooldown(run):
     path = run.files.before_cooldown
-    there, _ = iteration_and_loss(path)
-    if there is not None and there <= run.first_iter:  # else what led to it was given up
+    there = about(path)
+    # from where this process began on, it is of iterations that were given up, or the same state
+    if there and there["iter_num"] < run.first_iter:
         say(f"{path} is kept: it is from before the first cooldown of this run")
         return
     if run.files.write(path, whole_state(run)):

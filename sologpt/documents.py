@@ -65,9 +65,13 @@ def read_text(path, divide):
         block = None
         while block != b"":  # the empty one at the end lets the decoders finish
             block = f.read(CHUNK)
+            if block.count(0) > 10 + len(block) // 100:
+                raise UserError("not text: it has many NUL bytes, as an archive or UTF-16 has")
             try:
                 held += newlines.decode(utf8.decode(block, final=not block), final=not block)
-            except UnicodeDecodeError:
+            except UnicodeDecodeError as e:
+                held += newlines.decode(e.object[: e.start].decode())
+                yield from ((text, True) for text in held.split(separator)[:-1])
                 raise utf8_error(path) from None
             *whole, held = held.split(separator)
             yield from ((text, True) for text in whole)
@@ -304,7 +308,8 @@ def retrying(rows, temporary=Exception):
 def read_parts(path, cfg):
     """Yields the Parts of the documents of one file."""
     name = name_in(path).lower().removesuffix(".gz").removesuffix(".zst")
-    readers = dict(parquet=read_parquet, arrow=read_arrow, jsonl=read_jsonl, json=read_json, csv=read_csv)
+    readers = dict(parquet=read_parquet, arrow=read_arrow, csv=read_csv)
+    readers |= dict(jsonl=read_jsonl, ndjson=read_jsonl, json=read_json)
     if reader := readers.get(name.rpartition(".")[2]):
         read = functools.partial(reader, path, cfg.text_key)
     else:

@@ -194,12 +194,13 @@ def find_machine(cfg):
     device, device_reason = pick_device(cfg.device)
     if parallel.processes() > 1 and device.type == "cuda":
         device = own_gpu(device)
+    check_gpu(device)
     dtype, dtype_reason = pick_dtype(cfg.dtype, device)
     peak, peak_reason = device_peak(device, dtype)
     if cfg.peak_flops:
         peak, peak_reason = cfg.peak_flops, f"{cfg.peak_flops / 1e12:g} TFLOP/s as given by peak_flops"
     if cfg.compile and sys.platform == "win32" and (obstacle := windows_obstacle(device)):
-        warn(f"{obstacle}; going on without torch.compile, more slowly")
+        warn(f"{obstacle}; going on without torch.compile, more slowly; --loss_chunks=8 saves memory then")
         cfg.compile = False
         if problems := cfg.problems():  # keys that need it
             raise UserError(f"{obstacle}; until then: {'; '.join(problems)}")
@@ -310,6 +311,19 @@ def own_gpu(device):
     return torch.device("cuda", number)
 
 
+def check_gpu(device):
+    """Raises UserError if torch has no kernels for a GPU, as its usual builds do not for old ones."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as e:
+        raise UserError(
+            f"torch {torch.__version__} cannot use {device_name(device)}: {first_line(e)}; if the GPU is too "
+            f"old or too new for it, https://pytorch.org/get-started has other builds"
+        ) from None
+
+
 def pick_dtype(asked, device):
     """Returns ('bfloat16', 'float16' or 'float32', reason) for matmuls on device; asked: '' for its default.
 
@@ -334,9 +348,9 @@ def pick_dtype(asked, device):
 
 
 def has_bf16(device):
-    """Returns whether a device multiplies bf16 matrices about as fast as fp32 ones, or faster; False where
-    that is not known. On an AMD EPYC without AVX-512, Zen 3, they take 47 times as long (1,024 * 1,024, one
-    thread)."""
+    """Returns whether a GPU has units for bf16, or a CPU multiplies bf16 matrices about as fast as fp32 ones;
+    False where that is not known. On an AMD EPYC without AVX-512, Zen 3, they take 47 times as long (1,024 *
+    1,024, one thread)."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -366,7 +380,7 @@ def attention_backend(machine, config):
         return None
     shape = (1, config.block_size, 3, config.n_head, config.n_embd // config.n_head)
     qkv = torch.empty(shape, device=device, dtype=getattr(torch, machine.dtype), requires_grad=True)
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # with the strides they have in the model
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # with the strides they have in GPT-2
     choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, is_causal=True)
     names = {int(backend): name for name, backend in SDPBackend.__members__.items() if name != "ERROR"}
     return names.get(choice)

@@ -53,11 +53,13 @@ class Clock:
         self.start += time.perf_counter() - start
 
     def lap(self):
-        """Returns the mean seconds of the iterations since the last restart, and counts them for the end."""
+        """Returns the mean seconds of the iterations since the last restart, counts them for the end, and
+        restarts: what is logged then is part of the next iteration's time."""
         seconds = time.perf_counter() - self.start
         self.all_seconds += seconds
         self.all_iters += self.iters
         self.last = seconds / self.iters
+        self.restart()
         return self.last
 
 
@@ -178,7 +180,7 @@ def open_metrics(run):
         path = run.files.metrics
         run.files.remove_partial()
         if run.files.newest is None and (folder := run.files.set_aside()):
-            say(f"moved an earlier run to {folder}; --init_from=resume continues one instead")
+            say(f"moved an earlier run to {folder}; to go on with it: --out_dir={folder} --init_from=resume")
         evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
         evaluation = rewind_metrics(path, iter_num, evaluates)
     metrics = Metrics(path, Tracker(cfg, first=iter_num))

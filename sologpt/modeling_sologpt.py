@@ -75,9 +75,16 @@ class CachedLayer:
 
     def before(self, x):
         """Stores embeddings (B, T, C), as keys of one head without values. Returns those of the token before
-        each; before the first one is anything."""
+        each, padding left out; before the first one is anything."""
         known, _ = self.extend(x.unsqueeze(1), x[:, None, :, :0])
-        return F.pad(known[:, 0], (0, 0, 1, 0))[:, -x.size(1) - 1 : -1]
+        known = known[:, 0]
+        if self.mask is None:
+            return known.roll(1, dims=1)
+        B, T, C = x.shape
+        key = torch.arange(known.size(1), device=x.device)
+        seen_before = self.mask[:, 0] & (key < key[-T:, None])  # (B or 1, T, L)
+        last = (seen_before * key).amax(-1).expand(B, T)
+        return known.gather(1, last[..., None].expand(B, T, C))
 
 
 def make_room_for_embeddings(cache, n_layer):
@@ -140,8 +147,8 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Returns the logits, fp32 (B, T, V), of the last logits_to_keep positions (0: of all), the loss if
-        there are labels, and the cache, unless use_cache=False or in training.
+        """Returns the logits, fp32 (B, T, V), of the last logits_to_keep positions (0: of all; a tensor: of
+        those), the loss if there are labels, and the cache, unless use_cache=False or in training.
 
         input_ids: int64 (B, T), the new tokens. attention_mask: (B, L), 0 where there is padding. labels:
         int64 (B, T), the same ids, -100 where one does not count; the loss is the mean cross-entropy, in
@@ -177,9 +184,9 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         mask = self.visible(attention_mask, start, L)
         pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer + 1)]
         x = self.gpt.hidden(input_ids, position_ids, pasts)
-        if logits_to_keep:
-            x = x[:, -logits_to_keep:]
-        logits = self.gpt.logits(x)
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = slice(-logits_to_keep, None)
+        logits = self.gpt.logits(x[:, logits_to_keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
@@ -189,7 +196,7 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Returns the positions of tokens start to L - 1, (B or 1, T), counted without padding."""
         if attention_mask is None:
             return torch.arange(start, L, device=self.device)[None]
-        return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
 
     def visible(self, attention_mask, start, L):
         """Returns what tokens start to L - 1 see, bool (B or 1, 1, T, L); None: each all up to itself."""

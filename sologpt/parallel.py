@@ -15,8 +15,8 @@ import torch.distributed as dist
 from sologpt.errors import UserError, out_of_memory
 from sologpt.stop import Stopped
 
-TIMEOUT = timedelta(minutes=10)  # for a process that does not answer; it may be saving, or compiling
-MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
+TIMEOUT = timedelta(minutes=30)  # for a process that does not answer; it may be saving, or compiling
+MAX, MIN, SUM = "MAX", "MIN", "SUM"  # names in dist.ReduceOp, which some builds of torch for one GPU lack
 
 
 class Lost(UserError):
@@ -32,6 +32,10 @@ def rank():
     return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
 
 
+def connected():
+    return processes() > 1 and dist.is_initialized()
+
+
 @contextlib.contextmanager
 def only_process_0_prints():
     """Returns a context in which only process 0 is heard, and at whose end they wait for each other."""
@@ -41,7 +45,7 @@ def only_process_0_prints():
         yield
     except BaseException as e:
         # torchrun ends all when one has ended, so process 0 goes first: it may have to save, and says why
-        if isinstance(e, SystemExit) and dist.is_initialized():
+        if isinstance(e, SystemExit) and connected():
             all_reduce([0.0], SUM)
             dist.destroy_process_group()
         elif rank() and isinstance(e, (UserError, OSError, SystemExit)):
@@ -49,7 +53,7 @@ def only_process_0_prints():
         if rank():
             sys.stderr = sys.__stderr__
         raise
-    if dist.is_initialized():
+    if connected():
         all_reduce([0.0], SUM)
         dist.destroy_process_group()
 
@@ -115,9 +119,11 @@ def all_reduce(numbers, op, stop=None):
 
 
 def combine(tensors, op):
-    """Combines tensors with those of the other processes, in place. Raises Lost if one does not answer."""
+    """Combines tensors with those of the other processes, in place. Raises Lost if one does not answer; but
+    a sum on GPUs has only begun then, and one that never ends is NCCL's to end, and with it the process."""
     try:
-        for work in [dist.all_reduce(tensor, op, async_op=True) for tensor in tensors]:
+        reduce_op = getattr(dist.ReduceOp, op)
+        for work in [dist.all_reduce(tensor, reduce_op, async_op=True) for tensor in tensors]:
             work.wait()
     except RuntimeError:
         raise Lost(f"another process has ended, or not answered for {TIMEOUT.seconds} s") from None

@@ -63,6 +63,9 @@ def schedule_notes(cfg):
         return [f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
     if cfg.schedule == "cosine" and cfg.lr_decay_iters < cfg.max_iters and not cfg.max_minutes:
         return [f"note: lr stays at min_lr from lr_decay_iters={cfg.lr_decay_iters} to {cfg.max_iters}"]
+    if cfg.schedule == "cosine" and 0 < cfg.max_iters < cfg.lr_decay_iters and not cfg.max_minutes:
+        ends = f"max_iters={cfg.max_iters} is before lr_decay_iters={cfg.lr_decay_iters}"
+        return [f"note: lr does not fall to min_lr: {ends}"]
     return []
 
 
@@ -271,6 +274,9 @@ def final_lines(run, figures):
         lines.append(f"speed: {speed} without compilation, evaluations and checkpoints")
     if figures["peak_memory"]:
         lines.append(f"memory: {figures['peak_memory'] / 1e9:.2f} GB at most")
+    by_the_clock = cfg.max_minutes > 0
+    if cfg.keep_before_cooldown and not by_the_clock and not os.path.exists(run.files.before_cooldown):
+        lines.append(f"missing: {run.files.before_cooldown} could not be saved, or this run began after it")
     if figures["bad_steps"] or figures["resumed"]:
         lines.append(f"trouble: updates skipped: {figures['bad_steps']}, times resumed: {figures['resumed']}")
     return lines

@@ -177,10 +177,18 @@ def restore(run, state, data_changed):
 
 def lowest_loss(best, state):
     """Returns the lowest validation loss that a state or best.pt, at this path, knows of: a killed run may
-    have saved best.pt later than the state."""
+    have saved best.pt later than the state. Infinite if that run had other data or another eval_iters."""
     loss = float(state["best_val_loss"])
-    best_iter, best_loss = checkpoint.iteration_and_loss(best)
-    if best_iter is None or best_iter <= state["iter_num"] or not best_loss < loss:
+    there = checkpoint.about(best)
+    if there is None:
+        return loss
+    eval_iters = there["config"].get("eval_iters")
+    other_data = data_changes(state, there.get("data", state.get("data", {})))
+    if other_data or eval_iters != state.get("config", {}).get("eval_iters"):
+        print(f"note: {best} is of other data or another eval_iters; it starts anew")
+        return math.inf
+    best_iter, best_loss = there["iter_num"], there["best_val_loss"]
+    if best_iter <= state["iter_num"] or not best_loss < loss:
         return loss
     print(f"note: {best}, of iteration {best_iter} and val loss {best_loss:.4f}, is kept until a lower one")
     return math.nextafter(best_loss, math.inf)  # the same evaluation, if reached again, is an improvement

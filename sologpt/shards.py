@@ -164,7 +164,7 @@ def read_npy(path):
 
 def read_raw(path):
     """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises UserError at an odd size, and for
-    a header of llm.c's, which would be taken for tokens."""
+    a header of llm.c's or larger numbers, which would be taken for tokens."""
     size = os.path.getsize(path)
     start = np.fromfile(path, dtype="<i4", count=1).tolist()
     if start and start[0] in FORMATS:
@@ -174,6 +174,12 @@ def read_raw(path):
         raise UserError(
             f"{path} has an odd number of bytes ({size:,}), so it is not uint16 tokens or was cut short; "
             f"copy or prepare it again"
+        )
+    first = np.fromfile(path, dtype="<u2", count=4096)
+    if len(first) >= 64 and first[::2].any() and not first[1::2].any():
+        raise UserError(
+            f"{path} has 0 for every other token, as numbers of 32 or 64 bits have; write it again with "
+            f".astype(np.uint16), or with larger ids as .npy shards"
         )
     return Shard(path, np.dtype("<u2"), 0, size // 2)
 
@@ -337,7 +343,12 @@ def open_splits(folder, block_size, n_ids):
     """Returns the Windows of train and of val. Raises as find_shards and Windows do, and warns of shards that
     seem to be missing, and of token files that are not read."""
     splits = [find_shards(folder, split) for split in ("train", "val")]
-    names, _ = token_files(folder)
+    names, read = token_files(folder)
+    if read is read_raw and n_ids > 2**16:
+        raise UserError(
+            f"{folder} has a vocabulary of {n_ids:,} ids, but uint16 tokens, which end at 65,535; write them "
+            f"as uint32 to NAME_train_000001.npy and NAME_val_000000.npy, without meta.pkl"
+        )
     if missing := sorted(recorded_sha256s(folder).keys() - set(names)):
         warn(f"{folder} lacks {some(missing)}, which its meta.json lists; going on without")
     elif missing := gaps(names):

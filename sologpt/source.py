@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sologpt.errors import UserError, first_line
 from sologpt.files import sha256_of
 
-KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
+KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".txt")
 ENDINGS = KINDS + tuple(kind + packed for packed in (".gz", ".zst") for kind in KINDS[2:])
 # what datasets.save_to_disk writes beside its .arrow files
 ABOUT_ARROW = ("state.json", "dataset_info.json", "dataset_dict.json")
@@ -280,7 +280,7 @@ def text_bytes(path, text_key):
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if name.endswith(".parquet") and not is_address(path):
             return column_bytes(path, text_key)
-        if name.endswith(".jsonl") and not is_address(path):
+        if name.endswith((".jsonl", ".ndjson")) and not is_address(path):
             return int(size * share_of_text(path, text_key))
     return size
 

@@ -19,7 +19,7 @@ class Stopped(KeyboardInterrupt):
 
 class StopRequest:
     """Inside `with StopRequest(text) as stop`, the first signal writes text to stderr and sets stop.number; a
-    second one ends the process at once. After the `with`, signals do what they did before."""
+    Ctrl-C after it ends the process at once. After the `with`, signals do what they did before."""
 
     in_force = None  # the one whose `with` has been entered
 
@@ -44,7 +44,9 @@ class StopRequest:
 
     def ask(self, number, frame):
         if self.number:
-            os._exit(128 + number)
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return  # a terminal that closes and the end of a session send two, 0 to 200 ms apart
         self.number = number
         self.write(self.text)
         if self.interrupting:

@@ -167,6 +167,12 @@ def test_imported_names_are_no_keys_but_those_of_a_loop_are(tmp_path):
     assert configure(Toy, [write(tmp_path, "for _i in range(3):\n    steps = 10 + _i\n")]).steps == 12
 
 
+def test_a_name_that_is_imported_and_assigned_to_is_not_ignored(tmp_path):
+    path = write(tmp_path, "from math import pi as speed\nspeed = 5e-4\n")
+    [error] = errors([path])
+    assert error.startswith(f"{path}:2: unknown key 'speed'")
+
+
 def test_a_key_that_a_config_file_imports_or_gives_a_function_is_not_ignored(tmp_path, monkeypatch):
     (tmp_path / "shared_by_runs.py").write_text("steps = 7\nrate = 0.25\n")
     monkeypatch.syspath_prepend(str(tmp_path))

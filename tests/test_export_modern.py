@@ -131,6 +131,26 @@ def test_logits_of_padded_rows_are_those_of_the_rows_alone(tmp_path):
             assert (on_the_right[row, : len(prompt)] - alone).abs().max() < 1e-4
 
 
+def test_padding_between_tokens_changes_nothing_either(tmp_path):
+    """As in the second turn of a batch whose first answers ended at different places."""
+    model = modern()
+    other = exported(tmp_path, model)
+    text = torch.randint(97, (1, 9))
+    alone = model(text, text)[0][0, :, :97]
+    padding = torch.full((1, 3), 5)
+    ids = torch.cat((padding, text[:, :4], padding, text[:, 4:]), dim=1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        whole = other(ids, mask).logits
+        first = other(ids[:, :9], mask[:, :9].float())  # a cache that ends in padding
+        rest = other(ids[:, 9:], mask, past_key_values=first.past_key_values).logits
+        kept = other(ids, mask, logits_to_keep=torch.tensor([4, 14])).logits
+    found = whole[0, mask[0] == 1]
+    assert (found - alone).abs().max() < 1e-4
+    assert (torch.cat((first.logits, rest), dim=1) - whole).abs().max() < 1e-4
+    assert (kept - whole[:, [4, 14]]).abs().max() < 1e-4
+
+
 def test_in_bfloat16_it_is_ours_in_bfloat16(tmp_path):
     """With its table of rotations, which is wrong for late positions if its angles are computed in bf16."""
     model = modern(block_size=1024, n_head=2)

@@ -94,7 +94,8 @@ def test_a_new_run_in_a_used_out_dir_never_mixes_with_the_old_one(run, trained, 
     old = torch.load(tmp_path / "out/best.pt", weights_only=True)
     worse = [*tiny, "--n_layer=1", "--max_iters=6"]
     out = run("train.py", *worse)
-    assert "moved an earlier run to out/earlier-1; --init_from=resume continues one instead" in out.stdout
+    go_on = "to go on with it: --out_dir=out/earlier-1 --init_from=resume"
+    assert f"moved an earlier run to out/earlier-1; {go_on}" in out.stdout
     assert torch.load(tmp_path / "out/earlier-1/best.pt", weights_only=True)["iter_num"] == old["iter_num"]
     best = checkpoint.load(tmp_path / "out/best.pt")
     assert best["model_args"]["n_layer"] == 1 and best["best_val_loss"] > old["best_val_loss"]

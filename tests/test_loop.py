@@ -14,7 +14,7 @@ from conftest import metrics
 
 import train
 from model import GPT, GPTConfig
-from sologpt import checkpoint, shards
+from sologpt import checkpoint, log, shards
 
 
 def state_of(folder, name="ckpt.pt"):
@@ -181,6 +181,16 @@ def test_only_updates_count_as_the_time_of_an_iteration(run, byte_data, tiny, tm
         "3m22s",
         "3m20s",
     ]
+
+
+def test_logging_counts_as_the_time_of_the_next_iteration(run, byte_data, tiny, tmp_path, clock, monkeypatch):
+    def slowly(*args):
+        clock[0] += 3
+
+    monkeypatch.setattr(log, "watch_loss", slowly)
+    run("train.py", *tiny, "--log_interval=4")
+    # the line of iteration 0 is part of 1 to 4, that of 4 of 5 to 8, and that of 8 of 9 to 11
+    assert [line["dt"] for line in metrics(tmp_path / "out", "iter")] == [2.0, 2.75, 2.75, 3.0]
 
 
 def test_time_and_tokens_go_on_from_where_they_were(run, byte_data, tiny, tmp_path, clock):

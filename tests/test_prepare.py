@@ -17,9 +17,11 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.parse
@@ -593,6 +595,42 @@ def test_bad_files_are_passed_over_when_asked(run, tmp_path):
     assert sorted(found["train"] + found["val"]) == sorted(expected)
 
 
+def test_the_documents_before_a_bad_byte_are_taken(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_bytes("<|endoftext|>".join(TEXTS).encode() + b"\xff<|endoftext|>lost")
+    out = prepare(run, "--input=in", "--skip_bad_files=True")
+    assert f"cannot read in/a.txt after {len(TEXTS) - 1} documents: not UTF-8 text" in out.stderr
+    found = documents_in(tmp_path / "out")
+    assert sorted(found["train"] + found["val"]) == sorted(list(text.encode()) for text in TEXTS[:-1])
+
+
+def test_what_is_no_text_is_not_read_as_text(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_bytes("".join(TEXTS).encode("utf-16-le"))
+    error = prepare(run, "--input=in", status=1).stderr
+    assert "cannot read in/a.txt after 0 documents: not text: it has many NUL bytes" in error
+    with tarfile.open(tmp_path / "books.tar.gz", "w:gz") as tar:
+        tar.add(ROOT / "README.md", "book.txt")
+    assert "not text" in prepare(run, "--input=books.tar.gz", status=1).stderr
+
+
+def test_a_slash_at_the_end_of_the_input_makes_no_difference(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in/a.ndjson", TEXTS)
+    prepare(run, "--input=in")
+    assert "out is prepared already" in prepare(run, "--input=in/").stdout
+
+
+@pytest.mark.parametrize("name", ["val.bin", "b_train_000001.npy", "meta.pkl"])
+def test_nothing_is_written_beside_tokens_of_another_origin(run, tmp_path, name):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"12")
+    error = prepare(run, "--input=a.jsonl", status=1).stderr
+    assert f"out holds tokens of another origin ({name})" in error
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == [name]
+
+
 def test_a_file_that_may_not_be_read_can_be_skipped_too(run, tmp_path, monkeypatch):
     """The tests may be root's, who may read anything: so it is refused here."""
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
@@ -699,6 +737,12 @@ def test_one_text_too_long_for_validation_is_refused_and_a_tiny_validation_is_po
     (tmp_path / "in/big.txt").write_bytes(b"some words " * 400_000)
     error = prepare(run, "--input=in", status=1).stderr
     assert "4,400,001 tokens to train on and 0 to validate" in error and "--txt_documents" in error
+    # the same again, and with whole shards; then as it says
+    error = prepare(run, "--input=in", "--shard_tokens=1000000", "--val_tokens=10", status=1).stderr
+    assert error.endswith("; first delete out/unfinished.npz and the shards beside it\n")
+    error = prepare(run, "--input=in", "--out_dir=by_line", "--txt_documents=line", status=1).stderr
+    assert "--txt_documents" not in error
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "in/small.txt").write_bytes(b"hello there!")
     out = prepare(run, "--input=in", "--out_dir=both").stdout
     assert "val: 13 tokens" in out and "most are too long for the 440,001 that it needs" in out

@@ -393,7 +393,14 @@ def test_the_state_before_a_cooldown_is_of_the_iterations_that_led_to_it(run, by
         printed = run("train.py", *argv, f"--learning_rate={learning_rate}").stdout
         assert "before_cooldown.pt is kept" not in printed
         assert state_of(out, "before_cooldown.pt")["config"]["learning_rate"] == learning_rate
+    # resumed where it is, it is that of the longer run
+    shutil.copy(out / "before_cooldown.pt", path)
+    printed = run("train.py", *argv, "--max_iters=20").stdout
+    assert "before_cooldown.pt is kept" not in printed
+    assert state_of(out, "before_cooldown.pt")["iter_num"] == 10
     # one that is asked for too late
+    path.write_bytes(back)
+    run("train.py", *argv)
     os.remove(out / "before_cooldown.pt")
     text = "note: no out/before_cooldown.pt: this run is past iteration 5\n"
     assert text in run("train.py", *argv, "--max_iters=10").stdout

@@ -221,6 +221,19 @@ def test_a_mistake_is_one_line(untrained, argv, message):
     assert message in out.stderr.splitlines()[-1] and not out.stdout
 
 
+def test_out_replaces_samples_and_nothing_else(trained, tmp_path):
+    argv = ["sample.py", *GREEDY, "--max_new_tokens=4"]
+    checkpoint = (tmp_path / "out/ckpt.pt").read_bytes()
+    error = trained(*argv, "--out=out/ckpt.pt", status=1).stderr
+    assert "error: --out=out/ckpt.pt is a file already, and not of samples; name another one\n" in error
+    assert (tmp_path / "out/ckpt.pt").read_bytes() == checkpoint
+    (tmp_path / "empty").touch()
+    for name in ("new", "empty", "new"):
+        trained(*argv, f"--out={name}", "--start=a")
+        [line] = (tmp_path / name).read_text().splitlines()
+        assert json.loads(line)["prompt"] == "a"
+
+
 def test_a_character_that_the_model_never_saw_is_named(trained, tmp_path):
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     state["tokenizer"] = dict(encoding="characters", vocab_size=2, eot_token=None, itos={0: "a", 1: "b"})

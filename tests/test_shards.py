@@ -103,6 +103,12 @@ def test_a_split_is_recognised_whatever_else_is_in_the_name(tmp_path):
         ),
         ("a_train_000001.npy", b"\x93NUMPY", "is not a whole .npy file"),
         ("train.bin", b"123", "odd number of bytes"),
+        ("train.bin", IDS.astype(np.int64).tobytes(), r"0 for every other token.*\.astype\(np\.uint16\)"),
+        (
+            "train.bin",
+            IDS.astype(np.uint32).tobytes(),
+            "0 for every other token, as numbers of 32 or",
+        ),
         (
             "train.bin",
             struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + b"12345678",
@@ -115,6 +121,18 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as e:
         find_shards(tmp_path, "train")
     assert name in str(e.value)
+
+
+def test_a_vocabulary_beyond_uint16_is_not_in_a_file_of_uint16(tmp_path):
+    for split in ("train", "val"):
+        (IDS.astype(np.uint32) + 70_000).tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(ValueError, match="a vocabulary of 100,277 ids, but uint16 tokens"):
+        shards.open_splits(tmp_path, 8, 100_277)
+    for split in ("train", "val"):  # as the message says
+        np.save(tmp_path / f"a_{split}_000000.npy", IDS.astype(np.uint32) + 70_000)
+        (tmp_path / f"{split}.bin").unlink()
+    train, _ = shards.open_splits(tmp_path, 8, 100_277)
+    assert train.read(np.array([0])).tolist() == [(IDS[:9].astype(int) + 70_000).tolist()]
 
 
 def test_bytes_after_the_end_of_an_npy_file_are_refused(tmp_path):

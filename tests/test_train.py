@@ -317,7 +317,7 @@ def test_validation_loss_is_that_of_the_windows_spread_over_the_split(run, byte_
 # stopping and going on
 
 
-def interrupt(argv, cwd, at, number):
+def interrupt(argv, cwd, at, number, *, times=1):
     """Runs train.py, sends it the signal when it logs iteration `at`; returns its output and exit status."""
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -326,7 +326,9 @@ def interrupt(argv, cwd, at, number):
         for line in process.stdout:
             seen += line
             if line.startswith(f"iter {at}:"):
-                process.send_signal(number)
+                for _ in range(times):
+                    process.send_signal(number)
+                    time.sleep(0.01)  # else two are one
         errors = process.stderr.read()
     assert "Traceback" not in errors
     assert "stopping; Ctrl-C again leaves without saving\n" in errors
@@ -354,6 +356,17 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
         assert [x["iter"] for x in metrics(tmp_path / "parts", kind)] == [
             x["iter"] for x in metrics(tmp_path / "whole", kind)
         ]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGHUP, 129), (signal.SIGTERM, 143)])
+def test_a_second_signal_of_a_session_that_ends_does_not_break_off_the_save(
+    byte_data, tiny, tmp_path, number, status
+):
+    argv = [*tiny, "--max_iters=100000", "--n_embd=512"]
+    out, code = interrupt(argv, tmp_path, 20, number, times=3)
+    assert code == status
+    stopped_at = int(re.search(r"^stopped at iteration (\d+); continue with", out, re.M)[1])
+    assert checkpoint.load(tmp_path / "out/ckpt.pt")["iter_num"] == stopped_at >= 21
 
 
 @pytest.mark.parametrize(
@@ -488,6 +501,26 @@ def test_best_is_not_overwritten_by_worse_weights_after_going_back(run, byte_dat
     again = run("train.py", *argv, "--init_from=resume")
     assert losses(again).items() <= losses(whole).items()
     assert same(weights(tmp_path / "out", "best.pt"), weights(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("flag", ["--dataset=other", "--eval_iters=2"])
+def test_a_best_of_other_data_or_another_evaluation_is_not_this_runs(run, byte_data, tiny, tmp_path, flag):
+    """Such a run was tried from the same state, and killed before its first ckpt.pt."""
+    run("train.py", *tiny, "--max_iters=6")
+    path = tmp_path / "out/ckpt.pt"
+    back = path.read_bytes()
+    shutil.copytree(byte_data, tmp_path / "data/other")
+    for shard in (tmp_path / "data/other").glob("*.bin"):
+        shards.write_shard(shard, np.full(5000, 7, dtype=np.uint16))  # soon learned
+    argv = [*tiny, "--init_from=resume", "--allow_data_change=True"]
+    run("train.py", *argv, "--learning_rate=0.1", "--max_iters=30", flag)
+    path.write_bytes(back)
+    out = run("train.py", *argv)
+    assert "note: out/best.pt is of other data or another eval_iters; it starts anew" in out.stdout
+    lowest = min(float(loss) for _, _, loss in STEP.findall(out.stdout))
+    best = checkpoint.load(tmp_path / "out/best.pt")
+    assert best["config"]["dataset"] == "toy" and best["config"]["eval_iters"] == 1
+    assert best["best_val_loss"] == pytest.approx(lowest, abs=1e-4)
 
 
 def test_resuming_another_model_is_refused_and_says_what_differs(run, byte_data, tiny):
