@@ -307,7 +307,7 @@ class Run:
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
     norms: health.Recent = dataclasses.field(default_factory=health.Recent)
-    logged_losses: health.Recent = dataclasses.field(default_factory=health.Recent)
+    logged_losses: health.Recent = dataclasses.field(default_factory=health.RecentLosses)
     done: bool = False
     rng: dict = None  # torch's random state at the beginning of the iteration
     # made by main

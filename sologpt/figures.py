@@ -69,7 +69,10 @@ def draw_panel(axes, panel, x_range, over):
     if panel.y_range:
         axes.set_ylim(panel.y_range)
         if highest(panel) > panel.y_range[1]:
-            axes.set_title(f"begins at {highest(panel):.2f}, above", loc="right", color=GREY, fontsize=8)
+            text = f"reaches {highest(panel):.2f}, above"
+            if any(curve.y[0] == highest(panel) for curve in panel.curves if not curve.reference):
+                text = f"begins at {highest(panel):.2f}, above"
+            axes.set_title(text, loc="right", color=GREY, fontsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     if panel.unit == "tokens per second":
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
@@ -111,7 +114,9 @@ def terminal_text(history, over, width, color):
     if not len(x):
         raise UserError(f"{history.name} has no loss over {over}; try another --over=")
     columns = max(20, width - LABEL - 2)
-    edges = np.linspace(0, max(x.max(), val_x.max(initial=0), 1e-9), columns + 1)
+    ends = history.iters.high(over)  # also of iterations whose loss is not a number
+    last = max(ends[np.isfinite(ends)].max(initial=1e-9), val_x.max(initial=0))
+    edges = np.linspace(0, last, columns + 1)
     heights = by_column(x, y, edges)
     bottom, top = value_range(heights, val_x, val_y, edges)
 

@@ -98,6 +98,7 @@ PEAKS = [
     ("h100 pcie", 114, 756.4, 756.4, 378.2, 51.2),  # H100 datasheet (1513 sparse)
     ("h100 nvl", 132, 835.5, 835.5, 417.7, 60.3),  # H100 datasheet (1671 sparse)
     ("h800", 132, 989.4, 989.4, 494.7, 66.9),  # an H100 SXM with less NVLink
+    ("h800 nvl", 132, 0, 0, 0, 0),  # its figures are not published: not to be taken for the SXM one
     ("h800 pcie", 114, 756.4, 756.4, 378.2, 51.2),  # an H100 PCIe with less NVLink
     ("h20", 78, 148.0, 148.0, 74.0, 44.0),  # 148 in torchtitan and verl; NVIDIA publishes no page
     ("h200", 132, 989.4, 989.4, 494.7, 66.9),  # H200 datasheet, SXM (1979 sparse)
@@ -142,8 +143,8 @@ def peak_flops(name, sm_count, dtype):
     or 'float32' (tf32 where the GPU has it, which torch.set_float32_matmul_precision("high") turns on).
     """
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
-    if "laptop" in words or "design" in words:  # "... Laptop GPU", "... with Max-Q Design"
-        return None, f"no peak is known for {name}: a laptop GPU's clock depends on its power limit"
+    if words & {"laptop", "design", "embedded"}:  # "... Laptop GPU", "... with Max-Q Design"
+        return None, f"no peak is known for {name}: the clock of such a GPU depends on its power limit"
     rows = [row for row in PEAKS if set(row[0].split()) <= words]
     if not rows:
         return None, f"no peak is known for {name}"

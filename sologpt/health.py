@@ -17,6 +17,8 @@ FAR = 20  # how many times as far above their median as their ninth decile is
 class Recent:
     """The last values of a figure."""
 
+    least = 2  # times the median: less is no spike, however steady the values
+
     def __init__(self):
         self.values = deque(maxlen=RECENT)
 
@@ -26,9 +28,13 @@ class Recent:
         if len(self.values) == RECENT:
             middle = statistics.median(self.values)
             spread = statistics.quantiles(self.values, n=10)[-1] - middle
-            far = value > middle + FAR * spread and value > 2 * middle
+            far = value > middle + FAR * spread and value > self.least * middle
         self.values.append(value)
         return far
+
+
+class RecentLosses(Recent):
+    least = 1.1  # from 3.3 to 3.7, for one: they vary little, and that of a uniform guess is only about 11
 
 
 def watch_update(run, step_loss, norm):

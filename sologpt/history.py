@@ -282,7 +282,8 @@ class Reader:
             figures, end = decode(line)
             iteration, kind = figures["iter"], figures["kind"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            self.history.skipped += 1
+            if line.endswith("\n"):  # else it is being written
+                self.history.skipped += 1
             return
         sound = type(iteration) is int and type(kind) is str and 0 <= iteration < 2**53
         if not sound or line[end:].strip():
@@ -341,6 +342,8 @@ class Reader:
             h.config = plain(figures["config"])
             h.torch = printable(str(figures.get("torch", ""))[:TEXT])
             self.tokens_per_iter = h.tokens_per_iter
+        if figures.get("best_val_loss", 0) is None:  # it starts anew: those before do not compare
+            h.best_val_loss, h.best_iter = math.inf, math.nan
         tokens = number(figures.get("tokens"))
         if math.isfinite(tokens):
             self.updates, self.tokens = n, tokens

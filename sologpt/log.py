@@ -192,6 +192,7 @@ def open_metrics(run):
     kind = "resume" if iter_num else "config"
     facts = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
     facts |= dict(processes=parallel.processes(), tokens=run.progress.tokens_seen)
+    facts["best_val_loss"] = run.progress.best_val_loss
     metrics.record(kind, iter_num, **facts)
     return metrics
 

@@ -205,6 +205,9 @@ def results(history):
     h, iters = history, history.iters
     hours = "hours" if h.exact_hours else "hours, without evaluations"
     train_loss, val_loss, val_bpb = h.losses or (math.nan, math.nan, math.nan)
+    mean = "tokens per second, mean"
+    if h.final.get("resumed"):
+        mean += " since it was resumed"
     figures = [
         ("iterations", furthest(h, "iterations"), ",.0f"),
         ("tokens", furthest(h, "tokens"), ",.0f"),
@@ -214,7 +217,7 @@ def results(history):
         ("last bits per byte", val_bpb, ".4f"),
         ("best validation loss", h.best_val_loss, ".4f"),
         ("its iteration", h.best_iter, ","),
-        ("tokens per second, mean", number(h.final.get("tokens_per_s")), ",.0f"),
+        (mean, number(h.final.get("tokens_per_s")), ",.0f"),
         ("tokens per second, median", median(iters.mean("tokens_per_s")), ",.0f"),
         ("MFU in %, median", median(iters.mean("mfu")), ".1f"),
         ("peak memory in GB", largest(iters.high("peak_memory")) / 1e9, ".2f"),

@@ -187,7 +187,7 @@ def windows(y):
 def after_the_start(panel, right):
     """Returns the range of y in which the curves lie after the START; None if that is nearly all of them."""
     firm = [curve for curve in panel.curves if not curve.raw]
-    starts = [right / 2 if curve.reference else START * right for curve in firm]
+    starts = [right / 2 if curve.reference else START * curve.x.max() for curve in firm]
     parts = [curve.y[(curve.x >= x) & (curve.x <= right)] for curve, x in zip(firm, starts, strict=True)]
     later = np.concatenate(parts)
     if len(later) < 3:

@@ -61,10 +61,12 @@ def schedule_notes(cfg):
         return [f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"]
     if cfg.schedule == "cosine" and cfg.lr_decay_iters < warmup:
         return [f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
-    if cfg.schedule == "cosine" and cfg.lr_decay_iters < cfg.max_iters and not cfg.max_minutes:
+    if cfg.schedule == "cosine" and cfg.lr_decay_iters < cfg.max_iters:
         return [f"note: lr stays at min_lr from lr_decay_iters={cfg.lr_decay_iters} to {cfg.max_iters}"]
-    if cfg.schedule == "cosine" and 0 < cfg.max_iters < cfg.lr_decay_iters and not cfg.max_minutes:
+    if cfg.schedule == "cosine" and 0 < cfg.max_iters < cfg.lr_decay_iters:
         ends = f"max_iters={cfg.max_iters} is before lr_decay_iters={cfg.lr_decay_iters}"
+        if cfg.max_minutes:
+            ends += ", unless max_minutes ends it earlier"
         return [f"note: lr does not fall to min_lr: {ends}"]
     return []
 
@@ -111,17 +113,20 @@ def plan(run):
         share = cfg.gradient_accumulation_steps // parallel.processes()
         tokens += f", {share} micro-batches on each of {parallel.processes()} processes"
     memory = f"memory: {memory_line(run.memory, run.machine.device)}"
-    return [memory, tokens, f"run: {whole_run(cfg, len(run.train_data))}"]
+    return [memory, tokens, f"run: {whole_run(cfg, run.progress, len(run.train_data))}"]
 
 
-def whole_run(cfg, windows):
-    """Returns the length of a run in tokens and epochs of that many windows, and its schedule, as text."""
+def whole_run(cfg, at, windows):
+    """Returns the length of a run in tokens and epochs of that many windows, and its schedule, as text. at:
+    its Progress."""
     if cfg.max_minutes:
         iters = f"{cfg.max_iters:,} iterations of {cfg.tokens_per_iter:,} tokens"
         return f"{cfg.max_minutes:g} minutes, or {iters} if these end first"
-    tokens = cfg.max_iters * cfg.tokens_per_iter
-    epochs = cfg.max_iters * cfg.sequences_per_iter / windows
-    text = f"{cfg.max_iters:,} * {cfg.tokens_per_iter:,} = {tokens:,} tokens, {epochs:.3g} epochs"
+    text = f"{cfg.max_iters - at.iter_num:,} * {cfg.tokens_per_iter:,}"
+    if at.tokens_seen:
+        text = f"{at.tokens_seen:,} + {text}"
+    tokens = at.tokens_seen + (cfg.max_iters - at.iter_num) * cfg.tokens_per_iter
+    text += f" = {tokens:,} tokens, {tokens / cfg.block_size / windows:.3g} epochs"
     # with a longer warmup there is nothing constant, as notes() says
     if cfg.decay_lr and cfg.schedule == "wsd" and cfg.warmup_iters <= cfg.cooldown_start:
         constant = cfg.cooldown_start - cfg.warmup_iters
@@ -249,7 +254,8 @@ def sum_up(run):
         lines.append(f"page: {page}")
     if at.iter_num:  # else there is nothing to sample
         arguments = [f"--out_dir={cfg.out_dir}"]
-        if figures["val_loss"] > at.best_val_loss and os.path.exists(run.files.best):
+        is_best = figures["val_loss"] <= at.best_val_loss  # a NaN is not
+        if not is_best and os.path.exists(run.files.best):
             arguments.append("--init_from=best")
         lines.append(f"next: python sample.py {shlex.join(arguments)}")
     print_aligned(lines)
@@ -271,6 +277,8 @@ def final_lines(run, figures):
         speed = f"{figures['tokens_per_s']:,.0f} tok/s"
         if figures["mfu"]:
             speed += f", mfu {figures['mfu']:.2f}%"
+        if figures["resumed"]:
+            speed += " since it was resumed,"
         lines.append(f"speed: {speed} without compilation, evaluations and checkpoints")
     if figures["peak_memory"]:
         lines.append(f"memory: {figures['peak_memory'] / 1e9:.2f} GB at most")

@@ -39,13 +39,13 @@ class TensorBoard:
 
         folder = os.path.join(cfg.out_dir, "tensorboard")
         self.writer = SummaryWriter(folder, purge_step=first)  # a resumed run does these iterations again
-        self.last = {}  # step of each figure: an evaluation and the iteration after it both have tokens
 
     def send(self, iter_num, figures):
+        if "val_loss" in figures:  # an iteration after it has these two
+            figures = {name: value for name, value in figures.items() if name not in ("tokens", "elapsed")}
         for name, value in figures.items():
-            if value is not None and self.last.get(name) != iter_num:
+            if value is not None:
                 self.writer.add_scalar(name, value, iter_num)
-                self.last[name] = iter_num
 
     def close(self):
         self.writer.close()

@@ -135,7 +135,16 @@ def test_cards_that_share_a_name_are_told_apart_by_their_sms():
     )
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "Quadro RTX 5000 with Max-Q Design", "", "Orin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce GTX 1080",
+        "Quadro RTX 5000 with Max-Q Design",
+        "",
+        "Orin",
+        "NVIDIA RTX A2000 Embedded GPU",
+    ],
+)
 def test_an_unknown_card_has_no_peak(name):
     assert peak_flops(name, 20, "float16")[0] is None
 

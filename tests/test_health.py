@@ -12,7 +12,7 @@ import torch
 from conftest import metrics
 
 from sologpt import shards
-from sologpt.health import RECENT, Recent, watch_update
+from sologpt.health import RECENT, Recent, RecentLosses, watch_update
 from train import TrainConfig
 
 
@@ -39,8 +39,15 @@ def test_a_spike_is_far_above_the_recent_values():
 
 def test_a_falling_loss_never_spikes():
     noise = random.Random(1)
-    recent = Recent()
+    recent = RecentLosses()
     assert not any(recent.spikes(11 * (i + 1) ** -0.3 * noise.lognormvariate(0, 0.1)) for i in range(5000))
+
+
+def test_a_loss_need_not_double_to_be_a_spike():
+    noise = random.Random(2)
+    recent = RecentLosses()
+    assert not any(recent.spikes(noise.gauss(3.3, 0.03)) for _ in range(1000))
+    assert not recent.spikes(3.6) and recent.spikes(4.5)
 
 
 @pytest.mark.parametrize("log_interval", [1, 1000])

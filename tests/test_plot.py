@@ -209,6 +209,20 @@ def test_damage_is_skipped_and_counted(tmp_path):
     assert np.array_equal(history.evals.groups, clean.evals.groups)
 
 
+def test_a_line_that_is_being_written_is_no_damage(tmp_path):
+    folder = write(tmp_path / "a", falling(40))
+    with open(tmp_path / "a/metrics.jsonl", "ab") as f:
+        f.write(b'{"kind": "iter", "it')
+    assert read_history(folder).skipped == 0
+
+
+def test_a_best_loss_that_does_not_compare_any_more_is_forgotten(tmp_path):
+    lines = falling(40)
+    lines += [line("resume", 40, config=CONFIG, best_val_loss=None), line("eval", 40, val_loss=7.0)]
+    history = read_history(write(tmp_path / "a", lines))
+    assert (history.best_val_loss, history.best_iter) == (7.0, 40)
+
+
 def test_a_file_with_damage_is_drawn_with_one_warning(run, tmp_path):
     write(tmp_path / "out", [*falling(40), *DAMAGE, *ODD, *EVENTS])
     for over in ("tokens", "iterations", "hours"):
@@ -322,6 +336,24 @@ def test_the_first_fall_of_the_loss_does_not_flatten_the_rest(tmp_path):
     lines = [line("iter", i, loss=3 + 8 * math.exp(-i), tokens=i + 1) for i in range(100)]
     panel = panels_of(write(tmp_path / "a", lines))["nats per token"]
     assert 2.9 < panel.y_range[0] < 3 < panel.y_range[1] < 3.1
+
+
+def test_a_short_run_beside_a_long_one_is_in_the_frame(tmp_path):
+    losses = [3 + 2.5 * math.exp(-i / 100) for i in range(2000)]
+    lines = [line("iter", i, loss=loss, tokens=i + 1) for i, loss in enumerate(losses)]
+    panel = panels_of(write(tmp_path / "long", lines), write(tmp_path / "short", lines[:150]))
+    frame = panel["nats per token"].y_range
+    assert frame is None or frame[0] < losses[149] < losses[20] < frame[1]
+
+
+def test_a_note_says_whether_what_leaves_the_frame_is_the_start(run, tmp_path):
+    steady = [3 - i / 1e4 for i in range(2000)]
+    spiked = [*steady[:1000], 12.0, *steady[1001:]]
+    falling = [loss + 8 * math.exp(-i) for i, loss in enumerate(steady)]
+    for losses, note in ((spiked, "reaches 12.00, above"), (falling, "begins at 11.00, above")):
+        write(tmp_path / "a", [line("iter", i, loss=loss, tokens=i + 1) for i, loss in enumerate(losses)])
+        run("plot.py", "a", "--out=a.svg")
+        assert note in (tmp_path / "a.svg").read_text()
 
 
 def test_runs_differ_in_colour(tmp_path):

@@ -1164,6 +1164,21 @@ def test_a_missing_compiler_is_explained(run, byte_data, tiny):
     assert "g++ is not on the PATH (apt install g++); or run without it: --compile=False" in out.stderr
 
 
+def test_the_plan_of_a_resumed_run_counts_what_it_has_seen(run, byte_data, tiny):
+    run("train.py", *tiny, "--max_iters=6")
+    argv = [*tiny, "--init_from=resume", "--gradient_accumulation_steps=4"]
+    out = run("train.py", *argv).stdout
+    assert "run:        768 + 6 * 256 = 2,304 tokens, " in out and "done: iteration 12 after" in out
+    assert "2,304 tokens, best val loss" in out and " tok/s since it was resumed, without " in out
+
+
+def test_weights_that_are_nan_are_not_recommended(run, byte_data, tiny):
+    run("train.py", *tiny, "--max_iters=6")
+    argv = [*tiny, "--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=100", "--init_from=resume"]
+    out = run("train.py", *argv).stdout
+    assert "val loss nan" in out and out.endswith("sample.py --out_dir=out --init_from=best\n")
+
+
 def test_backend_is_for_several_processes(run, byte_data, tiny):
     out = run("train.py", *tiny, "--backend=gloo", "--max_iters=0", RANK="0", WORLD_SIZE="1")
     assert "backend='gloo' has no effect: it is for several processes" in out.stdout
@@ -1179,6 +1194,11 @@ def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tin
     assert "note: after warmup_iters=5 lr drops to min_lr: lr_decay_iters=4" in out.stdout
     out = run("train.py", *tiny, "--warmup_iters=1", "--lr_decay_iters=4", "--max_iters=6", "--dry_run=True")
     assert "note: lr stays at min_lr from lr_decay_iters=4 to 6" in out.stdout
+    flags = ["--lr_decay_iters=20", "--dry_run=True"]
+    text = "note: lr does not fall to min_lr: max_iters=12 is before lr_decay_iters=20"
+    assert f"{text}\n" in run("train.py", *tiny, *flags).stdout
+    out = run("train.py", *tiny, *flags, "--max_minutes=5").stdout
+    assert f"{text}, unless max_minutes ends it earlier\n" in out
     out = run("train.py", *tiny, "--learning_rate=1e-5", "--dry_run=True").stdout
     assert "note: lr rises to min_lr=6e-05: it is above learning_rate=1e-05" in out
     out = run("train.py", *tiny, "--schedule=wsd", "--dry_run=True").stdout
