@@ -384,7 +384,7 @@ def refused_by_training(argv):
 def training_arguments(argv, flags):
     """Returns arguments for train.py: flags, a dict, and those of this script's arguments that it has too."""
     own = BenchConfig.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
-    left_out = own | flags.keys()
+    left_out = own | flags.keys() | {"dry_run", "eval_only"}
     kept = [arg for arg in argv if arg.partition("=")[0].removeprefix("--") not in left_out]
     return [*kept, *(f"--{name}={value}" for name, value in flags.items())]
 

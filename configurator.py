@@ -238,7 +238,7 @@ def similar_file(path):
     folder, name = os.path.split(path)
     for place in (folder, os.path.join(folder, "config")):
         names = os.listdir(place or ".") if os.path.isdir(place or ".") else []
-        names = [n for n in names if n.endswith(".py")]
+        names = [n for n in names if n.endswith(".py") and n != "configurator.py"]
         near = difflib.get_close_matches(name.removesuffix(".py") + ".py", names, n=1, cutoff=0.7)
         if near and name:
             return os.path.join(place, near[0])

@@ -31,8 +31,8 @@ class PlotConfig(Config):
     )
     html: str = key("", "page to write: one file that needs no network")
     text: bool = key(False, "draw the loss in the terminal")
-    over: str = key("tokens", "what runs to the right", choices=("tokens", "iterations", "hours"))
-    reference: str = key("", "published runs to compare the loss with", choices=("", "gpt2_124m"))
+    over: str = key("tokens", "the horizontal axis", choices=("tokens", "iterations", "hours"))
+    reference: str = key("", "published runs to compare with, over tokens", choices=("", "gpt2_124m"))
     watch: float = key(0.0, "draw again after this many seconds, until Ctrl-C; 0: draw once", low=0, high=1e6)
 
     def problems(self):

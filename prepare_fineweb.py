@@ -714,8 +714,8 @@ def prepare(job, stop):
         )
     if counts["val"]["tokens"] > 2 * wanted:
         print(
-            f"note: validation should have {wanted:,} tokens, and has more since equal documents stay "
-            f"together; remove copies from the source"
+            f"note: validation needs {wanted:,} tokens, and has more, since it takes whole documents, equal "
+            f"ones together: remove copies from the source, or divide long documents"
         )
     skipped = progress.position
     print(

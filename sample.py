@@ -140,6 +140,9 @@ def load_checkpoint(path):
     loss = ""
     if "best_val_loss" in state:
         loss = f", lowest val loss so far {float(state['best_val_loss']):.4f}"
+        best = checkpoint.about(os.path.join(os.path.dirname(path), "best.pt"))
+        if best and best["iter_num"] != state.get("iter_num"):
+            loss += f", at iteration {best['iter_num']}: --init_from=best"
     print(f"{path}: iteration {state.get('iter_num', '?')}{loss}", file=sys.stderr)
     return model, tokenizer, state
 
@@ -156,7 +159,10 @@ def checkpoint_tokenizer(state, path):
         raise UserError(
             f"{path} does not say what its {vocab_size} token ids mean; put its meta.pkl into {folder}"
         )
-    print(f"{path} names no tokenizer; taking {tokenizer.encoding}, as {folder} suggests", file=sys.stderr)
+    reason = f"as {folder} suggests"
+    if not os.path.isdir(folder):
+        reason = f"as there is no {folder}"
+    print(f"{path} names no tokenizer; taking {tokenizer.encoding}, {reason}", file=sys.stderr)
     return tokenizer
 
 

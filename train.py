@@ -51,7 +51,9 @@ class TrainConfig(Config):
 
     # files
     out_dir: str = key("out", "folder to write into")
-    init_from: str = key("scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl; a folder")
+    init_from: str = key(
+        "scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl or a GPT-2's folder"
+    )
     always_save_checkpoint: bool = key(True, "False: save after an evaluation only if val loss fell")
     checkpoint_interval: int = key(
         0, "iterations between saves of ckpt.pt; 0: as always_save_checkpoint says", low=0
@@ -94,7 +96,7 @@ class TrainConfig(Config):
     decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
     schedule: str = key("cosine", "cosine; wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
     cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, a linear fall to min_lr", low=0, high=1)
-    keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, where a longer run can go on")
+    keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, from which a longer run can go on")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration that reaches min_lr, usually max_iters", low=0)
     min_lr: float = key(6e-5, "lowest learning rate, usually learning_rate / 10", low=0)
@@ -106,13 +108,13 @@ class TrainConfig(Config):
     compile: bool = key(True, "torch.compile the model: slower to start, then faster")
     compile_mode: str = key(
         "default",
-        "max-autotune-no-cudagraphs: tunes kernels for minutes; those of matmuls on 68 SMs or more",
+        "max-autotune-no-cudagraphs: tunes kernels for minutes; for matmuls, with 68 SMs or more",
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
         1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
     )
-    loss_chunks: int = key(0, "chunks of tokens for head and loss; 0: chosen if compiled, else one", low=0)
+    loss_chunks: int = key(0, "parts for head and loss: less memory; 0: chosen if compiled, else one", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
     backend: str = key("nccl", "how several GPUs communicate; CPUs use gloo", choices=("nccl", "gloo"))

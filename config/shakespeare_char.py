@@ -3,7 +3,7 @@
 # $ python prepare_fineweb.py --encoding=characters --out_dir=data/shakespeare_char \
 #       --input=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 # $ python train.py config/shakespeare_char.py
-# $ python sample.py
+# $ python sample.py --init_from=best
 # nanoGPT's README says 1.4697 for it, after about three minutes on one A100.
 # On a CPU, nanoGPT's smaller model, for which its README says 1.88 after about three minutes:
 # $ python train.py config/shakespeare_char.py --compile=False --block_size=64 --batch_size=12 --n_layer=4 \

@@ -43,8 +43,8 @@ def lower_batch_size(model, optimizers, cfg, machine):
         raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine.dtype, limit))
     if cfg.batch_size < asked:
         warn(
-            f"batch_size={asked} would take about {first_estimate / 1e9:,.1f} GB, and there are "
-            f"{has / 1e9:,.1f}; the same run starts with batch_size={cfg.batch_size}, "
+            f"batch_size={asked} would take about {first_estimate / 1e9:,.1f} GB, more than the "
+            f"{limit / 1e9:,.1f} that a run may try; the same run starts with batch_size={cfg.batch_size}, "
             f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
         )
     return needed

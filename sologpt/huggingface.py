@@ -81,7 +81,10 @@ def read_config(folder):
     model that is not our GPT-2, naming every value that differs."""
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{folder} is no model in Hugging Face's format: it has no config.json")
+        hint = ""
+        if os.path.exists(os.path.join(folder, "ckpt.pt")):
+            hint = f"; it is of a run of train.py: --init_from=resume --out_dir={folder}"
+        raise FileNotFoundError(f"{folder} is no model in Hugging Face's format: it has no config.json{hint}")
     theirs = read_json(path)
     if theirs.get("model_type") == remote_code.CONFIG["model_type"]:
         raise UserError(

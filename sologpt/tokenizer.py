@@ -198,7 +198,7 @@ def load_bpe(encoding):
     import tiktoken
 
     if encoding not in encoding_names():
-        names = ", ".join(["bytes", *encoding_names()])
+        names = ", ".join(["bytes", "characters (of prepare_fineweb.py)", *encoding_names()])
         raise UserError(f"encoding={encoding!r} is not known; use one of {names}")
     try:
         return tiktoken.get_encoding(encoding)
