@@ -373,7 +373,7 @@ def train(run):
         with run.stop.interrupts():  # Ctrl-C breaks off an iteration, which may take minutes
             for _ in range(accumulation // parallel.processes()):
                 step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
-        parallel.sum_gradients(run, step_loss)  # over all processes; with one, nothing to do
+        parallel.sum_gradients(run, step_loss)  # over all processes
         norm = update(run.model, run.optimizers, run.scaler, cfg.grad_clip)
         health.watch_update(run, step_loss, norm)  # counts skipped ones; too many end the run
         at.tokens_seen += cfg.tokens_per_iter
