@@ -487,7 +487,7 @@ def what_can_be_trained(cfg, argv, tell):
         best.keys["beta2"] = budget.BETA2
     with tempfile.TemporaryDirectory() as scratch:
         dataset = folder or random_dataset(scratch, cfg.block_size, tokenizer)
-        trial = run_trial(cfg, argv, best, dataset, scratch)
+        trial = run_trial(argv, best, dataset, scratch)
     if trial:
         as_tried = budget.as_tried(best, trial, seconds)
         plans[plans.index(best)] = as_tried
@@ -540,8 +540,13 @@ def speed_of(cfg, size, tell):
         status, row = run_row(dataclasses.replace(cfg, **changes), tell)
         print(f"n_embd={size.n_embd}, batch_size={batch_size}: {status}")
         if status == "measured":
-            seconds = [row[name] / 1e3 for name in ("micro_step_ms", "update_ms")]
-            return budget.Speed(batch_size, *seconds, row["first_micro_step_s"], row["peak_memory"])
+            return budget.Speed(
+                batch_size=batch_size,
+                micro_step=row["micro_step_ms"] / 1e3,
+                update=row["update_ms"] / 1e3,
+                first=row["first_micro_step_s"],
+                peak_memory=row["peak_memory"],
+            )
         batch_size //= 2
     return None
 
@@ -553,7 +558,7 @@ def recipe():
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), RECIPE)
 
 
-def run_trial(cfg, argv, plan, dataset, scratch):
+def run_trial(argv, plan, dataset, scratch):
     """Runs train.py itself, with a Plan's keys, for some seconds; its files go into scratch. Returns the
     Trial; None if it came to no iteration in that time."""
     enough = 3 * plan.speed.first + TRIAL_SECONDS

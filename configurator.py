@@ -76,7 +76,9 @@ def convert(value, field):
         except OverflowError:
             raise UserError(f"{field.name} is too large for a float") from None
     if type(value) is not field.type:
-        raise UserError(f"{field.name} needs {a(field.type)}, not {shown(value)} ({a(type(value))})")
+        raise UserError(
+            f"{field.name} needs {with_article(field.type)}, not {shown(value)} ({with_article(type(value))})"
+        )
     if field.type is int and abs(value) >= 2**63:
         raise UserError(f"{field.name} is too large: torch and numpy count up to 2**63 - 1")
     if field.type is float and not math.isfinite(value):
@@ -114,7 +116,7 @@ def parse(text, field):
         raise UserError(f"{field.name} is not UTF-8 text: {e.reason} at byte {e.start}") from None
     except (ValueError, KeyError):
         hint = "; write True or False" if field.type is bool else ""
-        raise UserError(f"{field.name} needs {a(field.type)}, not {text!r}{hint}") from None
+        raise UserError(f"{field.name} needs {with_article(field.type)}, not {text!r}{hint}") from None
 
 
 def unquote(text):
@@ -127,7 +129,8 @@ def unquote(text):
         return text
 
 
-def a(kind):
+def with_article(kind):
+    """Returns a type's name with its article: an int."""
     return f"an {kind.__name__}" if kind.__name__[0] in "aeiou" else f"a {kind.__name__}"
 
 

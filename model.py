@@ -48,7 +48,7 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v: equal in size
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v side by side
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model. Weights are fp32; run it under torch.autocast for bf16 or fp16 matmuls."""
+    """GPT-2. Weights are fp32; run it under torch.autocast for bf16 or fp16 matmuls."""
 
     softcap = None  # bound on the logits; None: unbounded
 
@@ -146,7 +146,7 @@ class GPT(nn.Module):
         """Returns (logits, loss) for idx, int64 (B, T) with T <= block_size.
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
-        one does not count: the mean cross-entropy in nats, and logits (B, T, V), None with loss_chunks or if
+        ignored: the mean cross-entropy in nats, and logits (B, T, V), None with loss_chunks or if
         compiled. Raises UserError if T > block_size.
         """
         B, T = idx.shape
@@ -240,7 +240,8 @@ class GPT(nn.Module):
 
     def next_logits(self, token, position, cache):
         """Returns the logits (B, V) after token at position, both int64 (B,), given the cache of the past."""
-        mask = torch.arange(cache[0][0].size(2), device=token.device) <= position.view(-1, 1, 1, 1)
+        L = cache[0][0].size(2)
+        mask = torch.arange(L, device=token.device) <= position.view(-1, 1, 1, 1)
         pasts = [sampling.Past(keys, values, position, mask) for keys, values in cache]
         x = self.hidden(token[:, None], position[:, None], pasts)
         return self.logits(x)[:, 0]
@@ -257,7 +258,7 @@ class GPT(nn.Module):
         """Returns the GPT-2 in a folder that transformers or save_pretrained wrote, or OpenAI's of that name.
 
         Names are those in huggingface.PRETRAINED; they are downloaded once. override_args may set dropout
-        (0.0) and a smaller block_size. Raises ValueError, naming what this model cannot represent, and
+        (0.0) and a smaller block_size. Raises UserError, naming what this model cannot represent, and
         OSError for files that are not there.
         """
         fields, weights = huggingface.read_folder(name, **(override_args or {}))
@@ -280,7 +281,7 @@ class GPT(nn.Module):
 # the modern architecture
 
 
-GATE = 12  # components of the embedding that the gate of smear reads, as in modded-nanogpt
+GATE = 12  # components of the embedding that smear_gate reads, as in modded-nanogpt
 
 
 def rms_norm(x):
@@ -291,7 +292,8 @@ def rms_norm(x):
 
 def rotate(x, cos, sin):
     """Returns x (B, T, H, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
-    the position, so that products of queries and keys depend on their distance. sin is (-sin, sin)."""
+    the position, so that products of queries and keys depend on their distance. cos and sin of the angles:
+    (B or 1, T, 1, D), the first half of sin negated."""
     halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses this, unlike cat
     return (x * cos + halves_swapped * sin).to(x.dtype)
 
@@ -304,8 +306,8 @@ class ModernAttention(CausalSelfAttention):
         self.has_ve = has_ve
 
     def forward(self, x, first_v, ve, cos, sin, past=None):
-        """Returns (B, T, C) and this block's own values, (B, T, H, D). first_v: those of the first block,
-        None there; ve: the tokens' value embeddings."""
+        """Returns (B, T, C) and this block's own values. These, first_v (of the first block; None there) and
+        ve (the tokens' value embeddings) are (B, T, H, D)."""
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
@@ -365,7 +367,7 @@ class ModernGPT(GPT):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wve=nn.Embedding(config.vocab_size, config.n_embd),
-                h=nn.ModuleList([ModernBlock(config, ve) for ve in have_ve]),
+                h=nn.ModuleList([ModernBlock(config, has_ve) for has_ve in have_ve]),
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -395,7 +397,7 @@ class ModernGPT(GPT):
         x = x0 = F.dropout(x, self.config.dropout, self.training)
         first_v = None
         ve = self.transformer.wve(idx).to(self.matmul_dtype()).unflatten(-1, (self.config.n_head, -1))
-        cos, sin = self.rotary[:, position].unsqueeze(3)  # each (B or 1, T, 1, D)
+        cos, sin = self.rotary[:, position].unsqueeze(3)
         for block, past in zip(self.transformer.h, pasts[:-1], strict=True):
             x, v = block(x, x0, first_v, ve, cos, sin, past)
             if first_v is None:

@@ -111,7 +111,8 @@ def load(cfg):
     """Returns (model, tokenizer, state) of what init_from names; state is None unless it is a checkpoint."""
     names = dict(resume="ckpt.pt", best="best.pt")
     if cfg.init_from not in names:
-        return *load_pretrained(cfg.init_from, cfg.encoding), None
+        model, tokenizer = load_pretrained(cfg.init_from, cfg.encoding)
+        return model, tokenizer, None
     name = names[cfg.init_from]
     if not cfg.out_dir:
         return load_checkpoint(newest(name, "name its --out_dir="))
@@ -137,13 +138,13 @@ def load_checkpoint(path):
     check_size(config)
     model = make_gpt(config)
     checkpoint.restore_model(model, state, path)
-    loss = ""
+    lowest = ""
     if "best_val_loss" in state:
-        loss = f", lowest val loss so far {float(state['best_val_loss']):.4f}"
+        lowest = f", lowest val loss so far {float(state['best_val_loss']):.4f}"
         best = checkpoint.about(os.path.join(os.path.dirname(path), "best.pt"))
         if best and best["iter_num"] != state.get("iter_num"):
-            loss += f", at iteration {best['iter_num']}: --init_from=best"
-    print(f"{path}: iteration {state.get('iter_num', '?')}{loss}", file=sys.stderr)
+            lowest += f", at iteration {best['iter_num']}: --init_from=best"
+    print(f"{path}: iteration {state.get('iter_num', '?')}{lowest}", file=sys.stderr)
     return model, tokenizer, state
 
 

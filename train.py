@@ -86,7 +86,7 @@ class TrainConfig(Config):
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "highest learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
-    max_minutes: float = key(0.0, "end after this many minutes, lr decayed to the end; 0: no limit", low=0)
+    max_minutes: float = key(0.0, "end after this many minutes, the schedule completed; 0: no limit", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
@@ -108,13 +108,13 @@ class TrainConfig(Config):
     compile: bool = key(True, "torch.compile the model: slower to start, then faster")
     compile_mode: str = key(
         "default",
-        "max-autotune-no-cudagraphs: tunes kernels for minutes; for matmuls, with 68 SMs or more",
+        "max-autotune-no-cudagraphs: minutes of tuning kernels; matmuls need 68 SMs or more",
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
         1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
     )
-    loss_chunks: int = key(0, "parts for head and loss: less memory; 0: chosen if compiled, else one", low=0)
+    loss_chunks: int = key(0, "chunks for head and loss: less memory; 0: chosen if compiled, else 1", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
     backend: str = key("nccl", "how several GPUs communicate; CPUs use gloo", choices=("nccl", "gloo"))
@@ -251,10 +251,10 @@ def micro_step(model, tokens, scaler, machine, accumulation):
 
 def update(model, optimizers, scaler, grad_clip):
     """Clips and applies the gradients if they are finite, and frees them. Returns their norm, a float."""
-    with fit.no_retry_if_out_of_memory():  # half of an update cannot be repeated
+    with fit.no_retry_if_out_of_memory():  # a half-done update cannot be repeated
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
-        # between unscaling and the steps: Muon's overwrites the gradients
+        # after unscaling, and before Muon's step overwrites the gradients
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = total_norm.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
         if norm > grad_clip > 0:  # else clipping would multiply by 1
@@ -325,14 +325,17 @@ def train(run):
     A request to stop, or running out of memory, leaves this function as an exception. That frees its frame,
     and with it all activations; run.progress and run.rng say where to continue.
     """
-    cfg, at, clock, machine = run.cfg, run.progress, run.clock, run.machine
+    cfg = run.cfg
+    at = run.progress
+    clock = run.clock
+    machine = run.machine
     run.rng = checkpoint.get_rng(machine.device)  # to go back to if memory runs out while compiling
     if cfg.compile:
         compile_passes(run)
     accumulation = cfg.gradient_accumulation_steps
     batches = micro_batches(run.train_data, at.iter_num * accumulation, cfg, machine.device)
     step_loss = torch.zeros((), device=machine.device)
-    gc.disable()  # collecting would halt the loop; evaluations do it
+    gc.disable()  # collecting would halt the loop; evaluate() collects
     clock.restart()
 
     while True:
@@ -352,13 +355,15 @@ def train(run):
         if cfg.eval_only:
             return
 
-        # save, not amid skipped updates: only here weights, run.rng and iter_num belong together
+        # save: only here weights, run.rng and iter_num belong together
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
         else:
             save_due = eval_due and (improved or cfg.always_save_checkpoint)
+        if at.iter_num == 0 or at.bad_in_row:
+            save_due = False  # nothing new, or amid skipped updates
         already_saved = run.files.saved_iter == at.iter_num and not improved
-        if (run.done or (save_due and at.iter_num > 0 and not at.bad_in_row)) and not already_saved:
+        if (save_due or run.done) and not already_saved:
             with clock.paused():
                 checkpoint.save_checkpoint(run)
         if cfg.keep_before_cooldown and at.iter_num == cfg.cooldown_start and not cfg.max_minutes:
@@ -445,8 +450,7 @@ def evaluate(run):
         text += f", {val_bpb:.4f} bits/byte"
     say(text)
     run.losses = dict(train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb)
-    figures = dict(run.losses, tokens=at.tokens_seen, elapsed=log.elapsed(run))
-    run.metrics.record("eval", at.iter_num, **figures)
+    run.metrics.record("eval", at.iter_num, **run.losses, tokens=at.tokens_seen, elapsed=log.elapsed(run))
     gc.collect()
     run.evaluated_iter = at.iter_num
     at.eval_seconds = time.perf_counter() - start
@@ -499,8 +503,7 @@ def model_config(cfg, fields):
 
 
 def prepare_model(model, cfg, machine):
-    """Moves the model to the device, and sets FP8, loss_chunks, 16-bit weights and torch.compile as the keys
-    say."""
+    """Moves the model to the device; sets FP8, loss_chunks, 16-bit weights and torch.compile by the keys."""
     model.loss_chunks = cfg.loss_chunks
     if cfg.matmul == "fp8":
         use_fp8(model, machine)

@@ -114,8 +114,8 @@ def load(path):
     """Returns the dict saved at path, by us or by nanoGPT, with its tensors on the CPU.
 
     Parameter names lose the prefixes of torch.compile and DDP, and the attention mask that nanoGPT kept among
-    them before torch 2.0 is left out. A model of the modern architecture from before 28 November
-    2026 gets zeros for the parts it lacks, which change nothing, and "earlier_version" in the state is True.
+    them before torch 2.0 is left out. A model of the modern architecture from before it had value embeddings
+    and smear gets zeros for these, which change nothing, and "earlier_version" in the state is True.
 
     Raises FileNotFoundError without a file, and UserError for one that is damaged (every tensor's checksum is
     compared) or not the checkpoint of a GPT.
@@ -335,7 +335,7 @@ def restore_optimizers(optimizers, state, path):
         kind = "AdamW"
         if name == "muon":
             kind = "Muon"
-            reason = " (as Muon's before 28 November 2026)"
+            reason = " (as that of earlier versions)"
         try:
             fits = moments_fit(saved, optimizer, state.get("steps"))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):  # it is built otherwise

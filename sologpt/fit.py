@@ -13,7 +13,7 @@ from sologpt.checkpoint import save_progress, set_rng
 from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, forget_compiled, total_memory
-from sologpt.memory import casts_bytes, memory_estimate, memory_needed
+from sologpt.memory import block_params, casts_bytes, memory_estimate, memory_needed
 
 
 def lower_batch_size(model, optimizers, cfg, machine):
@@ -137,7 +137,7 @@ def no_retry_if_out_of_memory():
 def check_size(config):
     """Raises UserError if the weights of a model with this GPTConfig cannot fit into this computer's memory,
     where they are made, before that is tried."""
-    params = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    params = block_params(config) + config.vocab_size * config.n_embd
     has = total_memory(torch.device("cpu"))
     if has and 4 * params > has:
         raise UserError(

@@ -187,7 +187,8 @@ class Machine:
 
 
 def find_machine(cfg):
-    """Returns the Machine for the keys device, dtype, peak_flops and compile, and sets torch up for it.
+    """Returns the Machine for the keys device, dtype, peak_flops and compile, and sets torch up for it. Where
+    Windows lacks what compiling needs, it warns and sets cfg.compile=False.
 
     Raises UserError for a device, dtype or compiler that is not available.
     """
@@ -466,7 +467,8 @@ def keep_activations(share):
 @contextlib.contextmanager
 def compiling():
     """Returns a context for the first pass through a compiled model: what torch raises there, often with a
-    page of traceback, becomes a UserError of one line, unless memory has run out."""
+    page of traceback, becomes a UserError of one line; a ValueError, and memory that runs out, pass as
+    they are."""
     try:
         yield
     except Exception as e:

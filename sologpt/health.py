@@ -11,7 +11,7 @@ from sologpt.display import say, warn
 from sologpt.errors import UserError
 
 RECENT = 100  # values that a spike is compared with
-FAR = 20  # how many times as far above their median as their ninth decile is
+FAR = 20  # a spike is this many times as far above the median as the ninth decile is
 
 
 class Recent:
@@ -34,7 +34,7 @@ class Recent:
 
 
 class RecentLosses(Recent):
-    least = 1.1  # from 3.3 to 3.7, for one: they vary little, and that of a uniform guess is only about 11
+    least = 1.1  # losses vary little: a rise from 3.3 to 3.7 may be a spike, and a uniform guess has only 11
 
 
 def watch_update(run, step_loss, norm):
@@ -45,11 +45,11 @@ def watch_update(run, step_loss, norm):
     finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     decisive = norm
     if finding_scale:
-        decisive = step_loss.item()
+        decisive = step_loss.item()  # waits for the GPU, as the scaler does
     if math.isfinite(decisive):
         at.bad_in_row = 0
         if math.isfinite(norm) and run.norms.spikes(norm):
-            point_out_spike(run, "gradient norm", norm, run.norms, loss=step_loss.item(), norm=norm)
+            point_out_spike(run, "gradient norm", norm, run.norms, step_loss.item(), norm)
         return
     at.bad_steps += 1
     at.bad_in_row += 1
@@ -69,13 +69,15 @@ def watch_loss(run, loss, norm):
     """Points out a loss far above those logged before. Losses between log lines are not read: that would wait
     for the GPU."""
     if math.isfinite(loss) and run.logged_losses.spikes(loss):
-        point_out_spike(run, "loss", loss, run.logged_losses, loss=loss, norm=norm)
+        point_out_spike(run, "loss", loss, run.logged_losses, loss, norm)
 
 
-def point_out_spike(run, name, value, recent, **figures):
-    """Says which sequences of the run were in an iteration with a spike; nothing else changes."""
+def point_out_spike(run, name, value, recent, loss, norm):
+    """Says which sequences of the run were in an iteration with a spike of the figure of that name; nothing
+    else changes."""
     it, S = run.progress.iter_num, run.cfg.sequences_per_iter
     middle = statistics.median(recent.values)
     first, last = it * S, (it + 1) * S - 1
     say(f"spike in iteration {it}: {name} {value:.4g}, recently {middle:.4g}; sequences {first} to {last}")
-    run.metrics.record("spike", it, figure=name, **figures, first_sequence=first, last_sequence=last)
+    figures = dict(figure=name, loss=loss, norm=norm, first_sequence=first, last_sequence=last)
+    run.metrics.record("spike", it, **figures)

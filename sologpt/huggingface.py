@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import os
 
@@ -342,7 +343,7 @@ def bpe_merges(ranks):
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
             i = min(range(len(pairs)), key=pairs.__getitem__)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:

@@ -1,5 +1,5 @@
 """
-What a run reports while it goes on: lines for the user, metrics.jsonl, and the time of its iterations.
+What a run reports while it runs: lines for the user, metrics.jsonl, and the time of its iterations.
 """
 
 import contextlib
@@ -47,6 +47,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
+        """Returns a context whose time does not count. Waits for the device first."""
         self.machine.synchronize()  # updates in flight belong to the clock, what follows does not
         start = time.perf_counter()
         yield
@@ -85,7 +86,9 @@ def rewind_metrics(path, iter_num, evaluates):
     there. An evaluation at iter_num, and its samples, stay if the run will not evaluate there again; returns
     its line as bytes, empty if there is none. Lines that cannot be read are dropped too; a last one that was
     cut short is no news, others are counted."""
-    kept, unreadable, evaluation = [], 0, b""
+    lines = []
+    unreadable = 0
+    evaluation = b""
     if os.path.exists(path):
         with open(path, "rb") as f:
             for line in f:
@@ -93,16 +96,16 @@ def rewind_metrics(path, iter_num, evaluates):
                 if iteration is None:
                     if line.endswith(b"\n"):
                         unreadable += 1
-                elif iteration < iter_num:
-                    kept.append(line.rstrip(b"\n") + b"\n")  # the last one may lack its end
-                elif iteration == iter_num and kind in ("eval", "sample") and not evaluates:
-                    kept.append(line.rstrip(b"\n") + b"\n")
-                    if kind == "eval":
-                        evaluation = line
+                    continue
+                stays = iteration == iter_num and kind in ("eval", "sample") and not evaluates
+                if iteration < iter_num or stays:
+                    lines.append(line.rstrip(b"\n") + b"\n")  # the last one may lack its end
+                if stays and kind == "eval":
+                    evaluation = line
     if unreadable:
         warn(f"{path}: {unreadable} lines that cannot be read are left out")
     with atomic_file(path) as f:
-        f.write(b"".join(kept))
+        f.write(b"".join(lines))
     return evaluation
 
 

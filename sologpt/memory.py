@@ -29,7 +29,7 @@ def memory_needed(
     allocator (docs/memory.md).
     """
     tokens = batch_size * config.block_size
-    of_blocks = 12 * config.n_layer * config.n_embd**2
+    of_blocks = block_params(config)
     of_head = config.vocab_size * config.n_embd
     recomputes = compile and activation_memory < 1
     activations = activation_bytes(config, tokens, dtype, compile, recomputes)
@@ -48,15 +48,20 @@ def memory_needed(
     sizes = dict(
         weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss
     )
-    return {name: round(bytes) for name, bytes in sizes.items()}
+    return {name: round(size) for name, size in sizes.items()}
 
 
 def casts_bytes(config, dtype):
     """Returns the bytes of what layers.cast_weights makes; in FP8 the blocks have layers of torchao's."""
     if dtype == "float32":
         return 0
-    blocks = 0 if dtype == "fp8" else 12 * config.n_layer * config.n_embd**2
+    blocks = 0 if dtype == "fp8" else block_params(config)
     return 2 * (blocks + config.vocab_size * config.n_embd)
+
+
+def block_params(config):
+    """Returns the number of weights in the blocks' matrices."""
+    return 12 * config.n_layer * config.n_embd**2
 
 
 def checkpoint_bytes(memory, keep_before_cooldown):

@@ -16,8 +16,8 @@ FAST_RATE = 4.0  # times learning_rate; in modded-nanogpt it is about that betwe
 
 
 def rate(name, p):
-    """Returns the factor on the learning rate of a parameter that AdamW trains, and so on its weight decay,
-    which AdamW multiplies by the rate.
+    """Returns the factor on the learning rate of a parameter that AdamW trains, hence also on its weight
+    decay, which AdamW multiplies by the rate.
 
     That of an untied head falls with the width, as in Yang et al. 2022 (https://arxiv.org/abs/2203.03466,
     table 3); learning_rate is meant for GPT-2's width, 768.
@@ -30,8 +30,8 @@ def rate(name, p):
 
 
 def adamw(named_params, weight_decay, learning_rate, betas, device_type, eps=1e-8):
-    """Returns fused AdamW, with a group for each rate, and in it for matrices, with weight_decay, and for
-    biases and norms, without. GPT-2 has these two."""
+    """Returns fused AdamW. For each rate it has a group of matrices, which decay, and one of biases and
+    norms, which do not; GPT-2 has one rate. eps: AdamW's."""
     members = collections.defaultdict(list)
     for name, p in named_params:
         members[rate(name, p), p.dim() >= 2].append(p)

@@ -78,7 +78,7 @@ def step(model, token, position, cache, noise, temperature, top_k, top_p):
 
 
 def check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengths):
-    """Raises UserError for what stream would stumble over, or take for something else."""
+    """Raises UserError for what stream would stumble over, or take for something else. Waits for the GPU."""
     B, T = idx.shape
     if idx.dtype not in (torch.int32, torch.int64):
         raise UserError(f"the prompt's ids are {idx.dtype}; they must be torch.int64 or torch.int32")
@@ -163,7 +163,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         yield text[:, : end + 1]
         if stop_token is not None:
             done |= token == stop_token
-            if done.all():
+            if done.all():  # waits for the GPU, at every token
                 break
     check_finite(finite, model.matmul_dtype())  # once, as it waits for the GPU
 

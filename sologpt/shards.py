@@ -360,8 +360,8 @@ def open_splits(folder, block_size, n_ids):
 
 
 def gaps(names):
-    """Returns names that lack between those of shards in order: a_000002.bin for a_000001.bin, a_000003.bin.
-    Of each gap the first five, to be shown."""
+    """Returns the names that are missing between those of shards in order: a_000002.bin between a_000001.bin
+    and a_000003.bin. Of each gap at most five, to be shown."""
     missing = []
     for name, following in itertools.pairwise(names):
         stem, number, ending = numbered(name)

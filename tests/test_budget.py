@@ -109,10 +109,9 @@ def test_keys_that_would_end_train_at_once_do_not_reach_the_trial(tmp_path, monk
         raise UserError("seen")
 
     monkeypatch.setattr("subprocess.run", failing)
-    cfg = configure(bench.BenchConfig, ["--hours=1", "--device=cpu"])
     plan = budget.plan(SMALL, FAST, 3600, 64, 8, 1)
     with pytest.raises(UserError, match="seen"):
-        bench.run_trial(cfg, ["--dry_run=True", "--eval_only=True"], plan, "data/toy", str(tmp_path))
+        bench.run_trial(["--dry_run=True", "--eval_only=True"], plan, "data/toy", str(tmp_path))
     trained = configure(TrainConfig, commands[0][2:])
     assert not trained.dry_run and not trained.eval_only
 
@@ -120,10 +119,9 @@ def test_keys_that_would_end_train_at_once_do_not_reach_the_trial(tmp_path, monk
 def test_a_trial_that_the_system_kills_says_so(tmp_path, monkeypatch):
     killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr("subprocess.run", lambda *args, **options: killed)
-    cfg = configure(bench.BenchConfig, ["--hours=1", "--device=cpu"])
     plan = budget.plan(SMALL, FAST, 3600, 64, 8, 1)
     with pytest.raises(UserError, match="train.py ended with exit status -9: no output"):
-        bench.run_trial(cfg, [], plan, "data/toy", str(tmp_path))
+        bench.run_trial([], plan, "data/toy", str(tmp_path))
 
 
 def test_the_command_for_the_recommended_recipe_is_one_that_train_takes():
