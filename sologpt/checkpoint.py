@@ -12,6 +12,7 @@ import errno
 import itertools
 import math
 import os
+import pickle
 import shutil
 import time
 import zipfile
@@ -130,8 +131,10 @@ def load(path):
     except Exception as e:  # torch and zipfile raise many kinds for a damaged or foreign file
         if out_of_memory(e):
             raise
-        reason = f"damaged or not one of ours: {first_line(e).partition(' (1)')[0]}"  # then: how to trust it
-        raise UserError(f"cannot read the checkpoint {path}, {reason}") from None
+        reason = first_line(e)
+        if isinstance(e, pickle.UnpicklingError):  # torch's text is how to load it all the same
+            reason = "it is no checkpoint of torch's, or holds objects that could run code"
+        raise UserError(f"cannot read the checkpoint {path}, damaged or not one of ours: {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise UserError(f"{path} is not a GPT checkpoint: it lacks 'model' or 'model_args'")
     check_types(state, path)

@@ -613,6 +613,16 @@ def test_an_altered_checkpoint_is_refused_in_one_line(run, trained, tiny, tmp_pa
     assert "ckpt.pt" in one_line_of(outcome) or str(value) in one_line_of(outcome)
 
 
+def test_torchs_advice_to_run_the_code_in_a_checkpoint_is_not_passed_on(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    torch.save(dict(model={}, model_args={}, more=torch.nn.Linear), path)
+    with pytest.raises(UserError, match="or holds objects that could run code$"):
+        checkpoint.load(path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="it is no checkpoint of torch's"):
+        checkpoint.load(path)
+
+
 def test_a_checkpoint_that_would_unpack_to_any_size_is_refused_unread(tmp_path):
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"")
