@@ -1089,7 +1089,7 @@ def test_many_copies_that_fill_the_validation_split_are_pointed_out(run, tmp_pat
     copied = min(texts_404, key=lambda text: hashlib.blake2b(text.encode(), digest_size=8).digest())
     write_jsonl(tmp_path / "a.jsonl", [*texts, *[copied] * 100])
     out = prepare(run, "--input=a.jsonl").stdout
-    assert re.search(r"note: validation should have \d+ tokens, and has more since equal documents", out)
+    assert re.search(r"note: validation needs \d+ tokens, and has more, since it takes whole documents", out)
     write_jsonl(tmp_path / "a.jsonl", texts)
     assert "note:" not in prepare(run, "--input=a.jsonl", "--out_dir=without").stdout
 

@@ -321,7 +321,9 @@ def interrupt(argv, cwd, at, number, *, times=1):
     """Runs train.py, sends it the signal when it logs iteration `at`; returns its output and exit status."""
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup and a shell's `&` have some signals ignored
     with subprocess.Popen(command, cwd=cwd, text=True, env=ENV, **pipes) as process:
+        signal.signal(number, before)
         seen = ""
         for line in process.stdout:
             seen += line
