@@ -112,7 +112,7 @@ class TrainConfig(Config):
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
-        1.0, "share of activations that a compiled model keeps; the rest is recomputed", above=0, high=1
+        1.0, "0.8 recomputes cheap activations of a compiled model instead of keeping them", low=0.8, high=1
     )
     loss_chunks: int = key(0, "chunks for head and loss: less memory; 0: chosen if compiled, else 1", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")

@@ -106,7 +106,7 @@ def no_room(params, optimizer, config, cfg, dtype, available):
         return f"{text}, so it should fit, but does not: try --loss_chunks=8, or {smaller}"
     levers = dict(loss_chunks=8)
     if total(**levers) > available and cfg.compile:
-        levers["activation_memory"] = min(0.8, cfg.activation_memory)
+        levers["activation_memory"] = 0.8
     if total(**levers) <= available:
         return f"{text}, enough with {' '.join(f'--{name}={value}' for name, value in levers.items())}"
     lengths = [T for T in range(64, config.block_size, 64) if total(T) <= available]

@@ -86,9 +86,9 @@ RECOMPUTED = 22  # and what recomputing a block takes
 def activation_bytes(config, tokens, dtype, compile, recomputes):
     """Returns the bytes that the blocks keep for the backward pass, without what is CHEAP if it recomputes.
 
-    Any activation_memory below 1 counts as 0.8: below that what torch keeps jumps from size to size, and is
-    more as often as less. Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198, section 4.1) count 34
-    bytes in 16 bits, without attention's scores, which fused attention does not keep.
+    An activation_memory of 0.8, 0.9 or 0.99 keeps the same. Korthikanti et al. 2022
+    (https://arxiv.org/abs/2205.05198, section 4.1) count 34 bytes in 16 bits, without attention's scores,
+    which fused attention does not keep.
     """
     size = bytes_of(dtype)
     C, layers = config.n_embd, config.n_layer

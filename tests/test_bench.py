@@ -165,6 +165,10 @@ def test_the_command_keeps_what_was_asked_for_and_drops_what_is_of_the_benchmark
             "--sweep_activation_memory=1.5",
             "sweep_activation_memory: activation_memory must be at most 1, not 1.5",
         ),
+        (
+            "--sweep_activation_memory=0.5",
+            "sweep_activation_memory: activation_memory must be at least 0.8, not 0.5",
+        ),
         ("--sweep_loss_chunks=2,,4", "sweep_loss_chunks: loss_chunks needs an int, not ''"),
         ("--profile=True --json=x.json", "profile lists operations at one batch_size: leave json out"),
         ("--sweep_loss_chunk=2", "unknown key 'sweep_loss_chunk' (did you mean 'sweep_loss_chunks'?)"),
