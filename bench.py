@@ -113,7 +113,7 @@ class BenchConfig(TrainConfig):
         if name == "batch_size":
             self.check_sizes(values)
         if name == "activation_memory" and text and not self.compile and values != [1]:
-            raise UserError("activation_memory acts through torch.compile only; set compile=True")
+            raise UserError("activation_memory needs torch.compile: set compile=True")
         return values
 
     def sizes_around(self):

@@ -111,7 +111,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if type(self) is GPT and config.arch == "modern":
-            raise UserError("arch='modern' is ModernGPT's; make_gpt(config) makes either")
+            raise UserError("arch='modern' needs ModernGPT: use make_gpt(config)")
         self.config = config
         self.loss_chunks = 0  # as in train.py; not in config: it changes how, not what, is computed
         self.make_layers(config)
@@ -159,7 +159,7 @@ class GPT(nn.Module):
         chunks = self.loss_chunks
         if not chunks and torch.compiler.is_compiling():  # uncompiled, F.cross_entropy is faster
             chunks = suitable_chunks(B * T, self.config.vocab_size)
-        if chunks:  # always if compiled: whoever changes the loss changes chunk_loss too
+        if chunks:  # always if compiled: change the loss in chunk_loss too
             x = x.view(B * T, -1).to(self.matmul_dtype())
             return None, chunked_cross_entropy(x, self.lm_head, targets, chunks, self.softcap)
         logits = self.logits(x)
@@ -239,7 +239,7 @@ class GPT(nn.Module):
         return self.logits(x[torch.arange(len(x), device=x.device), last])
 
     def next_logits(self, token, position, cache):
-        """Returns the logits (B, V) after token at position, both int64 (B,), given the cache of the past."""
+        """Returns the logits (B, V) after token at position, both int64 (B,), which joins the cache."""
         L = cache[0][0].size(2)
         mask = torch.arange(L, device=token.device) <= position.view(-1, 1, 1, 1)
         pasts = [sampling.Past(keys, values, position, mask) for keys, values in cache]
@@ -280,7 +280,6 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # the modern architecture
 
-
 GATE = 12  # components of the embedding that smear_gate reads, as in modded-nanogpt
 
 
@@ -306,8 +305,8 @@ class ModernAttention(CausalSelfAttention):
         self.has_ve = has_ve
 
     def forward(self, x, first_v, ve, cos, sin, past=None):
-        """Returns (B, T, C) and this block's own values. These, first_v (of the first block; None there) and
-        ve (the tokens' value embeddings) are (B, T, H, D)."""
+        """Returns (B, T, C) and first_v, the values of the first block (given as None there). first_v and ve,
+        the tokens' value embeddings, are (B, T, H, D)."""
         q, k, v = self.qkv(x)
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
@@ -316,7 +315,7 @@ class ModernAttention(CausalSelfAttention):
         mixed = self.v_mix[0] * v + self.v_mix[1] * first_v
         if self.has_ve:
             mixed = mixed + ve
-        return self.attend(q, k, mixed, past), v
+        return self.attend(q, k, mixed, past), first_v
 
 
 class ModernMLP(MLP):
@@ -333,11 +332,11 @@ class ModernBlock(nn.Module):
         self.x_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # shares of the residual stream and the embedding
 
     def forward(self, x, x0, first_v, ve, cos, sin, past=None):
-        """Returns the residual stream (B, T, C) after this block, and its values; x0 is the embedding."""
+        """Returns the residual stream (B, T, C) after this block, and first_v; x0 is the embedding."""
         x = self.x_mix[0] * x + self.x_mix[1] * x0
-        y, v = self.attn(rms_norm(x), first_v, ve, cos, sin, past)
+        y, first_v = self.attn(rms_norm(x), first_v, ve, cos, sin, past)
         x = x + y
-        return x + self.mlp(rms_norm(x)), v
+        return x + self.mlp(rms_norm(x)), first_v
 
 
 class ModernGPT(GPT):
@@ -363,13 +362,10 @@ class ModernGPT(GPT):
     def make_layers(self, config):
         # every other block, counted from the last
         have_ve = [(config.n_layer - 1 - i) % 2 == 0 for i in range(config.n_layer)]
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wve=nn.Embedding(config.vocab_size, config.n_embd),
-                h=nn.ModuleList([ModernBlock(config, has_ve) for has_ve in have_ve]),
-            )
-        )
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer.wve = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer.h = nn.ModuleList([ModernBlock(config, has_ve) for has_ve in have_ve])
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.smear = nn.Parameter(torch.zeros(1))
         self.smear_gate = nn.Parameter(torch.zeros(min(GATE, config.n_embd)))
@@ -399,9 +395,7 @@ class ModernGPT(GPT):
         ve = self.transformer.wve(idx).to(self.matmul_dtype()).unflatten(-1, (self.config.n_head, -1))
         cos, sin = self.rotary[:, position].unsqueeze(3)
         for block, past in zip(self.transformer.h, pasts[:-1], strict=True):
-            x, v = block(x, x0, first_v, ve, cos, sin, past)
-            if first_v is None:
-                first_v = v
+            x, first_v = block(x, x0, first_v, ve, cos, sin, past)
         return rms_norm(x)
 
     def embed(self, idx, position, past):
@@ -411,7 +405,7 @@ class ModernGPT(GPT):
         share = (self.smear * gate).unsqueeze(-1)
         if past is not None:
             return x + share * (position > 0).unsqueeze(-1) * past.before(x)
-        # torch.compile stores the result of cat; a sum it would compute again in every block
+        # torch.compile stores the result of cat, but recomputes a sum in every block
         return torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), dim=1)
 
     def looked_up(self):

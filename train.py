@@ -4,9 +4,9 @@ Train a GPT on one GPU (or CPU).
     python train.py config/fineweb_125m.py --batch_size=16 --gradient_accumulation_steps=32
     torchrun --standalone --nproc_per_node=4 train.py config/fineweb_125m.py  # on four GPUs
 
-Reads token files from data/<dataset> and writes into out_dir: ckpt.pt (the newest complete state, to resume
+Reads token files from data/<dataset>. Writes into out_dir: ckpt.pt (the newest complete state, to resume
 from), ckpt_prev.pt (the one before), best.pt (weights with the lowest validation loss) and metrics.jsonl
-(every figure of the log).
+(the log's figures). An earlier run there is moved to earlier-1/.
 
 Ctrl-C or SIGTERM drops the unfinished iteration, saves, and prints the command that continues.
 """
@@ -52,9 +52,9 @@ class TrainConfig(Config):
     # files
     out_dir: str = key("out", "folder to write into")
     init_from: str = key(
-        "scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl or a GPT-2's folder"
+        "scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl or a GPT-2 folder"
     )
-    always_save_checkpoint: bool = key(True, "False: save after an evaluation only if val loss fell")
+    always_save_checkpoint: bool = key(True, "False: save only at a new lowest val loss")
     checkpoint_interval: int = key(
         0, "iterations between saves of ckpt.pt; 0: as always_save_checkpoint says", low=0
     )
@@ -84,9 +84,9 @@ class TrainConfig(Config):
     bias: bool = key(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has")
     # optimizer
     optimizer: str = key("adamw", "muon: Muon for the blocks, AdamW for the rest", choices=("adamw", "muon"))
-    learning_rate: float = key(6e-4, "highest learning rate", low=0)
+    learning_rate: float = key(6e-4, "peak learning rate", low=0)
     max_iters: int = key(600000, "iterations (optimizer updates) of the whole run", low=0)
-    max_minutes: float = key(0.0, "end after this many minutes, the schedule completed; 0: no limit", low=0)
+    max_minutes: float = key(0.0, "finish run and schedule within this many minutes; 0: no limit", low=0)
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and LayerNorm have none", low=0)
     beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
     beta2: float = key(0.95, "decay of the mean of squared gradients", low=0, below=1)
@@ -95,7 +95,7 @@ class TrainConfig(Config):
     # learning rate schedule
     decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
     schedule: str = key("cosine", "cosine; wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
-    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, a linear fall to min_lr", low=0, high=1)
+    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters: linear fall to min_lr", low=0, high=1)
     keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, from which a longer run can go on")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration that reaches min_lr, usually max_iters", low=0)
@@ -114,7 +114,7 @@ class TrainConfig(Config):
     activation_memory: float = key(
         1.0, "0.8 recomputes cheap activations of a compiled model instead of keeping them", low=0.8, high=1
     )
-    loss_chunks: int = key(0, "chunks for head and loss: less memory; 0: chosen if compiled, else 1", low=0)
+    loss_chunks: int = key(0, "chunks of the loss: less memory; 0: chosen if compiled, else none", low=0)
     auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
     backend: str = key("nccl", "how several GPUs communicate; CPUs use gloo", choices=("nccl", "gloo"))
@@ -148,12 +148,12 @@ class TrainConfig(Config):
         if self.wandb_log and self.tracker not in ("", "wandb"):
             found.append(f"wandb_log=True means tracker='wandb', not {self.tracker!r}; leave one of them out")
         if 0 < self.peak_flops < 1e9:
-            found.append(f"peak_flops={self.peak_flops:g} is in FLOP/s, as in 312e12")
+            found.append(f"peak_flops={self.peak_flops:g} must be in FLOP/s, like 312e12")
         for name, off in (("compile_mode", "default"), ("activation_memory", 1.0)):
             value = getattr(self, name)
             if not self.compile and value != off:
-                text = f"{name}={value!r} acts through torch.compile only"
-                found.append(f"{text}; set compile=True, or {name}={off!r}")
+                text = f"{name}={value!r} needs torch.compile"
+                found.append(f"{text}: set compile=True, or {name}={off!r}")
         if problem := resume.init_from_problem(self.init_from):
             found.append(problem)
         return found
@@ -173,7 +173,7 @@ def get_lr(it, cfg, time_used=0.0):
     if not cfg.decay_lr:
         return cfg.learning_rate
     if it < cfg.warmup_iters:
-        # a tenth of the time at most, but ten iterations
+        # at most a tenth of the time, at least ten iterations
         warm = max((it + 1) / (cfg.warmup_iters + 1), min(10 * time_used, (it + 1) / 10))
         if warm < 1:
             return cfg.learning_rate * warm
@@ -250,14 +250,14 @@ def micro_step(model, tokens, scaler, machine, accumulation):
 
 
 def update(model, optimizers, scaler, grad_clip):
-    """Clips and applies the gradients if they are finite, and frees them. Returns their norm, a float."""
+    """Clips and applies the gradients if they are finite, and frees them. Returns the unclipped norm."""
     with fit.no_retry_if_out_of_memory():  # a half-done update cannot be repeated
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
         # after unscaling, and before Muon's step overwrites the gradients
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = total_norm.item()  # waits for the GPU, once an iteration; in fp16 the scaler does too
-        if norm > grad_clip > 0:  # else clipping would multiply by 1
+        if 0 < grad_clip < norm:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total_norm)
         if math.isfinite(norm):
             for optimizer in optimizers.values():
@@ -304,7 +304,7 @@ class Run:
     memory: dict = None  # the estimate, in bytes
     # how far it is
     progress: Progress = dataclasses.field(default_factory=Progress)
-    started: float = dataclasses.field(default_factory=time.perf_counter)  # had it never been stopped
+    started: float = dataclasses.field(default_factory=time.perf_counter)  # less earlier sessions' time
     first_iter: int = 0  # where this process began
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
@@ -355,7 +355,7 @@ def train(run):
         if cfg.eval_only:
             return
 
-        # save: only here weights, run.rng and iter_num belong together
+        # save: until the update, weights, run.rng and iter_num agree
         if cfg.checkpoint_interval:
             save_due = at.iter_num % cfg.checkpoint_interval == 0
         else:
@@ -516,6 +516,7 @@ def prepare_model(model, cfg, machine):
 
 def set_up(cfg, machine):
     """Returns the Run that the keys ask for. Raises UserError or OSError if they cannot be met."""
+    started = time.perf_counter()
     torch.manual_seed(cfg.seed)
     files = checkpoint.RunFiles(cfg.out_dir)
 
@@ -556,13 +557,14 @@ def set_up(cfg, machine):
     prepare_model(model, cfg, machine)
     optimizers = optim.make_optimizers(model, cfg, machine.device)
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
+    run.started = started
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if state:
         resume.restore(run, state, data_changed)  # weights, moments, progress
         resume.warn_of_changes(cfg, machine, state, get_lr)
     elif not cfg.eval_only:
         optim.allocate_moments(optimizers)
-    run.memory = fit.lower_batch_size(model, optimizers, cfg, machine)  # if the estimate is too high
+    run.memory = fit.lower_batch_size(model, optimizers, cfg, machine)  # if it would not fit
     resume.check_alike(run)  # across processes
     return run
 
@@ -602,7 +604,7 @@ def main(argv):
         run.clock = log.Clock(machine)
         run.bar = log.progress_bar(cfg, run.progress.iter_num)
         run.stop = StopRequest("stopping; Ctrl-C again leaves without saving")
-        run.metrics = log.open_metrics(run)
+        run.metrics = log.prepare_out_dir(run)
         with contextlib.closing(run.metrics), run.stop, run.bar:
             train_until_it_fits(run)
             finish(run, argv)

@@ -3,7 +3,7 @@ What would the recipe gain from parts that others found worth their lines, and l
 
     python benchmarks/candidates.py --dataset=text_100m --size=3m --jobs=2
 
-Twenty-one candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is
+Twenty-three candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is
 on in half of the runs and off in half, with every other one as often on as off. The difference of both means
 is its effect, measured with all runs; effects of two candidates on each other do not mix into it (a
 folded-over Hadamard design of resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, chapter
@@ -57,6 +57,8 @@ CANDIDATES = dict(
     falling_decay="weight decay falls as the learning rate does",
     averaged="evaluated with a mean of the weights, of about the last 20 iterations",
     long_skip="the stream after the first third of the blocks also goes into the last third",
+    final_rate="cooldown to 0.05 of the learning rate instead of 0",
+    ramp="in the first third of the run two updates from each batch, from half of its sequences each",
     pairs="a vector of each pair of neighbours, from a hash table of 5 V rows, in the embedding",
 )
 
@@ -152,8 +154,10 @@ class Attention(ModernAttention):
         q = rotate(rms_norm(q), cos, sin)
         k = rotate(rms_norm(k), cos, sin)
         mixed = v
+        if first_v is None:
+            first_v = v
         if "no_value_shortcut" not in self.parts:
-            mixed = self.v_mix[0] * v + self.v_mix[1] * (v if first_v is None else first_v)
+            mixed = self.v_mix[0] * v + self.v_mix[1] * first_v
         if self.has_ve:
             mixed = mixed + ve
         scale = 0.12 if "scale" in self.parts else None
@@ -161,7 +165,7 @@ class Attention(ModernAttention):
         y = F.scaled_dot_product_attention(q, k, mixed, is_causal=True, scale=scale).transpose(1, 2)
         if "gate" in self.parts:
             y = y * (2 * self.gate(x[..., :GATE]).sigmoid()).unsqueeze(-1)
-        return self.c_proj(y.flatten(2)), v
+        return self.c_proj(y.flatten(2)), first_v
 
 
 class Candidate(ModernGPT):
@@ -294,6 +298,8 @@ class Ours(compare_modded.Ours):
             keys.cooldown_frac = 0.4
         if "no_warmup" in self.parts:
             keys.warmup_iters = 0
+        if "final_rate" in self.parts:
+            keys.min_lr = 0.05 * keys.learning_rate
         self.optimizers = self.make_optimizers(keys, machine)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
         self.keys = keys
@@ -330,7 +336,8 @@ class Ours(compare_modded.Ours):
         if "falling_decay" in self.parts:
             self.scale_decay(lr / self.keys.learning_rate)
         tokens = [next(batches) for _ in range(accumulation)]
-        if "half_batch" in self.parts:
+        ramps = "ramp" in self.parts and it < self.keys.max_iters / 3
+        if ramps or "half_batch" in self.parts:
             halves = [half for batch in tokens for half in batch.chunk(2)]
             self.learn(halves[:accumulation])
             self.learn(halves[accumulation:])

@@ -59,18 +59,25 @@ SIZES = {  # parameters of the blocks; the vocabulary comes on top
     "1m": "--n_layer=4 --n_embd=128 --block_size=128 --batch_size=16 --gradient_accumulation_steps=1",
     "3m": "--n_layer=4 --n_embd=256 --block_size=256 --batch_size=16 --gradient_accumulation_steps=1",
     "10m": "--n_layer=6 --n_embd=384 --block_size=256 --batch_size=32 --gradient_accumulation_steps=1",
+    "short": "--n_layer=12 --n_embd=768 --block_size=1024 --batch_size=8 --gradient_accumulation_steps=16",
     "gpu": "--n_layer=12 --n_embd=768 --block_size=1024 --batch_size=64 --gradient_accumulation_steps=8",
 }
 CONFIGS = dict(ours="config/fineweb_125m_fast.py", gpt2="config/fineweb_125m.py")
 HEAD = dict(ours=128, gpt2=64, peer=128)  # components of a head
 WARMUP = 5  # iterations that are not timed
+RECIPE = "arch optimizer learning_rate beta1 beta2 weight_decay grad_clip schedule cooldown_frac warmup_iters"
+RECIPE = (*RECIPE.split(), "min_lr")  # keys of the recipe: runs with other ones do not compare
 
 
 @dataclass
 class CompareConfig(Config):
     modded: str = key("", "checkout of modded-nanogpt")
     dataset: str = key("text_100m", "folder of token files with GPT-2's ids: one under data/, or a path")
-    size: str = key("3m", "size of the models; gpu: 124M", choices=tuple(SIZES))
+    size: str = key(
+        "3m",
+        "size of the models; gpu: 124M; short: 124M with a quarter of the tokens an iteration",
+        choices=tuple(SIZES),
+    )
     vocab: int = key(8192, "keep the most frequent ids, all others become one; 0: all, as for a GPU", low=0)
     iters: int = key(600, "iterations of a whole run", low=10)
     models: str = key("peer,ours,gpt2", "which of the three, with commas between them")
@@ -334,13 +341,18 @@ class Results:
         described = asdict(cfg)
         same = ("dataset", "size", "vocab", "eval_windows", "dtype", "compile", "gpt2_learning_rate")
         about = {name: described[name] for name in same if name in described}
+        keys = keys_of(cfg, Run("ours", rate=1.0, iters=1000, seed=1))
+        about["recipe"] = {name: getattr(keys, name) for name in RECIPE}
         machine = dict(python=platform.python_version(), torch=torch.__version__, cores=os.cpu_count())
         self.content = dict(about=about, machine=machine, runs=[])
         if os.path.exists(cfg.json):
             with open(cfg.json, encoding="utf-8") as f:
                 self.content = json.load(f)
             if self.content["about"] != about:
-                raise UserError(f"{cfg.json} holds runs of other settings; name another file with --json=")
+                raise UserError(
+                    f"{cfg.json} holds runs of other settings or of another recipe; name another file with "
+                    "--json="
+                )
 
     def of(self, run):
         found = [entry for entry in self.content["runs"] if entry.items() >= asdict(run).items()]
@@ -356,8 +368,14 @@ class Results:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.cfg.jobs, spawn, torch.set_num_threads, [1]) as pool:
             futures = {pool.submit(self.train, self.cfg, run): run for run in missing}
+            failed = []
             for future in as_completed(futures):
-                self.keep(futures[future], future.result())
+                if future.exception():
+                    failed.append(f"{futures[future]}: {future.exception()}")
+                else:
+                    self.keep(futures[future], future.result())
+        if failed:  # the results of the others are kept
+            raise UserError("\n".join(failed))
 
     def keep(self, run, entry):
         self.content["runs"].append(entry)

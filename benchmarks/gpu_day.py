@@ -3,44 +3,57 @@ All that is to be measured on a GPU, in the order of its worth: one command for 
 
     python benchmarks/gpu_day.py [--minutes=9] [--dataset=fineweb] [--nanogpt=../nanoGPT]
 
-The stages are smoke (does training work there: bf16, fp16, stop and resume, a micro-batch that does not fit),
-tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours), recipe (candidates.py, and
-compare_modded.py), learning (GPT-2 with AdamW and the recipe on equal data), sampling, and profile. Each runs
-in processes of its own; one that fails or takes too long is a row of the table, and the next one runs. The
-figures are written to a JSON file after each stage, and the same command goes on with the stages that are
-missing there. Without --dataset, the text is Python's own library as bytes. docs/measuring.md says how to
-read the results. It needs Linux or WSL.
+The stages are smoke (does training work there: in 16 bits, stopped and resumed, with micro-batches that do
+not fit), tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours), learning (GPT-2 with AdamW,
+the recipe and modded-nanogpt's baseline on equal data), sampling, profile, and recipe (small models:
+compare_modded.py and candidates.py). A stage has parts, each in processes of its own with a limit of time;
+one that fails or takes too long is a row of the table, and the next one runs. The figures are written to a
+JSON file after each part; the same command goes on with the parts that are missing there, then with those
+that failed. Without --dataset, the text is Python's own library as bytes. docs/measuring.md says how to read
+the results. It needs Linux or WSL.
 """
 
-import dataclasses
+import importlib.util
 import json
+import math
 import os
+import platform
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from bench import driver_version
 from configurator import Config, from_command_line, key, run_script
+from model import GPT, GPTConfig
 from sologpt import hardware
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
+from sologpt.fp8 import has_fp8
+from sologpt.memory import memory_needed
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STAGES = ("smoke", "tests", "speed", "learning", "sampling", "profile", "recipe")
 ITER = re.compile(
     r"^iter (\d+): loss ([\d.]+|nan|inf), time ([\d.]+)ms, mfu (?:([\d.]+)%|n/a),.* ([\d,]+) tok/s"
 )
-VAL = re.compile(r"^step (\d+): train loss \S+, val loss ([\d.]+|nan|inf)")
 SMALLER = re.compile(r"(?:from iteration \d+ on|starts with) batch_size=(\d+)")
+SEQUENCES = 512  # of an iteration in the speed stage
+SHORT_ITERATION = 131072  # tokens of an iteration in the learning stage
 
 
 @dataclass
@@ -53,68 +66,117 @@ class Size:
     too_large: int  # a micro-batch that should not fit
     sampled: tuple  # sequences at once
     new_tokens: int
-    learned: list  # flags of the recipe stage
+    learned: str  # size of compare_modded.py's models in the learning stage
+    small: list  # flags of the recipe stage
 
 
 TINY = "--n_layer=2 --n_head=1 --n_embd=128 --block_size=64 --compile=False".split()
-LEARNED = "--size=tiny --iters=10 --eval_windows=32".split()
 FAST, QUICK = "config/fineweb_125m_fast.py", "config/quickstart.py"
 SIZES = {
     "124m": Size(
-        "config/fineweb_125m.py", FAST, [], (8, 16, 32, 64), 128, 512, (8, 64), 128, ["--compile=True"]
+        gpt2="config/fineweb_125m.py",
+        modern=FAST,
+        flags=[],
+        batch_sizes=(8, 16, 32, 64),
+        in_turn=128,
+        too_large=512,
+        sampled=(8, 64),
+        new_tokens=128,
+        learned="short",
+        small=["--compile=True"],
     ),
-    "tiny": Size(QUICK, QUICK, TINY, (2, 4), 4, 4, (2,), 4, LEARNED),
+    "tiny": Size(
+        gpt2=QUICK,
+        modern=QUICK,
+        flags=TINY,
+        batch_sizes=(2, 4),
+        in_turn=4,
+        too_large=4,
+        sampled=(2,),
+        new_tokens=4,
+        learned="tiny",
+        small="--size=tiny --iters=10 --eval_windows=32".split(),
+    ),
 }
 
 
 @dataclass
 class DayConfig(Config):
-    minutes: float = key(9.0, "time for all stages; one that would begin later is left out", above=0)
+    minutes: float = key(9.0, "time for all stages; a part that would begin later is left out", above=0)
     dataset: str = key("", "folder of token files: one under data/, or a path; empty: Python's own library")
     nanogpt: str = key("", "checkout of nanoGPT to compare with; empty: leave it out")
     modded: str = key("", "checkout of modded-nanogpt to compare with; empty: leave it out")
     batch_sizes: str = key("", "micro-batches of the speed stage, as in 16,64; empty: 8,16,32,64")
-    stages: str = key("smoke,tests,speed,recipe,learning,sampling,profile", "which, with commas between them")
+    stages: str = key(",".join(STAGES), "which, with commas between them")
     size: str = key("124m", "124m, or tiny to try this file without a GPU", choices=tuple(SIZES))
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
-    out_dir: str = key("out-gpu-day", "folder for the runs")
+    out_dir: str = key("out-gpu-day", "folder for the runs, which are removed when they are done")
     json: str = key("", "file of the figures; empty: benchmarks/results/gpu_day_NAME_OF_THE_CARD.json")
 
     def problems(self):
         found = []
-        unknown = set(self.stages.split(",")) - STAGES.keys()
+        unknown = set(self.stages.split(",")) - set(STAGES)
         if unknown:
             found.append(f"stages has {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
         if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.batch_sizes):
             found.append(f"batch_sizes={self.batch_sizes!r} must be positive numbers with commas between")
         if not os.path.isdir(os.path.dirname(self.json) or "."):
             found.append(f"json={self.json!r}: there is no such folder")
+        for name, file in (("nanogpt", "model.py"), ("modded", "records")):
+            folder = getattr(self, name)
+            if folder and not os.path.exists(os.path.join(folder, file)):
+                found.append(f"{name}={folder!r} has no {file}; give a checkout")
         return found
 
 
 class Failed(Exception):
-    """A process that ended with an error, or was stopped as the time was up; the message is a row's text."""
+    """A process that ended with an error or took too long, or figures that are not as they should be. The
+    message is a row's text."""
+
+
+class OutOfTime(Failed):
+    """The time of the whole day was up."""
+
+
+@dataclass
+class Part:
+    stage: str
+    name: str
+    minutes: float  # it is stopped after these
+    work: Callable  # work(day, figures, sentences) fills both, so that a failure loses nothing of them
+
+    @property
+    def title(self):
+        return f"{self.stage}: {self.name}"
+
+
+# -----------------------------------------------------------------------------
+# processes
 
 
 class Day:
-    """What the stages share: where the runs and the data are, and how much time is left."""
+    """What the parts share: where the runs and the data are, and how much time is left."""
 
-    def __init__(self, cfg, device):
+    def __init__(self, cfg, device, entries):
         self.cfg = cfg
         self.device = device
+        self.entries = entries  # {title: what is in the JSON file}
         self.size = SIZES[cfg.size]
+        self.batch_sizes = self.size.batch_sizes
         if cfg.batch_sizes:
-            batch_sizes = tuple(int(size) for size in cfg.batch_sizes.split(","))
-            self.size = dataclasses.replace(self.size, batch_sizes=batch_sizes)
+            self.batch_sizes = tuple(int(size) for size in cfg.batch_sizes.split(","))
+        self.dtype, _ = hardware.pick_dtype("", device)
         self.end = time.monotonic() + 60 * cfg.minutes
-        self.dataset = os.path.abspath(os.path.join(cfg.out_dir, "data"))
+        self.end_of_part = self.end
+        self.dataset = os.path.join(cfg.out_dir, "data")
 
     def seconds_left(self):
-        return self.end - time.monotonic()
+        return self.end_of_part - time.monotonic()
 
     def run(self, script, *argv, on_line=None, **env):
         """Runs a script of this project, or a module after -m; returns (stdout, stderr, exit status). Each
-        line of stdout is given to on_line with the process. Raises Failed if the time is up."""
+        line of stdout is given to on_line with the process. Raises Failed, with the last lines, if it takes
+        too long."""
         if not script.startswith("-m"):
             script = os.path.join(ROOT, script)
         command = [sys.executable, *script.split(" "), *argv]
@@ -125,15 +187,22 @@ class Day:
             reader.start()
             timer = threading.Timer(max(self.seconds_left(), 1), kill_group, [process])
             timer.start()
-            for line in process.stdout:
-                lines.append(line)
-                if on_line:
-                    on_line(process, line)
-            reader.join()
-        late = not timer.is_alive()
-        timer.cancel()
+            try:
+                for line in process.stdout:
+                    lines.append(line)
+                    if on_line:
+                        on_line(process, line)
+                reader.join()
+            except BaseException:  # a Ctrl-C, too: the process is in a session of its own and does not get it
+                kill_group(process)
+                raise
+            finally:
+                late = not timer.is_alive()
+                timer.cancel()
         if late:
-            raise Failed(f"stopped as the time was up: {os.path.basename(script)} {shlex.join(argv)}")
+            kind = OutOfTime if self.end_of_part == self.end else Failed
+            last = " ".join((lines + errors)[-1:]).strip()
+            raise kind(f"{os.path.basename(script)} {shlex.join(argv)} was stopped; its last line: {last}")
         return "".join(lines), "".join(errors), process.returncode
 
     def checked(self, script, *argv, **options):
@@ -144,38 +213,49 @@ class Day:
             raise Failed(f"{os.path.basename(script)} {shlex.join(argv)} ended with {status}: {last}")
         return out, err
 
-    def train(self, name, config, iters, *argv, stop_at=None):
-        """Runs train.py in out_dir/name, stopped by Ctrl-C at iteration stop_at; returns its figures."""
+    def measured(self, script, *argv):
+        """As checked, but returns what the script writes to its --json."""
+        path = os.path.join(self.cfg.out_dir, "figures.json")
+        self.checked(script, *argv, f"--device={self.device}", f"--json={path}")
+        with open(path) as f:
+            return json.load(f)
+
+    def train(self, iters, *argv, stop_at=None):
+        """Runs train.py with GPT-2's config, stopped by Ctrl-C at iteration stop_at; returns its figures."""
 
         def on_line(process, line):
             if stop_at is not None and line.startswith(f"iter {stop_at}:"):
                 process.send_signal(signal.SIGINT)
 
+        folder = os.path.join(self.cfg.out_dir, "run")
+        if "--init_from=resume" not in argv:
+            shutil.rmtree(folder, ignore_errors=True)
         flags = [f"--max_iters={iters}", f"--lr_decay_iters={iters}", "--warmup_iters=5", "--log_interval=1"]
         flags += [f"--eval_interval={iters}", "--eval_iters=2", f"--dataset={self.dataset}"]
-        flags += [f"--out_dir={os.path.join(self.cfg.out_dir, name)}", f"--device={self.device}"]
-        script = ("train.py", config, *self.size.flags, *flags, *argv)
+        flags += [f"--out_dir={folder}", f"--device={self.device}"]
+        script = ("train.py", self.size.gpt2, *self.size.flags, *flags, *argv)
         env = dict(TORCH_LOGS="recompiles,graph_breaks")
         out, err, status = self.run(*script, on_line=on_line, **env)
         if status and stop_at is None:
-            raise Failed(f"train.py in {name} ended with {status}: {(err.strip() or out).splitlines()[-1]}")
+            raise Failed(f"train.py ended with {status}: {(err.strip() or out).splitlines()[-1]}")
+        if stop_at is None:
+            shutil.rmtree(folder, ignore_errors=True)
         return figures_of_a_run(out, err)
 
 
 def kill_group(process):
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def figures_of_a_run(out, err):
     """Returns what train.py's output says, a dict; times without those of the first iterations."""
     iters = [match for match in map(ITER.match, out.splitlines()) if match]
-    evals = [match for match in map(VAL.match, out.splitlines()) if match]
     settled = iters[3:] or iters
     peak = re.search(r"^memory: +([\d.]+) GB at most", out, re.M)
     attention = re.search(r"^model: .*, ([A-Z_]+)$", out, re.M)
     return dict(
-        losses={int(match[1]): float(match[2]) for match in iters},
-        val_losses={int(match[1]): float(match[2]) for match in evals},
+        losses={match[1]: float(match[2]) for match in iters},
         ms_per_iter=median(match[3] for match in settled),
         mfu=median(match[4] for match in settled if match[4]),
         tokens_per_s=median(match[5].replace(",", "") for match in settled),
@@ -194,46 +274,75 @@ def median(texts):
     return statistics.median(numbers) if numbers else None
 
 
+def percent(share):
+    return f"MFU {share:.1%}" if share else "MFU n/a"
+
+
 # -----------------------------------------------------------------------------
-# stages: each fills figures, a dict, and sentences for the table, so that a failure loses nothing of them
+# smoke and tests
 
 
-def percent(mfu):
-    return f"MFU {mfu:.1f} %" if mfu else "MFU n/a"
+SMOKE = ("--gradient_accumulation_steps=4", "--learning_rate=1e-3")
 
 
-def smoke(day, figures, sentences):
-    bf16 = day.train("bf16", day.size.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
-    figures["bf16"] = bf16
-    losses = list(bf16["losses"].values())
+def train_thirty(day, figures, sentences, dtype):
+    figures |= day.train(30, *SMOKE, f"--dtype={dtype}")
+    losses = list(figures["losses"].values())
+    mfu = (figures["mfu"] or 0) / 100
     sentences.append(
-        f"bf16, 30 iterations: loss {losses[0]:.2f} to {losses[-1]:.2f}, "
-        f"{bf16['tokens_per_s']:,.0f} tokens/s, {percent(bf16['mfu'])}, peak {bf16['peak_gb'] or 'n/a'} GB, "
-        f"attention {bf16['attention']}, "
-        f"{bf16['recompiles']} recompiles, {bf16['graph_breaks']} graph breaks, "
-        f"{len(bf16['warnings'])} warnings"
+        f"{dtype}, 30 iterations: loss {losses[0]:.2f} to {losses[-1]:.2f}, "
+        f"{figures['tokens_per_s']:,.0f} tokens/s, {percent(mfu)}, peak {figures['peak_gb'] or 'n/a'} GB, "
+        f"attention {figures['attention']}, {figures['recompiles']} recompiles, "
+        f"{figures['graph_breaks']} graph breaks, {len(figures['warnings'])} warnings"
     )
-    if not losses[-1] < losses[0]:
-        sentences.append("THE LOSS DOES NOT FALL")
-    if day.device.startswith("cuda"):
-        fp16 = day.train("fp16", day.size.gpt2, 30, "--dtype=float16", "--gradient_accumulation_steps=4")
-        figures["fp16"] = fp16
-        sentences.append(f"fp16: loss to {list(fp16['losses'].values())[-1]:.2f}")
-
-    argv = (day.size.gpt2, 30, "--dtype=bfloat16", "--gradient_accumulation_steps=4")
-    figures["stopped"] = day.train("parts", *argv, stop_at=10)
-    figures["resumed"] = day.train("parts", *argv, "--init_from=resume")
-    pairs = [(loss, bf16["losses"][it]) for it, loss in figures["resumed"]["losses"].items()]
-    figures["difference"] = max(abs(a - b) for a, b in pairs)
-    sentences.append(f"stopped and resumed: losses differ by up to {figures['difference']:.4f}")
-
-    large = ("--gradient_accumulation_steps=1", f"--batch_size={day.size.too_large}")
-    figures["too_large"] = day.train("large", day.size.gpt2, 2, *large)
-    sizes = figures["too_large"]["batch_sizes"]
-    sentences.append(f"batch_size={day.size.too_large}: {f'fits as {sizes[-1]}' if sizes else 'fits'}")
+    sentences += figures["warnings"][:2]
+    if not losses[-1] < losses[0]:  # nan, too
+        raise Failed("the loss does not fall")
 
 
-def tests(day, figures, sentences):
+def resume(day, figures, sentences):
+    """Stops a run and resumes it; its losses should be those of the run that was not stopped."""
+    whole = day.entries.get(f"smoke: {day.dtype}", {}).get("figures", {}).get("losses")
+    if not whole:
+        raise Failed(f"there are no losses of smoke: {day.dtype} to compare with")
+    argv = (*SMOKE, f"--dtype={day.dtype}")
+    figures["stopped"] = day.train(30, *argv, stop_at=10)
+    figures["resumed"] = day.train(30, *argv, "--init_from=resume")
+    losses = figures["resumed"]["losses"]
+    figures["difference"] = max(abs(loss - whole[it]) for it, loss in losses.items())
+    first = min(losses, key=int)
+    sentences.append(f"resumed at {first}: losses differ by up to {figures['difference']:.4f}")
+    if not figures["difference"] < 0.05:
+        raise Failed("that is more than rounding")
+
+
+def too_large(day, figures, sentences, batch_size):
+    argv = ("--gradient_accumulation_steps=1", f"--batch_size={batch_size}", f"--dtype={day.dtype}")
+    figures |= day.train(2, *argv)
+    sizes = figures["batch_sizes"]
+    fits = f"fits as {sizes[-1]}" if sizes else "fits"
+    sentences.append(f"batch_size={batch_size}: {fits}, peak {figures['peak_gb'] or 'n/a'} GB")
+
+
+def runs_out(day, figures, sentences):
+    """Trains with a micro-batch that by estimate needs a little more memory than there is: only one that
+    needs 1.1 times as much is made smaller before it is tried."""
+    of_cuda = 0.5e9  # what CUDA itself takes in a process
+    free = hardware.available_memory(day.device) - of_cuda
+    config = GPTConfig(bias=False)  # of config/fineweb_125m.py
+    with torch.device("meta"):
+        params = GPT(config).get_num_params(non_embedding=False)
+
+    def needed(batch_size):
+        return sum(memory_needed(params, 8 * params, config, batch_size, day.dtype, True).values())
+
+    batch_size = next(size for size in range(1, 100000) if needed(size) > 1.04 * free)
+    too_large(day, figures, sentences, batch_size)
+    if not any("out of memory" in text for text in figures["warnings"]):
+        raise Failed("memory did not run out: the estimate is too high, or too low for one that is tried")
+
+
+def gpu_tests(day, figures, sentences):
     # in one process, with or without pytest-xdist; torch 2.11 gives warnings that later ones do not
     argv = "-o addopts= -W ignore::DeprecationWarning -m gpu -q -ra --tb=short --show-capture=no".split()
     out, err, status = day.run("-m pytest", *argv, "tests/test_gpu.py")
@@ -244,114 +353,191 @@ def tests(day, figures, sentences):
         raise Failed(f"pytest ended with {status}")
 
 
-def speed(day, figures, sentences):
-    swept = f"--sweep_batch_size={','.join(map(str, day.size.batch_sizes))}"
-    for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
-        path = os.path.join(day.cfg.out_dir, f"bench_{name}.json")
-        shape = f"--gradient_accumulation_steps={512 // day.size.batch_sizes[0]}"
-        argv = (config, *day.size.flags, f"--batch_size={day.size.batch_sizes[0]}", shape, swept)
-        day.checked("bench.py", *argv, f"--device={day.device}", f"--json={path}")
-        with open(path) as f:
-            figures[name] = json.load(f)
-        rows = [row for row in figures[name]["rows"] if row["status"] == "measured"]
-        best = min(rows, key=lambda row: row["ms_per_iter"])
-        share = best["update_ms"] / best["ms_per_iter"]
-        sentences.append(
-            f"{name}: best at batch_size={best['batch_size']}, {best['tokens_per_s']:,.0f} tokens/s, "
-            f"{percent(100 * (best['mfu'] or 0))}, {share:.1%} of the time for updates"
-        )
-    if day.cfg.nanogpt:
-        for batch_size in day.size.batch_sizes:
-            try:
-                figures[f"nanogpt_{batch_size}"], sentence = beside_nanogpt(day, batch_size)
-            except Failed as e:
-                if day.seconds_left() < 0:
-                    raise
-                sentences.append(f"batch_size={batch_size} beside nanoGPT: {e}")
-                break  # larger ones take more memory
-            sentences.append(sentence)
+# -----------------------------------------------------------------------------
+# speed
 
 
-def beside_nanogpt(day, batch_size):
-    path = os.path.join(day.cfg.out_dir, f"steps_{batch_size}.json")
-    argv = [*day.size.flags, f"--batch_size={batch_size}", f"--dataset={day.dataset}"]
-    argv += [
-        f"--gradient_accumulation_steps={max(1, day.size.in_turn // batch_size)}",
-        "--rounds=3",
-        "--iters=3",
-    ]
-    argv += [f"--device={day.device}", f"--nanogpt={day.cfg.nanogpt}", f"--json={path}"]
-    day.checked("benchmarks/steps.py", *argv)
-    with open(path) as f:
-        found = json.load(f)
-    theirs, parts = found["seconds"]["nanoGPT"], []
-    for name, seconds in found["seconds"].items():
+def bench(day, figures, sentences, config, batch_size, *flags):
+    accumulation = max(1, SEQUENCES // batch_size)
+    argv = [config, *day.size.flags, f"--batch_size={batch_size}", f"--dtype={day.dtype}", *flags]
+    argv += [f"--gradient_accumulation_steps={accumulation}", f"--sweep_batch_size={batch_size}"]
+    figures |= day.measured("bench.py", *argv)
+    [row] = figures["rows"]
+    if row["status"] != "measured":
+        sentences.append(row["status"])
+        return
+    peak = ""
+    if row["peak_memory"]:
+        peak = f"peak {row['peak_memory'] / 1e9:.2f} GB, estimated {row['estimated_memory'] / 1e9:.2f}, "
+    sentences.append(
+        f"{row['tokens_per_s']:,.0f} tokens/s, {percent(row['mfu'])}, {peak}"
+        f"{row['update_ms']:.1f} of {row['ms_per_iter']:,.0f} ms for the update, "
+        f"first micro-step after {row['first_micro_step_s']:.0f} s"
+    )
+
+
+def bench_fp8(day, figures, sentences):
+    if not has_fp8(day.device) or importlib.util.find_spec("torchao") is None:
+        raise Failed("not measured: it needs an RTX 40, H100 or newer, and pip install '.[fp8]'")
+    bench(day, figures, sentences, day.size.gpt2, 16, "--matmul=fp8")
+
+
+def beside_nanogpt(day, figures, sentences, batch_size):
+    argv = [*day.size.flags, f"--batch_size={batch_size}", f"--dataset={gpt2_ids(day)}", "--rounds=3"]
+    argv += [f"--gradient_accumulation_steps={max(1, day.size.in_turn // batch_size)}", "--iters=3"]
+    argv += [f"--nanogpt={day.cfg.nanogpt}", f"--dtype={day.dtype}"]
+    try:
+        figures |= day.measured("benchmarks/steps.py", *argv)
+    except Failed as e:
+        if "out of memory" not in str(e).lower():
+            raise
+        sentences.append("memory is not enough for all three")
+        return
+    theirs = figures["seconds"]["nanoGPT"]
+    tokens = figures["tokens_per_iter"]
+    for name, seconds in figures["seconds"].items():
         ratio = statistics.median(a / b for a, b in zip(theirs, seconds, strict=True))
-        peak = found["peak_memory"][name]
-        parts.append(f"{name} {ratio:.2f}, {peak / 1e9:.2f} GB" if peak else f"{name} {ratio:.2f}")
-    return found, f"batch_size={batch_size}, of nanoGPT's tokens/s, and peaks: {'; '.join(parts)}"
+        middle = statistics.median(seconds)
+        peak = ""
+        if figures["peak_memory"][name]:
+            peak = f", peak {figures['peak_memory'][name] / 1e9:.2f} GB"
+        mfu = percent(figures["mfu"][name])
+        sentences.append(f"{name}: {tokens / middle:,.0f} tokens/s, {mfu}, {ratio:.2f} of nanoGPT's{peak}")
 
 
-def recipe(day, figures, sentences):
-    """What is learned from a token: the candidates, and beside modded-nanogpt's baseline. A run that the time
-    cuts off is not lost with the others: each script goes on where it was."""
-    data = [f"--dataset={day.dataset}", f"--device={day.device}", "--jobs=8", *day.size.learned]
-    scripts = {"candidates.py": []}
-    if day.cfg.modded:
-        scripts["compare_modded.py"] = [f"--modded={day.cfg.modded}"]
-    for script, argv in scripts.items():
-        path = os.path.join(day.cfg.out_dir, script.replace(".py", ".json"))
-        out, _ = day.checked(f"benchmarks/{script}", *data, *argv, f"--json={path}")
-        figures[script] = out.splitlines()
-        sentences += [line.strip("| ").replace(" |", ",") for line in figures[script][2:]]
+def gpt2_ids(day):
+    """Returns a folder of tokens with GPT-2's vocabulary: the dataset that was named, or random ones."""
+    if day.cfg.dataset or day.cfg.size == "tiny":
+        return day.dataset
+    folder = os.path.join(day.cfg.out_dir, "random")
+    os.makedirs(folder, exist_ok=True)
+    for split, count in (("train", 5_000_000), ("val", 500_000)):
+        ids = np.random.default_rng(0).integers(50257, size=count, dtype=np.uint16)
+        ids.tofile(os.path.join(folder, f"{split}.bin"))
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# learning, sampling, profile, recipe
 
 
 def learning(day, figures, sentences):
-    """Both recipes on the same tokens, as many as nine tenths of the time that is left allow."""
-    tokens_per_iter = ("--batch_size=32", "--gradient_accumulation_steps=4")
-    slowest = starting = 0.0  # seconds of an iteration, and of all that is not training
-    for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
-        began = time.monotonic()
-        trial = day.train(f"trial_{name}", config, 20, *tokens_per_iter)
-        figures[f"trial_{name}"] = trial
-        seconds = trial["ms_per_iter"] / 1e3
-        slowest = max(slowest, seconds)
-        starting = max(starting, time.monotonic() - began - 20 * seconds)
-    iters = max(20, min(1000, int((0.45 * day.seconds_left() - starting) / slowest)))
-    for name, config in (("gpt2", day.size.gpt2), ("modern", day.size.modern)):
-        figures[name] = day.train(f"learn_{name}", config, iters, *tokens_per_iter)
-        loss = list(figures[name]["val_losses"].values())[-1]
-        sentences.append(f"{name}: val loss {loss:.4f} after {iters} iterations of the same data")
+    """All models on the same tokens, as many as nine tenths of the time that is left allow. A run that is
+    done is not made again."""
+    models = ["gpt2", "ours"]
+    if day.cfg.modded:
+        models.append("peer")
+    path = results_file(day, "learning")
+    iters = iterations_of(path) or affordable_iterations(day, len(models))
+    argv = [f"--models={','.join(models)}", f"--modded={day.cfg.modded}", f"--iters={iters}"]
+    argv += ["--rates=1", "--seeds=1", "--parts=", "--vocab=0", "--evaluations=5"]
+    argv += ["--gpt2_learning_rate=6e-4"]  # nanoGPT's
+    argv += [f"--size={day.size.learned}", f"--dtype={candidates_dtype(day)}", f"--dataset={day.dataset}"]
+    argv += [f"--compile={not day.size.flags}", f"--device={day.device}", f"--json={path}"]
+    out, _ = day.checked("benchmarks/compare_modded.py", *argv)
+    with open(path) as f:
+        figures |= json.load(f)
+    sentences += table_rows(out)
 
 
-def sampling(day, figures, sentences):
-    for batch_size in day.size.sampled:
-        for compile in (False, True):
-            path = os.path.join(day.cfg.out_dir, f"sampling_{batch_size}_{compile}.json")
-            argv = [f"--batch_size={batch_size}", f"--compile={compile}", f"--device={day.device}"]
-            argv += [
-                f"--nanogpt={day.cfg.nanogpt}",
-                f"--json={path}",
-                f"--max_new_tokens={day.size.new_tokens}",
-            ]
-            out, _ = day.checked("benchmarks/sampling.py", *argv)
-            with open(path) as f:
-                figures[f"{batch_size}_{compile}"] = json.load(f)
-            rows = [line.strip("| ") for line in out.splitlines() if "soloGPT" in line]
-            sentences += [f"batch {batch_size}, compile={compile}: {row.replace(' |', ',')}" for row in rows]
+def results_file(day, name):
+    """Returns the path of a script's results, which hold runs of one size and dataset only."""
+    return os.path.join(day.cfg.out_dir, f"{name}_{day.cfg.size}_{os.path.basename(day.dataset)}.json")
+
+
+def iterations_of(path):
+    """Returns how many iterations the runs in compare_modded.py's JSON file have, or None."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return json.load(f)["runs"][0]["iters"]
+
+
+def affordable_iterations(day, runs):
+    figures = day.entries.get(f"smoke: {day.dtype}", {}).get("figures", {})
+    if not figures.get("tokens_per_s"):
+        raise Failed(f"nothing is known of the speed: smoke: {day.dtype} did not end")
+    starting = 60  # seconds of a run that are not training
+    seconds = 0.9 * day.seconds_left() / runs - starting
+    return min(3000, max(20, int(seconds * figures["tokens_per_s"] / SHORT_ITERATION)))
+
+
+def candidates_dtype(day):
+    return "bfloat16" if day.dtype == "bfloat16" else "float32"  # these scripts have no fp16
+
+
+def table_rows(out):
+    """Returns the rows of the last table in out, but for its head."""
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    return [line.strip("| ").replace(" |", ",") for line in lines[1:]]
+
+
+def sampling(day, figures, sentences, batch_size, compile):
+    argv = [f"--batch_size={batch_size}", f"--compile={compile}", f"--nanogpt={day.cfg.nanogpt}"]
+    argv += [f"--max_new_tokens={day.size.new_tokens}"]
+    figures |= day.measured("benchmarks/sampling.py", *argv)
+    for name, rate in figures["tokens_per_s"].items():
+        of_bound = ""
+        if name in figures["of_bound"]:
+            of_bound = f", {figures['of_bound'][name]:.0%} of the bound that reading the weights sets"
+        sentences.append(f"{name}: {rate:,.1f} tokens/s{of_bound}")
 
 
 def profile(day, figures, sentences):
     argv = [day.size.gpt2, *day.size.flags, "--profile=True", f"--device={day.device}", "--batch_size=16"]
-    out, _ = day.checked("bench.py", *argv, "--gradient_accumulation_steps=1")
+    out, _ = day.checked("bench.py", *argv, f"--dtype={day.dtype}", "--gradient_accumulation_steps=1")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     after = next(i for i, line in enumerate(lines) if "micro-steps in" in line) + 1
     figures["output"] = lines
     sentences += lines[after : after + 6]
 
 
-STAGES = dict(smoke=smoke, tests=tests, speed=speed, recipe=recipe)
-STAGES |= dict(learning=learning, sampling=sampling, profile=profile)
+def small_models(day, figures, sentences, script, *argv):
+    """Runs candidates.py or compare_modded.py. A run that the time cuts off is not lost with the others: each
+    script goes on where it was."""
+    jobs = 1
+    free = hardware.available_memory(day.device)
+    if free:
+        jobs = min(8, max(1, int(free / 4e9)))
+    path = results_file(day, script.removesuffix(".py"))
+    flags = [f"--dataset={day.dataset}", f"--device={day.device}", f"--jobs={jobs}", *day.size.small]
+    flags += [f"--dtype={candidates_dtype(day)}", f"--json={path}"]
+    out, _ = day.checked(f"benchmarks/{script}", *flags, *argv)
+    with open(path) as f:
+        figures |= json.load(f)
+    sentences += table_rows(out)
+
+
+def parts_of(day):
+    """Returns all Parts, in the order of their worth."""
+    cfg, size = day.cfg, day.size
+    parts = [Part("smoke", day.dtype, 3, partial(train_thirty, dtype=day.dtype))]
+    if day.device.type == "cuda" and day.dtype != "float16":
+        parts.append(Part("smoke", "float16", 3, partial(train_thirty, dtype="float16")))
+    parts.append(Part("smoke", "resume", 5, resume))
+    parts.append(Part("smoke", "too large", 5, partial(too_large, batch_size=size.too_large)))
+    if day.device.type == "cuda":
+        parts.append(Part("smoke", "runs out", 5, runs_out))
+    parts.append(Part("tests", "pytest", 10, gpu_tests))
+    for batch_size in day.batch_sizes:
+        for name, config in (("gpt2", size.gpt2), ("recipe", size.modern)):
+            work = partial(bench, config=config, batch_size=batch_size)
+            parts.append(Part("speed", f"{name}, {batch_size}", 4, work))
+        if cfg.nanogpt:
+            work = partial(beside_nanogpt, batch_size=batch_size)
+            parts.append(Part("speed", f"beside nanoGPT, {batch_size}", 5, work))
+    parts.append(Part("speed", "fp8, 16", 5, bench_fp8))
+    parts.append(Part("learning", "equal tokens", math.inf, learning))
+    for compile in (False, True):
+        for batch_size in size.sampled:
+            work = partial(sampling, batch_size=batch_size, compile=compile)
+            parts.append(Part("sampling", f"1 and {batch_size}{', compiled' * compile}", 5, work))
+    parts.append(Part("profile", "a micro-step", 4, profile))
+    if cfg.modded:
+        work = partial(small_models, script="compare_modded.py")
+        parts.append(Part("recipe", "beside modded-nanogpt", math.inf, work))
+    parts.append(Part("recipe", "candidates", math.inf, partial(small_models, script="candidates.py")))
+    return [part for part in parts if part.stage in cfg.stages.split(",")]
 
 
 # -----------------------------------------------------------------------------
@@ -367,69 +553,107 @@ def prepare_data(day):
         day.checked("prepare_fineweb.py", "--input=stdlib", "--encoding=bytes", f"--out_dir={day.dataset}")
 
 
-def asked_of(name, day):
-    """Returns what decides a stage's figures, besides the card: with another of these it is done again."""
-    cfg = day.cfg
-    asked = dict(size=cfg.size, dataset=day.dataset, torch=torch.__version__)
-    if name in ("speed", "sampling"):
-        asked["nanogpt"] = cfg.nanogpt
-    if name == "speed":
-        asked["batch_sizes"] = day.size.batch_sizes
-    if name == "recipe":
-        asked["modded"] = cfg.modded
-    return {key: str(value) for key, value in asked.items()}
+def asked_of(part, day):
+    """Returns what decides a part's figures, besides the card: with another of these it is done again."""
+    asked = dict(size=day.cfg.size, dataset=day.dataset, torch=torch.__version__)
+    if part.stage in ("speed", "sampling"):
+        asked["nanogpt"] = day.cfg.nanogpt
+    if part.stage in ("learning", "recipe"):
+        asked["modded"] = day.cfg.modded
+    return asked
 
 
-def try_stage(day, name):
-    """Returns a stage's entry in the JSON file."""
+def order(parts, day):
+    """Returns those of the parts that are to be done: what failed comes last, as it may fail again."""
+    missing, failed = [], []
+    for part in parts:
+        entry = day.entries.get(part.title, {})
+        if entry.get("asked") != asked_of(part, day) or entry["status"] == "no time":
+            missing.append(part)
+        elif entry["status"] == "failed":
+            failed.append(part)
+        else:
+            print(f"{part.title}: done already", file=sys.stderr)
+    return missing + failed
+
+
+def attempt(part, day):
+    """Returns a part's entry in the JSON file."""
     start = time.monotonic()
-    entry = dict(status="done", asked=asked_of(name, day), figures={}, sentences=[])
+    day.end_of_part = min(day.end, start + 60 * part.minutes)
+    entry = dict(status="done", asked=asked_of(part, day), figures={}, sentences=[])
     try:
-        STAGES[name](day, entry["figures"], entry["sentences"])
+        part.work(day, entry["figures"], entry["sentences"])
+    except OutOfTime as e:
+        entry["status"] = "no time"
+        entry["sentences"].append(str(e))
     except Exception as e:  # also figures that are not as expected, in whatever way
         entry["status"] = "failed"
         entry["sentences"].append(f"{type(e).__name__}: {e}")
-    return entry | dict(seconds=time.monotonic() - start)
+    return entry | dict(seconds=time.monotonic() - start, commit=commit(), driver=driver_version(day.device))
+
+
+def commit():
+    """Returns the commit of this clone, or None."""
+    command = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    with suppress(OSError):
+        found = subprocess.run(command, capture_output=True, text=True)
+        return found.stdout.strip() or None
+    return None
+
+
+def print_table(parts, day):
+    print("| stage: part | seconds | result |\n|---|---|---|")
+    shown = {part.title for part in parts}
+    for part in parts:
+        entry = day.entries.get(part.title)
+        if entry is None:
+            continue
+        if entry["asked"] != asked_of(part, day):
+            shown.remove(part.title)
+            continue
+        for sentence in entry["sentences"]:
+            print(f"| {part.title}, {entry['status']} | {entry['seconds']:.0f} | {sentence} |")
+    others = day.entries.keys() - shown
+    if others:
+        print(f"\nnot shown, as of other stages or settings: {', '.join(sorted(others))}")
 
 
 def main(argv):
     cfg = from_command_line(DayConfig, __doc__, argv)
     device, _ = hardware.pick_device(cfg.device)
     card = hardware.device_name(device)
-    path = cfg.json or os.path.join(
-        ROOT, "benchmarks/results", f"gpu_day_{re.sub(r'[^a-z0-9]+', '_', card.lower())}.json"
-    )
-    os.makedirs(cfg.out_dir, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "_", card.lower())
+    path = cfg.json or os.path.join(ROOT, "benchmarks/results", f"gpu_day_{name}.json")
+    for folder in ("nanogpt", "modded"):  # the scripts run in the project's folder
+        if getattr(cfg, folder):
+            setattr(cfg, folder, os.path.abspath(getattr(cfg, folder)))
     cfg.out_dir = os.path.abspath(cfg.out_dir)
-    day = Day(cfg, str(device))
-    report = dict(device=card, driver=driver_version(device), torch=torch.__version__, stages={})
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
+    report = dict(device=card, versions=versions, parts={})
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             earlier = json.load(f)
         if earlier["device"] != card:
             raise UserError(f"{path} is of another card, {earlier['device']}; name a file with --json=")
-        report["stages"] = earlier["stages"]
+        report["parts"] = earlier["parts"]
+    day = Day(cfg, device, report["parts"])
     try:
         prepare_data(day)
     except Failed as e:
         raise UserError(str(e)) from None
-    for name in cfg.stages.split(","):
-        before = report["stages"].get(name, {})
-        if before.get("status") == "done" and before.get("asked") == asked_of(name, day):
-            print(f"{name} is done already", file=sys.stderr)
-            continue
-        if day.seconds_left() < 5:
-            print(f"no time for {name}; the same command goes on there", file=sys.stderr)
+    parts = parts_of(day)
+    for part in order(parts, day):
+        if day.end - time.monotonic() < 5:
+            print("the time is up; the same command goes on", file=sys.stderr)
             break
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        report["stages"][name] = try_stage(day, name)
+        print(f"{part.title} ...", file=sys.stderr, flush=True)
+        day.entries[part.title] = attempt(part, day)
         with atomic_file(path) as f:
             f.write(json.dumps(report, indent=1).encode())
-    print(f"{card}, driver {report['driver']}, torch {report['torch']}\n")
-    print("| stage | seconds | result |\n|---|---|---|")
-    for name, entry in report["stages"].items():
-        for sentence in entry["sentences"]:
-            print(f"| {name}, {entry['status']} | {entry['seconds']:.0f} | {sentence} |")
+    print(f"{card}, driver {driver_version(device)}, torch {torch.__version__}\n")
+    print_table(parts, day)
     print(f"\nall figures are in {path}")
 
 

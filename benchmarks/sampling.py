@@ -35,7 +35,7 @@ class BenchmarkConfig(Config):
     json: str = key("", "file to write the figures to")
     max_new_tokens: int = key(256, "tokens to sample after a prompt of one", low=2)
     prompt_tokens: int = key(512, "prompt for the time to the first token", low=1)
-    batch_size: int = key(8, "sequences of the batched measurement; 64 suits a GPU", low=1)
+    batch_size: int = key(8, "sequences of the batched measurement; 64 suits a GPU", low=2)
     repeats: int = key(3, "measurements of each kind, in turn", low=1)
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
     compile: bool = key(False, "compile the step, as sample.py --compile=True does")
@@ -105,6 +105,13 @@ def main(argv):
     def sampling(model, idx, count, **options):
         return lambda: model.generate(idx, count, temperature=0.8, top_k=200, **options)
 
+    def options(model, count):
+        """Returns what sample.py gives generate() for so many sequences."""
+        session = sample.Session(sample.SampleConfig(), model, None, device, None)
+        if cfg.compile:
+            sample.compile_step(session, count)
+        return session.options
+
     # -------------------------------------------------------------------------
     # what is measured: name: (work, how often that does what the figure is of)
 
@@ -114,17 +121,15 @@ def main(argv):
         kinds["nanoGPT, fp32"] = sampling(theirs, start, one), one
         kinds["nanoGPT, first token"] = sampling(theirs, prompt, 1), 1
     for dtype, model in models.items():
-        session = sample.Session(sample.SampleConfig(), model, None, device, None)
-        if cfg.compile:
-            sample.compile_step(session, 1)
-        kinds[f"soloGPT, {dtype}"] = sampling(model, start, one, **session.options), one
+        kinds[f"soloGPT, {dtype}"] = sampling(model, start, one, **options(model, 1)), one
         kinds[f"reading the weights, {dtype}"] = (
             lambda m=model: [w.sum() for _ in range(32) for w in weights_read(m)],
             32,
         )
         kinds[f"copying the weights, {dtype}"] = copying(model), 1
-        if not cfg.compile:  # which is for one batch size
-            kinds[f"soloGPT, {dtype}, batch"] = sampling(model, start.expand(cfg.batch_size, 1), many), many
+        batch = start.expand(cfg.batch_size, 1)
+        work = sampling(model, batch, many, **options(model, cfg.batch_size))
+        kinds[f"soloGPT, {dtype}, batch"] = work, many
     kinds["soloGPT, first token"] = sampling(fp32, prompt, 1), 1
     kinds["soloGPT, full pass"] = torch.no_grad()(lambda: fp32(prompt)), 1
 
@@ -138,6 +143,8 @@ def main(argv):
     # -------------------------------------------------------------------------
     # the table
 
+    rates = {}
+    of_bound = {}
     gigabytes = {dtype: sum(w.nbytes for w in weights_read(model)) / 1e9 for dtype, model in models.items()}
     machine = f"{processor()}, {torch.get_num_threads()} threads; {device}; torch {torch.__version__}"
     print(f"{machine}; {gigabytes} GB")
@@ -149,9 +156,11 @@ def main(argv):
         figures = [f"{ms[name]:.1f}"]
         if name.startswith(("nanoGPT, fp32", "soloGPT, fp32", "soloGPT, bf16")):
             rate = 1e3 / ms[name] * (cfg.batch_size if "batch" in name else 1)
+            rates[name] = rate
             figures += [f"{rate:.1f}", f"{rate * ms['nanoGPT, fp32'] / 1e3:.1f}x" if cfg.nanogpt else ""]
             if name in ("soloGPT, fp32", "soloGPT, bf16"):
                 read, copy = (ms[f"{kind} the weights, {name[-4:]}"] for kind in ("reading", "copying"))
+                of_bound[name] = read / ms[name]
                 figures += [f"{100 * read / ms[name]:.0f} %", f"{100 * copy / 2 / ms[name]:.0f} %"]
         print(f"| {name} | {' | '.join(figures + [''] * (5 - len(figures)))} |")
     if cfg.json:
@@ -159,6 +168,7 @@ def main(argv):
             command=shlex.join(["python", *sys.argv]), cpu=processor(), threads=torch.get_num_threads()
         )
         figures |= dict(device=str(device), torch=torch.__version__, gigabytes=gigabytes, median_ms=ms)
+        figures |= dict(tokens_per_s=rates, of_bound=of_bound)
         figures |= dict(all_ms={name: [1e3 * t for t in some] for name, some in times.items()})
         with open(cfg.json, "w", encoding="utf-8") as f:
             json.dump(figures, f, indent=1)

@@ -160,29 +160,43 @@ def main(argv):
     windows, _ = shards.open_splits(folder, cfg.block_size, tokenizer.vocab_size)
     batches = micro_batches(windows, 0, cfg, machine.device)
     contenders, peaks = make_all(cfg, machine, batches, tokenizer.embedding_rows())
-    report_on(cfg, machine, rounds(cfg, contenders, batches, machine), peaks)
+    seconds = rounds(cfg, contenders, batches, machine)
+    report_on(cfg, machine, seconds, peaks, mfu_of(contenders, cfg, seconds, machine))
     batches.close()
 
 
-def report_on(cfg, machine, seconds, peaks):
+def mfu_of(contenders, cfg, seconds, machine):
+    """Returns {name: MFU, a fraction, by the count of each model itself; None where the peak is unknown}."""
+    mfu = dict.fromkeys(contenders)
+    if machine.peak:
+        for name, one in contenders.items():
+            of_a100 = one.model.estimate_mfu(cfg.sequences_per_iter, statistics.median(seconds[name]))
+            mfu[name] = of_a100 * 312e12 / machine.peak
+    return mfu
+
+
+def report_on(cfg, machine, seconds, peaks, mfu):
     """Prints the table and writes the JSON file."""
     card = hardware.device_name(machine.device)
     print(f"{card}; torch {torch.__version__}; {machine.dtype}; compile={cfg.compile}")
     print(f"{cfg.tokens_per_iter:,} tokens an iteration in micro-batches of {cfg.batch_size}\n")
-    print("| | ms an iteration | tokens/s | of nanoGPT's | peak GB |\n|---|---|---|---|---|")
+    print("| | ms an iteration | tokens/s | MFU | of nanoGPT's | peak GB |\n|---|---|---|---|---|---|")
     for name, some in seconds.items():
         ratios = [theirs / ours for ours, theirs in zip(some, seconds["nanoGPT"], strict=True)]
         middle = statistics.median(some)
         peak = f"{peaks[name] / 1e9:.2f}" if peaks[name] else "n/a"
         shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {1e3 * middle:,.1f} | {cfg.tokens_per_iter / middle:,.0f} | {shown} | {peak} |")
+        rate = f"{cfg.tokens_per_iter / middle:,.0f}"
+        share = f"{mfu[name]:.1%}" if mfu[name] else "n/a"
+        print(f"| {name} | {1e3 * middle:,.1f} | {rate} | {share} | {shown} | {peak} |")
     if cfg.json:
         argv = [arg for arg in sys.argv[1:] if not arg.startswith(("--json=", "--nanogpt="))]
         command = shlex.join(["python", "benchmarks/steps.py", *argv, "--nanogpt=../nanoGPT"])
         report = dict(command=command, device=card, driver=driver_version(machine.device))
         report |= dict(torch=torch.__version__, dtype=machine.dtype, keys=asdict(cfg) | dict(nanogpt=""))
         with open(cfg.json, "w", encoding="utf-8") as f:
-            json.dump(report | dict(seconds=seconds, peak_memory=peaks), f, indent=1)
+            report |= dict(tokens_per_iter=cfg.tokens_per_iter, seconds=seconds, peak_memory=peaks, mfu=mfu)
+            json.dump(report, f, indent=1)
 
 
 if __name__ == "__main__":

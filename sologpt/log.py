@@ -172,8 +172,9 @@ def finite_or_none(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_metrics(run):
-    """Returns the Metrics of a Run of train.py, with its first line, and prepares its out_dir."""
+def prepare_out_dir(run):
+    """Prepares the out_dir of a Run of train.py: removes partial files, moves an earlier run aside, and drops
+    metrics from iter_num on. Returns the open Metrics, with a first line."""
     cfg, iter_num = run.cfg, run.progress.iter_num
     if cfg.sample_interval:
         run.tokenizer.decode([0])  # may need a download: better missed now than at the first evaluation

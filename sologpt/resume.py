@@ -5,7 +5,6 @@ Resuming from a checkpoint: what has to match, how this run will differ, and whe
 import dataclasses
 import math
 import os
-import time
 import zlib
 
 import torch
@@ -148,7 +147,7 @@ def restore(run, state, data_changed):
     at.bad_in_row = state.get("bad_in_row", 0)
     at.resumed = state.get("resumed", 0) + 1
     at.eval_seconds = float(state.get("eval_seconds", 0.0))
-    run.started = time.perf_counter() - state.get("seconds", 0.0)
+    run.started -= state.get("seconds", 0.0)
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
     absent = not os.path.exists(run.files.before_cooldown)
     if run.cfg.keep_before_cooldown and absent and iter_num > run.cfg.cooldown_start:

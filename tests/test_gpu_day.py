@@ -1,10 +1,14 @@
 """
-benchmarks/gpu_day.py, with stages that take no time: what is done again, and that a failure is a row.
+benchmarks/gpu_day.py: what is done again, what takes too long, that a failure is a row; and its first stage,
+with a tiny model on a CPU.
 Run: pytest tests/test_gpu_day.py
 """
 
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -12,59 +16,127 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_day
-from gpu_day import Failed, figures_of_a_run
+from gpu_day import Failed, Part, figures_of_a_run
 
 from sologpt.errors import UserError
+
+SLEEP = ("-m timeit", "-n1", "-r1", "import time; time.sleep(60)")
 
 
 @pytest.fixture
 def day(tmp_path, monkeypatch, capsys):
-    """day(stage, '--key=value', ...) runs a day whose only stage, speed, is that function; returns its entry
-    in the JSON file and what was printed."""
+    """day(parts, '--key=value', ...) runs a day of those parts; returns their entries in the JSON file, and
+    what was printed."""
 
-    def day(stage, *argv):
-        monkeypatch.setitem(gpu_day.STAGES, "speed", stage)
-        flags = ["--device=cpu", "--stages=speed", f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}"]
+    def day(parts, *argv):
+        monkeypatch.setattr(gpu_day, "parts_of", lambda day: parts)
+        flags = ["--device=cpu", f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}"]
         gpu_day.main([*flags, f"--json={tmp_path / 'day.json'}", *argv])
         report = json.loads((tmp_path / "day.json").read_text())
-        return report["stages"]["speed"], capsys.readouterr()
+        return report["parts"], capsys.readouterr()
 
     return day
 
 
-def test_a_stage_is_done_again_only_if_it_failed_or_something_else_was_asked_for(day):
+def test_a_part_is_done_again_only_if_it_failed_or_something_else_was_asked_for(day):
     calls = []
 
-    def stage(day, figures, sentences):
-        calls.append(day.size.batch_sizes)
+    def work(day, figures, sentences):
+        calls.append(day.cfg.size)
         sentences.append("fast")
         if len(calls) == 1:
             raise Failed("too slow")
 
-    assert day(stage)[0]["status"] == "failed"
-    assert day(stage)[0]["status"] == "done"
-    entry, printed = day(stage)
-    assert "speed is done already" in printed.err and "| speed, done | 0 | fast |" in printed.out
-    assert len(calls) == 2
-    day(stage, "--batch_sizes=4")
-    day(stage, "--batch_sizes=4", "--modded=elsewhere")  # which this stage does not use
-    assert calls[2:] == [(4,)]
-    day(stage, "--size=tiny")
-    day(stage, "--size=tiny", "--nanogpt=../nanoGPT")
-    assert calls[3:] == [(2, 4), (2, 4)]
+    parts = [Part("speed", "one", 1, work)]
+    assert day(parts)[0]["speed: one"]["status"] == "failed"
+    assert day(parts)[0]["speed: one"]["status"] == "done"
+    entries, printed = day(parts)
+    assert "speed: one: done already" in printed.err and "| speed: one, done | 0 | fast |" in printed.out
+    assert len(calls) == 2 and len(entries["speed: one"]["commit"] or 40 * "x") == 40
+    day(parts, "--batch_sizes=4")
+    assert len(calls) == 2  # which is in the names of the parts that it changes
+    day(parts, "--size=tiny")
+    assert calls[2:] == ["tiny"]
+    # the JSON file has what is of other stages, and the table says that it is not shown
+    _, printed = day([Part("tests", "two", 1, lambda *given: None)], "--size=tiny")
+    assert "not shown, as of other stages or settings: speed: one" in printed.out
 
 
-def test_whatever_goes_wrong_in_a_stage_is_a_row(day):
-    def stage(day, figures, sentences):
+def test_whatever_goes_wrong_in_a_part_is_a_row_and_the_next_one_runs(day):
+    def broken(day, figures, sentences):
         sentences.append("until then all was well")
+        figures["half"] = 1
         return [][0]
 
-    entry, printed = day(stage)
-    assert entry["status"] == "failed" and "| until then all was well |" in printed.out
+    def sound(day, figures, sentences):
+        sentences.append("all well")
+
+    entries, printed = day([Part("smoke", "broken", 1, broken), Part("smoke", "sound", 1, sound)])
+    assert entries["smoke: broken"]["status"] == "failed" and entries["smoke: broken"]["figures"] == {
+        "half": 1
+    }
+    assert "| until then all was well |" in printed.out and "| all well |" in printed.out
     assert "| IndexError: list index out of range |" in printed.out
 
 
-def test_tests_that_fail_are_a_failed_stage(day, tmp_path, monkeypatch):
+def test_what_takes_too_long_is_stopped_and_comes_last_the_next_time(day):
+    order = []
+
+    def endless(day, figures, sentences):
+        order.append("endless")
+        day.run(*SLEEP)
+
+    def quick(day, figures, sentences):
+        order.append("quick")
+
+    start = time.monotonic()
+    entries, printed = day([Part("speed", "endless", 1 / 60, endless), Part("speed", "quick", 1, quick)])
+    assert time.monotonic() - start < 30 and order == ["endless", "quick"]
+    assert entries["speed: endless"]["status"] == "failed"
+    assert "Failed: -m timeit -n1 -r1 'import time; time.sleep(60)' was stopped" in printed.out
+    later = [Part("speed", "endless", 1 / 60, endless), Part("speed", "new", 1, quick)]
+    day(later)
+    assert order[2:] == ["quick", "endless"]
+
+
+def test_what_the_end_of_the_day_cuts_off_is_the_first_to_be_done_again(day):
+    order = []
+
+    def long(day, figures, sentences):
+        order.append("long")
+        if len(order) == 1:
+            day.run(*SLEEP)
+
+    def failing(day, figures, sentences):
+        order.append("failing")
+        raise Failed("no")
+
+    # a part begins only if there are five seconds for it
+    entries, printed = day(
+        [Part("speed", "long", 9, long), Part("speed", "failing", 9, failing)], "--minutes=0.1"
+    )
+    assert entries["speed: long"]["status"] == "no time" and order == ["long"]
+    assert "the time is up; the same command goes on" in printed.err
+    day([Part("speed", "failing", 9, failing)])
+    day([Part("speed", "failing", 9, failing), Part("speed", "long", 9, long)])
+    assert order == ["long", "failing", "long", "failing"]
+
+
+def test_ctrl_c_stops_the_process_that_runs(tmp_path):
+    flags = ["--size=tiny", "--device=cpu", "--stages=smoke", f"--out_dir={tmp_path / 'out'}"]
+    command = [sys.executable, "benchmarks/gpu_day.py", *flags, f"--json={tmp_path / 'day.json'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("smoke: float32 ..."):
+            break
+    time.sleep(1)  # its train.py is starting
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in process.communicate(timeout=20)[1]
+    others = subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path}"], capture_output=True, text=True)
+    assert process.returncode and not others.stdout
+
+
+def test_tests_that_fail_are_a_failed_part(day, tmp_path, monkeypatch):
     (tmp_path / "test_gpu.py").write_text("(")
     run = gpu_day.Day.run
 
@@ -72,13 +144,54 @@ def test_tests_that_fail_are_a_failed_stage(day, tmp_path, monkeypatch):
         return run(self, script, *argv[:-1], str(tmp_path / "test_gpu.py"))
 
     monkeypatch.setattr(gpu_day.Day, "run", run_broken)
-    entry, _ = day(gpu_day.tests)
-    assert entry["status"] == "failed" and entry["figures"]["status"] != 0
+    entries, _ = day([Part("tests", "pytest", 1, gpu_day.gpu_tests)])
+    assert (
+        entries["tests: pytest"]["status"] == "failed" and entries["tests: pytest"]["figures"]["status"] != 0
+    )
 
 
-def test_losses_that_are_not_finite_are_read():
-    found = figures_of_a_run("step 20: train loss nan, val loss nan, nan bits/byte\n", "")
-    assert list(found["val_losses"]) == [20]
+def test_memory_that_lacks_beside_nanogpt_is_a_figure_and_an_error_is_not(day, monkeypatch):
+    part = Part("speed", "beside nanoGPT, 8", 1, lambda *given: gpu_day.beside_nanogpt(*given, batch_size=8))
+    errors = ["steps.py ended with 1: no module named x", "steps.py ended with 1: CUDA out of memory. Tried"]
+
+    def measured(self, *argv):
+        raise Failed(errors.pop(0))
+
+    monkeypatch.setattr(gpu_day.Day, "measured", measured)
+    assert day([part])[0]["speed: beside nanoGPT, 8"]["status"] == "failed"
+    entry = day([part])[0]["speed: beside nanoGPT, 8"]
+    assert entry["status"] == "done" and entry["sentences"] == ["memory is not enough for all three"]
+
+
+def test_the_first_stage_on_a_cpu(tmp_path, capsys):
+    flags = ["--size=tiny", "--device=cpu", "--stages=smoke", f"--out_dir={tmp_path / 'out'}"]
+    gpu_day.main([*flags, f"--json={tmp_path / 'day.json'}"])
+    parts = json.loads((tmp_path / "day.json").read_text())["parts"]
+    assert [(title, entry["status"]) for title, entry in parts.items()] == [
+        ("smoke: float32", "done"),
+        ("smoke: resume", "done"),
+        ("smoke: too large", "done"),
+    ], capsys.readouterr().out
+    figures = parts["smoke: float32"]["figures"]
+    assert list(figures["losses"]) == [str(i) for i in range(30)]
+    assert 5.7 < figures["losses"]["0"] < 5.8  # ln 320
+    assert figures["losses"]["29"] < 4 and figures["attention"] == "FLASH_ATTENTION"
+    assert figures["tokens_per_s"] > 0 and figures["warnings"] == []
+    # a CPU resumes to the bit; the log has four digits
+    assert parts["smoke: resume"]["figures"]["difference"] == 0
+    assert not (tmp_path / "out/run").exists()
+
+
+def test_losses_that_do_not_fall_fail():
+    class Broken:
+        def train(self, *argv):
+            return figures_of_a_run("".join(line.format(i) for i in range(9)), "")
+
+    line = "iter {}: loss nan, time 1.00ms, mfu 9.00%, 1 TFLOP/s, 1,000 tok/s, norm nan, lr 1\n"
+    sentences = []
+    with pytest.raises(Failed, match="the loss does not fall"):
+        gpu_day.train_thirty(Broken(), {}, sentences, "bfloat16")
+    assert "loss nan to nan, 1,000 tokens/s, MFU 9.0%" in sentences[0]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +199,8 @@ def test_losses_that_are_not_finite_are_read():
     [
         (["--batch_sizes=0"], "batch_sizes='0' must be positive numbers"),
         (["--json=nowhere/x.json"], "json='nowhere/x.json': there is no such folder"),
+        (["--nanogpt=nowhere"], "nanogpt='nowhere' has no model.py; give a checkout"),
+        (["--stages=smoke,speeed"], "stages has speeed; there are smoke, "),
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(flags, message, capsys):

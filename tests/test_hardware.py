@@ -252,7 +252,7 @@ def test_windows_without_triton_trains_uncompiled_and_says_why(monkeypatch, caps
     hardware.find_machine(cfg)
     assert not cfg.compile and capsys.readouterr().err.count("going on without torch.compile") == 1
     cfg = configure(TrainConfig, ["--device=cpu", "--activation_memory=0.8"])
-    with pytest.raises(UserError, match="activation_memory=0.8 acts through torch.compile only"):
+    with pytest.raises(UserError, match="activation_memory=0.8 needs torch.compile"):
         hardware.find_machine(cfg)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(hardware.shutil, "which", lambda name: name)

@@ -292,7 +292,7 @@ def test_a_width_that_is_proposed_is_taken(n_embd, n_head, arch):
 
 
 def test_a_modern_config_never_makes_gpt2_silently():
-    with pytest.raises(ValueError, match="arch='modern' is ModernGPT's; make_gpt"):
+    with pytest.raises(ValueError, match="arch='modern' needs ModernGPT: use make_gpt"):
         GPT(GPTConfig(**TINY, arch="modern"))
 
 

@@ -162,7 +162,7 @@ def test_a_compiled_run_that_saves_memory_gives_the_same_losses(run, byte_data, 
 
 @pytest.mark.parametrize("setting", ["activation_memory=0.9", "compile_mode='max-autotune-no-cudagraphs'"])
 def test_what_acts_through_the_compiler_is_not_taken_silently_without_it(setting):
-    with pytest.raises(ValueError, match=f"{setting} acts through torch.compile only; set compile=True, or "):
+    with pytest.raises(ValueError, match=f"{setting} needs torch.compile: set compile=True, or "):
         configure(TrainConfig, [f"--{setting}", "--compile=False"])
     configure(TrainConfig, [f"--{setting}"])
 
@@ -1543,7 +1543,7 @@ def test_keys_that_a_time_limit_or_another_tracker_rules_out(run, byte_data, tin
     assert "wandb_log=True means tracker='wandb', not 'tensorboard'" in both
     for flops in ("312", "1e-300"):
         error = run("train.py", *tiny, f"--peak_flops={flops}", status=2).stderr
-        assert f"peak_flops={flops} is in FLOP/s, as in 312e12" in error
+        assert f"peak_flops={flops} must be in FLOP/s, like 312e12" in error
 
 
 def test_the_last_evaluation_of_a_run_stays_when_it_is_lengthened(run, byte_data, tiny, tmp_path):
