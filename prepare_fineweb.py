@@ -81,10 +81,10 @@ REPO = "HuggingFaceFW/fineweb-edu"  # its folder and shards are called fineweb
 class PrepareConfig(Config):
     input: str = key(
         "",
-        f"stdlib; or files, folders, globs of {' '.join(KINDS)} (also .gz, .zst, but for the first two), "
-        f"https://..., with commas; empty: the hub",
+        f"stdlib; or files, folders, globs of {' '.join(KINDS)} (also .gz, .zst, except for the first two), "
+        f"https://..., separated by commas; empty: the hub",
     )
-    endings: str = key("", "further endings of text files to read in folders, as in .md,.rst")
+    endings: str = key("", "further file name extensions of texts in folders, as in .md,.rst")
     repo: str = key(REPO, "dataset on the Hugging Face hub, or a local folder of one")
     subset: str = key("sample-10BT", "subset of the dataset; may be empty")
     split: str = key("train", "split of the dataset")
@@ -260,6 +260,15 @@ def encode_chunks(chunks, workers):
 # the choice of validation, and progress
 
 
+class Held(NamedTuple):
+    """A document that validation holds so far. The smallest in the heap has the largest hash."""
+
+    negative_hash: int
+    number: int  # of the document, which tells equal texts apart
+    n_bytes: int
+    tokens: np.ndarray
+
+
 @dataclass
 class Progress:
     """The state of a preparation between two chunks of text; saved to disk after each whole shard."""
@@ -267,7 +276,7 @@ class Progress:
     position: Position = Position()
     # train and val together
     counts: dict = field(default_factory=lambda: dict(tokens=0, documents=0, bytes=0))
-    heap: list = field(default_factory=list)  # validation: (-hash, document number, bytes, tokens)
+    heap: list = field(default_factory=list)  # of Held, for validation
     held: int = 0  # tokens in the heap
     eligible: int = 0  # tokens of all documents that were short enough for the heap
     files: dict = field(default_factory=dict)  # whole train shards, as in meta.json
@@ -276,10 +285,10 @@ class Progress:
 
     def save(self, path, settings):
         """Writes it to path, together with its settings, which are plain values."""
-        tokens = [self.tail, *(entry[3] for entry in self.heap)]
+        tokens = [self.tail, *(held.tokens for held in self.heap)]
         facts = dict(position=self.position, counts=self.counts, eligible=self.eligible, files=self.files)
         facts["settings"] = settings
-        facts["heap"] = [(*entry[:3], len(entry[3])) for entry in self.heap]
+        facts["heap"] = [(*held[:3], len(held.tokens)) for held in self.heap]
         with atomic_file(path) as f:
             np.savez(f, facts=json.dumps(facts), tokens=np.concatenate(tokens), tail=len(self.tail))
 
@@ -291,7 +300,7 @@ class Progress:
                 facts, tokens, tail = json.loads(str(saved["facts"])), saved["tokens"], int(saved["tail"])
             lengths = [entry.pop() for entry in facts["heap"]]
             parts = np.split(tokens, np.cumsum([tail, *lengths]))
-            heap = [(*entry, part) for entry, part in zip(facts["heap"], parts[1:-1], strict=True)]
+            heap = [Held(*entry, part) for entry, part in zip(facts["heap"], parts[1:-1], strict=True)]
             position, held = Position(*facts["position"]), sum(lengths)
             progress = cls(position, facts["counts"], heap, held, facts["eligible"], facts["files"], parts[0])
             return progress, facts["settings"]
@@ -328,10 +337,10 @@ def choose(progress, encoded, val_tokens, max_tokens):
         counts["bytes"] += n_bytes
         if whole:
             progress.eligible += n
-        if not whole or (heap and progress.held >= val_tokens and -digest < heap[0][0]):
+        if not whole or (heap and progress.held >= val_tokens and -digest < heap[0].negative_hash):
             train.append(tokens)
         else:
-            heapq.heappush(heap, (-digest, counts["documents"], n_bytes, tokens.copy()))
+            heapq.heappush(heap, Held(-digest, counts["documents"], n_bytes, tokens.copy()))
             progress.held += n
             train += push_out(progress, val_tokens)
     return np.concatenate([*train, encoded.tokens[:0]])
@@ -343,15 +352,15 @@ def push_out(progress, wanted):
     heap, out = progress.heap, []
     while heap:
         equal = [heapq.heappop(heap)]
-        while heap and heap[0][0] == equal[0][0]:
+        while heap and heap[0].negative_hash == equal[0].negative_hash:
             equal.append(heapq.heappop(heap))
-        size = sum(len(entry[3]) for entry in equal)
+        size = sum(len(held.tokens) for held in equal)
         if not heap or progress.held - size < wanted:
-            for entry in equal:
-                heapq.heappush(heap, entry)
+            for held in equal:
+                heapq.heappush(heap, held)
             break
         progress.held -= size
-        out += [entry[3] for entry in equal]
+        out += [held.tokens for held in equal]
     return out
 
 
@@ -647,10 +656,11 @@ def write_val(job, progress, train, val):
     Returns the counts {split: {"tokens": n, "documents": n, "bytes": n}}."""
     for tokens in push_out(progress, min(job.cfg.val_tokens, progress.eligible // 10)):
         train.write(tokens)
-    held = sorted(progress.heap, key=lambda entry: entry[1])  # in the order of the source
-    n_val = dict(tokens=sum(len(e[3]) for e in held), documents=len(held), bytes=sum(e[2] for e in held))
+    documents = sorted(progress.heap, key=lambda held: held.number)  # in the order of the source
+    n_val = dict(tokens=sum(len(held.tokens) for held in documents), documents=len(documents))
+    n_val["bytes"] = sum(held.n_bytes for held in documents)
     n_train = {name: count - n_val[name] for name, count in progress.counts.items()}
-    if not held or n_train["tokens"] <= n_val["tokens"]:
+    if not documents or n_train["tokens"] <= n_val["tokens"]:
         advice = f"separate them by {EOT}"
         if job.cfg.txt_documents == "file":
             advice += ", or use --txt_documents=blank_line"
@@ -660,8 +670,8 @@ def write_val(job, progress, train, val):
             f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes "
             f"whole documents, and these are too few, or one is huge: {advice}"
         )
-    for entry in held:
-        val.write(entry[3])
+    for held in documents:
+        val.write(held.tokens)
     val.finish()
     train.finish()
     return dict(train=n_train, val=n_val)
@@ -710,7 +720,8 @@ def prepare(job, stop):
     wanted = min(job.cfg.val_tokens, progress.counts["tokens"] // 10)
     if counts["val"]["tokens"] < wanted // 2:
         print(
-            f"note: validation takes whole documents, and most are too long for the {wanted:,} that it needs"
+            "note: validation takes whole documents, and most are too long for the "
+            f"{wanted:,} tokens that it needs"
         )
     if counts["val"]["tokens"] > 2 * wanted:
         print(
@@ -728,8 +739,8 @@ def prepare(job, stop):
     print(f"next: {train_command(job.cfg, counts['train']['tokens'])}")
 
 
-def is_done(job):
-    """Returns whether the job has been done already, and says so if it has."""
+def report_if_done(job):
+    """Returns whether the job has been done already; says so if it has, and what to do next."""
     record = prepared_already(job.out_dir, job.settings)
     if not record:
         return False
@@ -745,7 +756,7 @@ def prepare_characters(cfg):
     """Prepares nanoGPT's data by characters."""
     sources = find_and_say(cfg)
     if cfg.dry_run:
-        foretell(cfg, text_size(cfg, sources), 2, "seconds")
+        print_dry_run(cfg, text_size(cfg, sources), 2, "seconds")
         return
     files = characters.files_of(texts_in(sources, cfg), cfg.max_tokens)
     with sole_use(cfg.folder):
@@ -775,7 +786,7 @@ def texts_in(sources, cfg):
         yield newlines.decode("", final=True)
 
 
-def foretell_job(job):
+def dry_run_job(job):
     """Prints what a job would take; its first chunk of local text is tokenized to know how long."""
     cfg = job.cfg
     tokens = expected_tokens(job, Progress().counts)
@@ -793,10 +804,10 @@ def foretell_job(job):
         seconds = tokens / max(rate, 1)
         workers = number_of_workers(cfg)
         time_text = f"about {duration(math.ceil(seconds / workers))} with {workers} workers, by the first MB"
-    foretell(cfg, tokens, job.itemsize, time_text)
+    print_dry_run(cfg, tokens, job.itemsize, time_text)
 
 
-def foretell(cfg, tokens, itemsize, time_text):
+def print_dry_run(cfg, tokens, itemsize, time_text):
     """Prints what a preparation that gives about so many tokens would take."""
     tokens = min(tokens, cfg.max_tokens or tokens)
     needed = tokens * itemsize / 1e9
@@ -819,14 +830,14 @@ def main(argv):
         return
     job = plan(cfg)
     if cfg.dry_run:
-        foretell_job(job)
+        dry_run_job(job)
         return
     if job.source_times:
         job.settings["source"] = describe_source(job)
-    if is_done(job):
+    if report_if_done(job):
         return
     with StopRequest("stopping; Ctrl-C again leaves at once") as stop, sole_use(job.out_dir):
-        if not is_done(job):  # by another process, meanwhile
+        if not report_if_done(job):  # by another process, meanwhile
             prepare(job, stop)
 
 

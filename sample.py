@@ -141,7 +141,7 @@ def load_checkpoint(path):
     lowest = ""
     if "best_val_loss" in state:
         lowest = f", lowest val loss so far {float(state['best_val_loss']):.4f}"
-        best = checkpoint.about(os.path.join(os.path.dirname(path), "best.pt"))
+        best = checkpoint.summary(os.path.join(os.path.dirname(path), "best.pt"))
         if best and best["iter_num"] != state.get("iter_num"):
             lowest += f", at iteration {best['iter_num']}: --init_from=best"
     print(f"{path}: iteration {state.get('iter_num', '?')}{lowest}", file=sys.stderr)

@@ -599,7 +599,7 @@ def main(argv):
         run = set_up(cfg, machine)
         report.describe(run)
         if cfg.dry_run:
-            report.foretell(run)
+            report.print_dry_run(run)
             return
         run.clock = log.Clock(machine)
         run.bar = log.progress_bar(cfg, run.progress.iter_num)

@@ -17,8 +17,8 @@ OPTIMAL = 20
 WIDTHS = [*range(64, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128)]
 ITERATIONS = 2000  # that a run should have at least, by smaller iterations
 EVALUATING = 0.03  # share of the time for evaluations
-# Squared gradients are to be remembered for as many tokens as in a run of 0.95 and half a million tokens an
-# iteration (Marek et al. 2025, https://arxiv.org/abs/2507.07101): with at most FEW_TOKENS, for longer.
+# beta2 of runs with at most so many tokens an iteration, so that squared gradients are averaged over about as
+# many tokens as with 0.95 at half a million (Marek et al. 2025, https://arxiv.org/abs/2507.07101)
 FEW_TOKENS = 2**17
 BETA2 = 0.99
 

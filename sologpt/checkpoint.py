@@ -133,7 +133,7 @@ def load(path):
             raise
         reason = first_line(e)
         if isinstance(e, pickle.UnpicklingError):  # torch's text is how to load it all the same
-            reason = "it is no checkpoint of torch's, or holds objects that could run code"
+            reason = "it is not a torch checkpoint, or it holds objects that could run code"
         raise UserError(f"cannot read the checkpoint {path}, damaged or not one of ours: {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise UserError(f"{path} is not a GPT checkpoint: it lacks 'model' or 'model_args'")
@@ -159,7 +159,7 @@ def load(path):
     return state
 
 
-def about(path):
+def summary(path):
     """Returns iter_num, best_val_loss, config and, but for nanoGPT's, data of a checkpoint, without reading
     its tensors, in a dict; None if there is none or it cannot be read."""
     try:
@@ -211,8 +211,8 @@ def check_type_of_each(values, types, path):
 
 
 def check_sizes(state, path):
-    """Raises UserError if model_args are not those of the weights: a model of their sizes could be of any
-    size."""
+    """Raises UserError if model_args do not match the weights, before a model of perhaps enormous sizes is
+    made."""
     args, weights = state["model_args"], state["model"]
     layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
     table = weights.get("transformer.wte.weight", torch.empty(0))
@@ -548,9 +548,9 @@ def save_best(run, val_loss):
 
 def save_before_cooldown(run):
     path = run.files.before_cooldown
-    there = about(path)
-    # from where this process began on, it is of iterations that were given up, or the same state
-    if there and there["iter_num"] < run.first_iter:
+    existing = summary(path)
+    # one from first_iter or later is of iterations that this process makes anew
+    if existing and existing["iter_num"] < run.first_iter:
         say(f"{path} is kept: it is from before the first cooldown of this run")
         return
     if run.files.write(path, whole_state(run)):

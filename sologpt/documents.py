@@ -44,7 +44,7 @@ def open_file(path):
         raw = download(path)
     else:
         if codec and not os.path.getsize(path):
-            raise UserError("empty: even nothing has some bytes when it is compressed")
+            raise UserError("empty, which is no valid compressed file")
         raw = open(path, "rb")
     if not codec:
         return raw

@@ -458,7 +458,7 @@ def windows_obstacle(device):
 
 
 def keep_activations(share):
-    """Makes models compiled from now on keep this share of activations; backward recomputes the rest."""
+    """Sets torch's budget of activations for models compiled from now on."""
     from torch._functorch import config  # takes a second: only where something is compiled
 
     config.activation_memory_budget = share

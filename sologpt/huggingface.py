@@ -1,6 +1,6 @@
 """
-Hugging Face's format: the folders from which transformers loads a GPT-2, with tokenizer and model card; and
-a ModernGPT, with the code in remote_code.py, which is written only.
+Hugging Face's format: the folders from which transformers loads a GPT-2, with tokenizer and model card, and a
+ModernGPT, with the code that remote_code.py assembles. The latter are written, never read.
 
 GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; sample.py --export adds the
 tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.
@@ -250,7 +250,7 @@ def make_room(folder):
     if names and not is_export(folder):
         others = others or names
     if others:
-        raise UserError(f"{folder} holds {others[0]}, not of an export of ours; choose a new or empty folder")
+        raise UserError(f"{folder} holds {others[0]}, not written by an export; choose a new or empty folder")
     for name in names:
         os.remove(os.path.join(folder, name))
 

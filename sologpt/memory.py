@@ -37,9 +37,9 @@ def memory_needed(
     if recomputes:  # which begins when the loss has left only the head's gradient
         loss = max(loss, 4 * of_head + bytes_of(dtype) * tokens * config.n_embd * RECOMPUTED)
     gradients = 4 * params
-    # with activations and loss used up there come: in an update of Muon, 4.4 bytes for each of its
-    # parameters, whose state is of 4 bytes instead of AdamW's 8; from a compiled backward pass, all gradients
-    # of the blocks, and in fp32 that of the head and two more of its size
+    # What comes when the backward pass has freed activations and loss: Muon's update needs 4.4 bytes more for
+    # each of its parameters, which are those with a state of 4 bytes, not 8. A compiled backward pass ends
+    # with all gradients of the blocks, and with 12 bytes for each weight of the head.
     later = 1.1 * (8 * params - optimizer)
     if compile:
         later = max(later, bytes_of(dtype) * of_blocks + 12 * of_head)

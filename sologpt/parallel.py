@@ -119,8 +119,8 @@ def all_reduce(numbers, op, stop=None):
 
 
 def combine(tensors, op):
-    """Combines tensors with those of the other processes, in place. Raises Lost if one does not answer; but
-    a sum on GPUs has only begun then, and one that never ends is NCCL's to end, and with it the process."""
+    """Combines tensors with those of the other processes, in place. Raises Lost if one does not answer. On
+    GPUs it returns before the sum is done; if that never ends, NCCL's watchdog ends the process."""
     try:
         reduce_op = getattr(dist.ReduceOp, op)
         for work in [dist.all_reduce(tensor, reduce_op, async_op=True) for tensor in tensors]:

@@ -151,7 +151,7 @@ def data_notes(run):
     epochs = cfg.max_iters * cfg.sequences_per_iter / len(run.train_data)
     if epochs > 20 and cfg.dropout == 0 and not cfg.max_minutes:
         found.append(
-            f"{epochs:,.0f} epochs without dropout learn the text by heart; see the val loss, and try "
+            f"{epochs:,.0f} epochs without dropout will memorise the text; watch the val loss, and try "
             f"--dropout=0.2, fewer --max_iters or a smaller model (config/text_1m.py)"
         )
     return found
@@ -164,7 +164,7 @@ SPEED = (
 ).split()
 
 
-def foretell(run):
+def print_dry_run(run):
     """Prints what a dry run adds to describe: time, if an earlier run in out_dir shows it, and disk."""
     cfg = run.cfg
     if cfg.eval_only:

@@ -75,7 +75,7 @@ def check_vocabulary(vocab_size, source, tokenizer, folder, state):
     if state and "tokenizer" not in state and not tokenizer.fits_nanogpts(vocab_size):
         raise UserError(
             f"the {tokenizer.vocab_size} characters of {folder} are not those of the {vocab_size} ids that "
-            f"nanoGPT trained {source} with; put that meta.pkl and its data there"
+            f"nanoGPT trained {source} with; put nanoGPT's own meta.pkl and token files there"
         )
 
 
@@ -126,6 +126,7 @@ def check_alike(run):
     may see other files."""
     start = repr((dataclasses.asdict(run.cfg), run.machine.dtype, run.fingerprint, run.progress))
     number = float(zlib.crc32(start.encode()))
+    # the largest and the smallest are this one only if all are equal
     if parallel.all_reduce([number, -number], parallel.MAX) != [number, -number]:
         raise UserError("the processes differ in command, data or out_dir; start all with the same ones")
 
@@ -178,15 +179,15 @@ def lowest_loss(best, state):
     """Returns the lowest validation loss that a state or best.pt, at this path, knows of: a killed run may
     have saved best.pt later than the state. Infinite if that run had other data or another eval_iters."""
     loss = float(state["best_val_loss"])
-    there = checkpoint.about(best)
-    if there is None:
+    newest_best = checkpoint.summary(best)
+    if newest_best is None:
         return loss
-    eval_iters = there["config"].get("eval_iters")
-    other_data = data_changes(state, there.get("data", state.get("data", {})))
+    eval_iters = newest_best["config"].get("eval_iters")
+    other_data = data_changes(state, newest_best.get("data", state.get("data", {})))
     if other_data or eval_iters != state.get("config", {}).get("eval_iters"):
         print(f"note: {best} is of other data or another eval_iters; it starts anew")
         return math.inf
-    best_iter, best_loss = there["iter_num"], there["best_val_loss"]
+    best_iter, best_loss = newest_best["iter_num"], newest_best["best_val_loss"]
     if best_iter <= state["iter_num"] or not best_loss < loss:
         return loss
     print(f"note: {best}, of iteration {best_iter} and val loss {best_loss:.4f}, is kept until a lower one")

@@ -93,7 +93,7 @@ def check_arguments(idx, n_ids, max_new_tokens, temperature, top_k, noise, lengt
     if lengths is not None and lengths.shape != (B,):
         raise UserError(f"lengths has the shape {tuple(lengths.shape)}, not ({B},)")
     if lengths is not None and lengths.max() > T:
-        raise UserError(f"a prompt of {lengths.max()} ids is longer than the {T} that are there")
+        raise UserError(f"lengths has {lengths.max()}, but the prompts have only {T} ids")
     if not idx.numel():
         raise UserError("the prompt is empty; sampling needs a token to start from")
     if lengths is not None and lengths.min() < 1:
@@ -149,18 +149,19 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     rows = torch.arange(B, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    text = F.pad(idx.long(), (0, max_new_tokens))
-    for end, u in enumerate(noise, T):  # end: of the longest row
+    ids = F.pad(idx.long(), (0, max_new_tokens))
+    for end, step_noise in enumerate(noise, T):  # end: of the longest prompt and what was drawn
         if end == T or end > block_size:
-            logits = read_window(model, text, end, lengths, cache)
-            token = pick(logits[:, :n_ids], u, temperature, top_k, top_p)
+            logits = read_window(model, ids, end, lengths, cache)
+            token = pick(logits[:, :n_ids], step_noise, temperature, top_k, top_p)
         else:
             last = lengths - 1
-            token, step_finite = step(model, text[rows, last], last, cache, u, temperature, top_k, top_p)
+            token = ids[rows, last]
+            token, step_finite = step(model, token, last, cache, step_noise, temperature, top_k, top_p)
             finite &= step_finite
-        text[rows, lengths] = token
+        ids[rows, lengths] = token
         lengths = lengths + 1
-        yield text[:, : end + 1]
+        yield ids[:, : end + 1]
         if stop_token is not None:
             done |= token == stop_token
             if done.all():  # waits for the GPU, at every token

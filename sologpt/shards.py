@@ -332,8 +332,8 @@ def epoch_order(n, seed, epoch):
 
 @functools.lru_cache(maxsize=2)
 def epoch_shift(block_size, seed, epoch):
-    """Returns by how many tokens the windows of an epoch begin later than those of the first: in each later
-    one another random number, so that repeated text is cut in other places."""
+    """Returns how many tokens later the windows of an epoch begin than those of the first: a new random
+    number in each, so that repeated text is cut elsewhere."""
     if epoch == 0:
         return 0
     return int(np.random.RandomState([seed, epoch, block_size]).randint(block_size))

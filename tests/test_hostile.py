@@ -472,7 +472,7 @@ def test_an_export_that_transformers_has_saved_over_is_not_deleted(run, trained,
     run(*argv)  # what only an export has written is written anew
     GPT2LMHeadModel.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "hf")
     before = (tmp_path / "hf/model.safetensors").read_bytes()
-    assert "not of an export of ours" in one_line_of(run(*argv, status=1))
+    assert "not written by an export" in one_line_of(run(*argv, status=1))
     assert (tmp_path / "hf/model.safetensors").read_bytes() == before
 
 
@@ -480,12 +480,12 @@ def test_an_export_takes_nobodys_place_but_that_of_an_export(run, trained, tmp_p
     argv = ["sample.py", "--device=cpu", "--export=hf"]
     gpt2_folder(tmp_path / "hf")
     before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
-    assert "hf holds config.json, not of an export of ours" in one_line_of(run(*argv, status=1))
+    assert "hf holds config.json, not written by an export" in one_line_of(run(*argv, status=1))
     assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
     shutil.rmtree(tmp_path / "hf")
     assert "model and tokenizer are in hf" in run(*argv).stderr
     (tmp_path / "hf/notes.txt").write_text("mine")
-    assert "hf holds notes.txt, not of an export of ours" in one_line_of(run(*argv, status=1))
+    assert "hf holds notes.txt, not written by an export" in one_line_of(run(*argv, status=1))
     (tmp_path / "hf/notes.txt").unlink()
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     state["tokenizer"]["encoding"] = "r50k_base"  # which cannot be exported: no tokenizer of before may stay
@@ -619,7 +619,7 @@ def test_torchs_advice_to_run_the_code_in_a_checkpoint_is_not_passed_on(tmp_path
     with pytest.raises(UserError, match="or holds objects that could run code$"):
         checkpoint.load(path)
     path.write_text("{}")
-    with pytest.raises(UserError, match="it is no checkpoint of torch's"):
+    with pytest.raises(UserError, match="it is not a torch checkpoint"):
         checkpoint.load(path)
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import metrics
 
 import train
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, log, shards
 
 
@@ -125,6 +125,34 @@ def test_a_finite_loss_with_an_infinite_gradient_is_no_update(run, byte_data, ti
     assert all(line["loss"] > 1 for kind in ("iter", "bad_step") for line in metrics(tmp_path / "out", kind))
     after = state_of(tmp_path / "out")
     assert after["bad_steps"] == 2 and all(torch.equal(after["model"][name], p) for name, p in before.items())
+
+
+@pytest.mark.parametrize("bad", ["lm_head.weight", "transformer.h.0.attn.c_attn.weight"])
+def test_an_infinite_gradient_of_one_optimizer_keeps_the_other_from_stepping_too(bad):
+    """As in fp16 with Muon: unscaling finds infinities in the gradients of either AdamW or Muon."""
+    cfg = train.TrainConfig(arch="modern", optimizer="muon", learning_rate=1e-2, decay_lr=False)
+    model = make_gpt(GPTConfig(16, 97, n_layer=1, n_head=2, n_embd=32, bias=False, arch="modern"))
+    optimizers = train.optim.make_optimizers(model, cfg, torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def step(bad=None):
+        x = torch.arange(32).view(2, 16) % 97
+        scaler.scale(model(x, x)[1]).backward()
+        if bad:
+            model.get_parameter(bad).grad.view(-1)[3] = math.inf
+        return train.update(model, optimizers, scaler, 1.0)
+
+    def moments():
+        states = [state for optimizer in optimizers.values() for state in optimizer.state.values()]
+        return [moment.clone() for state in states for moment in state.values()]
+
+    step()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    before = moments()
+    assert not math.isfinite(step(bad)) and scaler.get_scale() == 4.0
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, moments(), strict=True))
+    assert math.isfinite(step()) and not torch.equal(model.lm_head.weight, weights["lm_head.weight"])
 
 
 # -----------------------------------------------------------------------------

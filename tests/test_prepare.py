@@ -745,7 +745,7 @@ def test_one_text_too_long_for_validation_is_refused_and_a_tiny_validation_is_po
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "in/small.txt").write_bytes(b"hello there!")
     out = prepare(run, "--input=in", "--out_dir=both").stdout
-    assert "val: 13 tokens" in out and "most are too long for the 440,001 that it needs" in out
+    assert "val: 13 tokens" in out and "most are too long for the 440,001 tokens that it needs" in out
 
 
 def test_an_unfinished_preparation_is_not_taken_for_gpt2s_tokens(run, tmp_path):

@@ -1354,7 +1354,7 @@ def test_many_epochs_without_dropout_are_pointed_out(run, byte_data, tiny, dropo
     # 8 of 672 windows an iteration
     argv = ["--max_iters=2000", "--dry_run=True", f"--dropout={dropout}"]
     out = run("train.py", *tiny, *argv).stdout
-    assert ("note: 24 epochs without dropout learn the text by heart" in out) == warned
+    assert ("note: 24 epochs without dropout will memorise the text" in out) == warned
 
 
 def test_a_finished_run_says_what_to_do_next(run, byte_data, tiny):
