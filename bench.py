@@ -508,13 +508,13 @@ def measure_around_optimum(cfg, seconds, size_of, tell):
     is; the others lie around the one with 20 tokens for each parameter."""
     measured = {}
 
-    def measure(width):
+    def measure_width(width):
         if width not in measured and (speed := speed_of(cfg, size_of(width), tell)):
             measured[width] = speed
 
     device, _ = hardware.pick_device(cfg.device)
     first_width = 128 if device.type == "cpu" else 512
-    measure(first_width)
+    measure_width(first_width)
     for _ in range(2):  # a wider model may be faster, which makes a still wider one optimal
         if not measured:
             raise UserError("the first size does not fit into memory; try a smaller --block_size")
@@ -522,10 +522,10 @@ def measure_around_optimum(cfg, seconds, size_of, tell):
         speed = measured[max(measured)]
         rate = size.flops_per_token * cfg.block_size * speed.batch_size / speed.micro_step
         position = budget.optimal(rate, seconds, size_of)
-        measure(budget.WIDTHS[position])
+        measure_width(budget.WIDTHS[position])
     low, high = max(0, position - 2), min(len(budget.WIDTHS) - 1, position + 2)
-    measure(budget.WIDTHS[low])
-    measure(budget.WIDTHS[high])
+    measure_width(budget.WIDTHS[low])
+    measure_width(budget.WIDTHS[high])
     fitting = [width for width in budget.WIDTHS[low : high + 1] if width <= max(measured)]
     return measured, fitting or sorted(measured)
 

@@ -304,7 +304,7 @@ class Run:
     memory: dict = None  # the estimate, in bytes
     # how far it is
     progress: Progress = dataclasses.field(default_factory=Progress)
-    started: float = dataclasses.field(default_factory=time.perf_counter)  # less earlier sessions' time
+    started: float = None  # set_up's start, less the time of earlier sessions
     first_iter: int = 0  # where this process began
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation

@@ -262,7 +262,7 @@ class Muon(optim.Muon):
         same_shape = collections.defaultdict(list)
         for group in self.param_groups:
             settings = (group["lr"], group["weight_decay"])
-            for matrix in zip(*self.moved(group), strict=True):
+            for matrix in zip(*self.momentum_updates(group), strict=True):
                 same_shape[matrix[0].shape, settings].append(matrix)
         for (shape, (lr, weight_decay)), matrices in same_shape.items():
             weights, updates, squares = (torch.stack(members) for members in zip(*matrices, strict=True))

@@ -119,11 +119,11 @@ def evened(updates, squares):
     al. 2025, https://arxiv.org/abs/2510.05491: NorMuon).
     """
     along = 2 if squares.size(2) == 1 else 1
-    rows = updates.norm(dim=along, keepdim=True)  # the other norms follow from these few numbers
-    squares.lerp_(rows.square() / updates.size(along), 0.05)
+    norms = updates.norm(dim=along, keepdim=True)  # of rows or columns; the other norms follow from these
+    squares.lerp_(norms.square() / updates.size(along), 0.05)
     scale = (squares + 1e-10).rsqrt()
-    norm = rows.norm(dim=(1, 2), keepdim=True)
-    scale *= norm / ((rows * scale).norm(dim=(1, 2), keepdim=True) + 1e-10)  # c_fc's first update is zero
+    norm = norms.norm(dim=(1, 2), keepdim=True)
+    scale *= norm / ((norms * scale).norm(dim=(1, 2), keepdim=True) + 1e-10)  # c_fc's first update is zero
     return updates.mul_(scale)
 
 
@@ -151,8 +151,9 @@ class Muon(torch.optim.Muon):
         same_shape = collections.defaultdict(list)
         for group in self.param_groups:
             settings = (group["lr"], group["weight_decay"])
-            for weight, update, squares in zip(*self.moved(group), strict=True):
-                same_shape[weight.shape, settings].append((weight, update, squares))
+            weights, updates, squares = self.momentum_updates(group)
+            for matrix in zip(weights, updates, squares, strict=True):
+                same_shape[matrix[0].shape, settings].append(matrix)
         for (shape, (lr, weight_decay)), matrices in same_shape.items():
             weights, updates, squares = zip(*matrices, strict=True)
             updates = orthogonalize(torch.stack(updates))
@@ -164,7 +165,7 @@ class Muon(torch.optim.Muon):
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * lr)
 
-    def moved(self, group):
+    def momentum_updates(self, group):
         """Updates the momenta of a group. Returns its matrices, their updates, which take the place of the
         gradients, and their squares, in lists."""
         params = group["params"]

@@ -1446,6 +1446,20 @@ def test_max_minutes_ends_the_run_in_time_with_its_schedule_completed(
     assert "\ndone: iteration " in out.stdout
 
 
+def test_the_time_before_the_first_iteration_counts_too(run, byte_data, tiny, tmp_path, monkeypatch):
+    flags = by_the_clock(monkeypatch, 20, "--schedule=wsd", "--eval_interval=50")
+    open_splits = shards.open_splits
+
+    def slow(*args):
+        time.perf_counter.now += 600
+        return open_splits(*args)
+
+    monkeypatch.setattr(shards, "open_splits", slow)
+    run("train.py", *tiny, *flags)
+    elapsed = [row["elapsed"] for row in metrics(tmp_path / "out", "iter")]
+    assert elapsed[0] > 600 and 1200 - 30 < elapsed[-1] < 1200
+
+
 def test_a_run_by_the_clock_resumes_with_what_is_left(run, byte_data, tiny, tmp_path, monkeypatch):
     flags = by_the_clock(monkeypatch, 10, "--schedule=wsd", "--eval_interval=20")
     run("train.py", *tiny, *flags)
