@@ -434,10 +434,15 @@ def learning(day, figures, sentences):
     argv += ["--gpt2_learning_rate=6e-4"]  # nanoGPT's
     argv += [f"--size={day.size.learned}", f"--dtype={candidates_dtype(day)}", f"--dataset={day.dataset}"]
     argv += [f"--compile={not day.size.flags}", f"--device={day.device}", f"--json={path}"]
-    out, _ = day.checked("benchmarks/compare_modded.py", *argv)
+    day.checked("benchmarks/compare_modded.py", *argv)
     with open(path) as f:
         figures |= json.load(f)
-    sentences += table_rows(out)
+    for run in figures["runs"]:
+        tokens = run["curve"][-1][0]
+        sentences.append(
+            f"{run['model']}: val loss {run['loss']:.4f} after {tokens / 1e6:.2f}M tokens, "
+            f"{1e3 * run['seconds']:,.0f} ms an iteration"
+        )
 
 
 def results_file(day, name):

@@ -497,7 +497,7 @@ class RunFiles:
             return False
         except UserError as e:
             raise UserError(
-                f"{e}; {self.saved_text}. Try a lower --learning_rate or --grad_clip=1.0 from there"
+                f"{e}; {self.saved_text}. Try a lower --learning_rate or --grad_clip=1.0"
             ) from None
         return True
 

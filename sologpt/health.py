@@ -63,7 +63,7 @@ def watch_update(run, step_loss, norm):
         raise UserError(
             f"no finite gradient in the {at.bad_in_row} iterations {at.iter_num - at.bad_in_row + 1} to "
             f"{at.iter_num}; {run.files.saved_text}. Try a lower --learning_rate, --grad_clip=1.0 or "
-            f"--dtype=float32 from there"
+            "--dtype=float32"
         )
 
 
