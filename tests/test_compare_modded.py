@@ -120,3 +120,32 @@ def test_runs_are_made_once_and_shown(modded, run, tmp_path):
     assert len(json.loads(before)["runs"]) == 3
     assert run("compare_modded.py", *modded, *few, "--json=found.json").stdout == out
     assert (tmp_path / "found.json").read_text() == before
+
+
+def one_fails(cfg, run):
+    if run.seed == 2:
+        raise RuntimeError("out of luck")
+    return dict(model=run.model, rate=run.rate, iters=run.iters, seed=run.seed, curve=[], loss=1.0)
+
+
+def test_a_run_that_fails_takes_no_other_with_it(modded, tmp_path, monkeypatch):
+    cfg = config(tmp_path, monkeypatch, [*modded, "--jobs=2", "--json=found.json"])
+    results = compare_modded.Results(cfg, one_fails)
+    runs = [Run("ours", 1.0, 10, seed) for seed in (1, 2, 3)]
+    with pytest.raises(UserError, match=r"seed=2\): out of luck"):
+        results.make(runs)
+    kept = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert sorted(entry["seed"] for entry in kept) == [1, 3]
+
+
+def test_runs_of_another_recipe_are_not_taken_for_todays(modded, tmp_path, monkeypatch):
+    cfg = config(tmp_path, monkeypatch, [*modded, "--json=found.json"])
+    results = compare_modded.Results(cfg, one_fails)
+    results.make([Run("ours", 1.0, 10, 1)])
+    assert compare_modded.Results(cfg, one_fails).of(Run("ours", 1.0, 10, 1))
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert content["about"]["recipe"]["beta2"] == 0.99
+    content["about"]["recipe"]["beta2"] = 0.95
+    (tmp_path / "found.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="runs of other settings or of another recipe"):
+        compare_modded.Results(cfg, one_fails)
