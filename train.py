@@ -564,7 +564,7 @@ def set_up(cfg, machine):
         resume.warn_of_changes(cfg, machine, state, get_lr)
     elif not cfg.eval_only:
         optim.allocate_moments(optimizers)
-    run.memory = fit.lower_batch_size(model, optimizers, cfg, machine)  # if it would not fit
+    run.memory = fit.fit_batch_size(model, optimizers, cfg, machine)  # may lower it
     resume.check_alike(run)  # across processes
     return run
 

@@ -16,10 +16,10 @@ from sologpt.hardware import available_memory, forget_compiled, total_memory
 from sologpt.memory import block_params, casts_bytes, memory_estimate, memory_needed
 
 
-def lower_batch_size(model, optimizers, cfg, machine):
-    """Returns memory_estimate, after lowering cfg.batch_size until that is within 1.1 times a GPU's free
-    memory (more would fail at the first step, after compiling) or 0.8 times a computer's (the system kills a
-    process that takes all of it). An evaluation alone takes less, and is left to try.
+def fit_batch_size(model, optimizers, cfg, machine):
+    """Lowers cfg.batch_size until memory_estimate is within 1.1 times a GPU's free memory (more would fail at
+    the first step, after compiling) or 0.8 times a computer's (the system kills a process that takes all of
+    it). Returns that estimate. An evaluation alone takes less, and is left to try.
 
     Raises UserError if what is left to try cannot fit into a computer's memory.
     """
