@@ -17,6 +17,7 @@ at the same time, on a CPU of one thread each.
 """
 
 import ast
+import functools
 import json
 import multiprocessing
 import os
@@ -66,7 +67,7 @@ CONFIGS = dict(ours="config/fineweb_125m_fast.py", gpt2="config/fineweb_125m.py"
 HEAD = dict(ours=128, gpt2=64, peer=128)  # components of a head
 WARMUP = 5  # iterations that are not timed
 RECIPE = "arch optimizer learning_rate beta1 beta2 weight_decay grad_clip schedule cooldown_frac warmup_iters"
-RECIPE = (*RECIPE.split(), "min_lr")  # keys of the recipe: runs with other ones do not compare
+RECIPE = (*RECIPE.split(), "min_lr")  # runs in which these keys of a config were others do not compare
 
 
 @dataclass
@@ -98,7 +99,7 @@ class CompareConfig(Config):
 
     def problems(self):
         found = []
-        if not os.path.isfile(os.path.join(self.modded, SCRIPT)):
+        if "peer" in self.models.split(",") and not os.path.isfile(os.path.join(self.modded, SCRIPT)):
             found.append(f"modded={self.modded!r} has no {SCRIPT}; give a checkout of modded-nanogpt")
         unknown = set(self.models.split(",")) - {"peer", *CONFIGS}
         if unknown:
@@ -341,8 +342,10 @@ class Results:
         described = asdict(cfg)
         same = ("dataset", "size", "vocab", "eval_windows", "dtype", "compile", "gpt2_learning_rate")
         about = {name: described[name] for name in same if name in described}
-        keys = keys_of(cfg, Run("ours", rate=1.0, iters=1000, seed=1))
-        about["recipe"] = {name: getattr(keys, name) for name in RECIPE}
+        about["recipes"] = {}
+        for model in ("ours", "gpt2") if "gpt2_learning_rate" in described else ("ours",):
+            keys = keys_of(cfg, Run(model, rate=1.0, iters=1000, seed=1))
+            about["recipes"][model] = {name: getattr(keys, name) for name in RECIPE}
         machine = dict(python=platform.python_version(), torch=torch.__version__, cores=os.cpu_count())
         self.content = dict(about=about, machine=machine, runs=[])
         if os.path.exists(cfg.json):
@@ -361,21 +364,26 @@ class Results:
     def make(self, runs):
         """Makes those of the runs that are missing, cfg.jobs at a time, several in processes of their own."""
         missing = [run for run in runs if not self.of(run)]
+        failed = []
+        for run, result in self.results_of(missing):
+            try:
+                self.keep(run, result())
+            except Exception as e:  # the results of the others are kept
+                failed.append(f"{run}: {e}")
+        if failed:
+            raise UserError("; ".join(failed))
+
+    def results_of(self, runs):
+        """Yields (run, a function that returns its result or raises its error), as they end."""
         if self.cfg.jobs == 1:
-            for run in missing:
-                self.keep(run, self.train(self.cfg, run))
+            for run in runs:
+                yield run, functools.partial(self.train, self.cfg, run)
             return
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.cfg.jobs, spawn, torch.set_num_threads, [1]) as pool:
-            futures = {pool.submit(self.train, self.cfg, run): run for run in missing}
-            failed = []
+            futures = {pool.submit(self.train, self.cfg, run): run for run in runs}
             for future in as_completed(futures):
-                if future.exception():
-                    failed.append(f"{futures[future]}: {future.exception()}")
-                else:
-                    self.keep(futures[future], future.result())
-        if failed:  # the results of the others are kept
-            raise UserError("\n".join(failed))
+                yield futures[future], future.result
 
     def keep(self, run, entry):
         self.content["runs"].append(entry)

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from sologpt.errors import UserError
 from sologpt.files import atomic_file
 from sologpt.fp8 import has_fp8
 from sologpt.memory import memory_needed
+from sologpt.tokenizer import read_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = ("smoke", "tests", "speed", "learning", "sampling", "profile", "recipe")
@@ -214,11 +216,24 @@ class Day:
         return out, err
 
     def measured(self, script, *argv):
-        """As checked, but returns what the script writes to its --json."""
+        """As checked, but returns what the script writes to its --json, also before it ends with an error."""
         path = os.path.join(self.cfg.out_dir, "figures.json")
-        self.checked(script, *argv, f"--device={self.device}", f"--json={path}")
+        with suppress(FileNotFoundError):
+            os.remove(path)
+        try:
+            self.checked(script, *argv, f"--device={self.device}", f"--json={path}")
+        except Failed:
+            if not os.path.exists(path):
+                raise
         with open(path) as f:
             return json.load(f)
+
+    def figures_of(self, stage, name):
+        """Returns the figures of a part that is done, from the JSON file. Raises Failed if there are none."""
+        entry = self.entries.get(f"{stage}: {name}", {})
+        if entry.get("asked") != asked_of(stage, self) or entry["status"] != "done":
+            raise Failed(f"it needs the figures of {stage}: {name}, which is not done")
+        return entry["figures"]
 
     def train(self, iters, *argv, stop_at=None):
         """Runs train.py with GPT-2's config, stopped by Ctrl-C at iteration stop_at; returns its figures."""
@@ -302,17 +317,16 @@ def train_thirty(day, figures, sentences, dtype):
 
 def resume(day, figures, sentences):
     """Stops a run and resumes it; its losses should be those of the run that was not stopped."""
-    whole = day.entries.get(f"smoke: {day.dtype}", {}).get("figures", {}).get("losses")
-    if not whole:
-        raise Failed(f"there are no losses of smoke: {day.dtype} to compare with")
+    whole = day.figures_of("smoke", day.dtype)["losses"]
     argv = (*SMOKE, f"--dtype={day.dtype}")
     figures["stopped"] = day.train(30, *argv, stop_at=10)
     figures["resumed"] = day.train(30, *argv, "--init_from=resume")
     losses = figures["resumed"]["losses"]
-    figures["difference"] = max(abs(loss - whole[it]) for it, loss in losses.items())
+    differences = [abs(loss - whole[it]) for it, loss in losses.items()]
+    figures["difference"] = max(differences)
     first = min(losses, key=int)
     sentences.append(f"resumed at {first}: losses differ by up to {figures['difference']:.4f}")
-    if not figures["difference"] < 0.05:
+    if not all(difference < 0.05 for difference in differences):  # NaN neither
         raise Failed("that is more than rounding")
 
 
@@ -329,17 +343,19 @@ def runs_out(day, figures, sentences):
     needs 1.1 times as much is made smaller before it is tried."""
     of_cuda = 0.5e9  # what CUDA itself takes in a process
     free = hardware.available_memory(day.device) - of_cuda
-    config = GPTConfig(bias=False)  # of config/fineweb_125m.py
+    # that of config/fineweb_125m.py
+    config = GPTConfig(vocab_size=read_tokenizer(day.dataset).embedding_rows(), bias=False)
     with torch.device("meta"):
         params = GPT(config).get_num_params(non_embedding=False)
 
     def needed(batch_size):
         return sum(memory_needed(params, 8 * params, config, batch_size, day.dtype, True).values())
 
-    batch_size = next(size for size in range(1, 100000) if needed(size) > 1.04 * free)
+    batch_size = max(size for size in range(2, 10000, 2) if needed(size) < 1.09 * free)
     too_large(day, figures, sentences, batch_size)
     if not any("out of memory" in text for text in figures["warnings"]):
-        raise Failed("memory did not run out: the estimate is too high, or too low for one that is tried")
+        ratio = needed(batch_size) / free
+        raise Failed(f"memory did not run out, though by estimate it should take {ratio:.2f} of what is free")
 
 
 def gpu_tests(day, figures, sentences):
@@ -428,16 +444,24 @@ def learning(day, figures, sentences):
     if day.cfg.modded:
         models.append("peer")
     path = results_file(day, "learning")
-    iters = iterations_of(path) or affordable_iterations(day, len(models))
+    iters = affordable_iterations(day, len(models))
+    if os.path.exists(path):  # of a day that was cut short: the runs that are done count
+        with open(path) as f:
+            iters = json.load(f)["runs"][0]["iters"]
     argv = [f"--models={','.join(models)}", f"--modded={day.cfg.modded}", f"--iters={iters}"]
     argv += ["--rates=1", "--seeds=1", "--parts=", "--vocab=0", "--evaluations=5"]
     argv += ["--gpt2_learning_rate=6e-4"]  # nanoGPT's
     argv += [f"--size={day.size.learned}", f"--dtype={candidates_dtype(day)}", f"--dataset={day.dataset}"]
     argv += [f"--compile={not day.size.flags}", f"--device={day.device}", f"--json={path}"]
-    day.checked("benchmarks/compare_modded.py", *argv)
-    with open(path) as f:
-        figures |= json.load(f)
-    for run in figures["runs"]:
+    try:
+        day.checked("benchmarks/compare_modded.py", *argv)
+    finally:
+        figures |= read_results(path)
+        tell_losses(figures, sentences)
+
+
+def tell_losses(figures, sentences):
+    for run in figures.get("runs", []):
         tokens = run["curve"][-1][0]
         sentences.append(
             f"{run['model']}: val loss {run['loss']:.4f} after {tokens / 1e6:.2f}M tokens, "
@@ -446,25 +470,29 @@ def learning(day, figures, sentences):
 
 
 def results_file(day, name):
-    """Returns the path of a script's results, which hold runs of one size and dataset only."""
-    return os.path.join(day.cfg.out_dir, f"{name}_{day.cfg.size}_{os.path.basename(day.dataset)}.json")
+    """Returns the path of a script's results, which hold runs of one commit, card, torch and dataset."""
+    same = repr((asked_of("learning", day), hardware.device_name(day.device), commit()))
+    return os.path.join(day.cfg.out_dir, f"{name}_{zlib.crc32(same.encode()):08x}.json")
 
 
-def iterations_of(path):
-    """Returns how many iterations the runs in compare_modded.py's JSON file have, or None."""
+def read_results(path):
     if not os.path.exists(path):
-        return None
+        return {}
     with open(path) as f:
-        return json.load(f)["runs"][0]["iters"]
+        return json.load(f)
 
 
 def affordable_iterations(day, runs):
-    figures = day.entries.get(f"smoke: {day.dtype}", {}).get("figures", {})
-    if not figures.get("tokens_per_s"):
-        raise Failed(f"nothing is known of the speed: smoke: {day.dtype} did not end")
+    """Returns how many iterations of `runs` models end in nine tenths of the time that is left. Raises
+    OutOfTime if they are too few to compare anything."""
+    rate = 0.7 * day.figures_of("smoke", day.dtype)["tokens_per_s"]  # of GPT-2: others may be slower
     starting = 60  # seconds of a run that are not training
-    seconds = 0.9 * day.seconds_left() / runs - starting
-    return min(3000, max(20, int(seconds * figures["tokens_per_s"] / SHORT_ITERATION)))
+    iters = int((0.9 * day.seconds_left() / runs - starting) * rate / SHORT_ITERATION)
+    if day.cfg.size == "tiny":
+        return 20
+    if iters < 300:
+        raise OutOfTime(f"{iters} iterations would be too few to compare anything; --minutes=60 may do")
+    return min(3000, iters)
 
 
 def candidates_dtype(day):
@@ -497,7 +525,7 @@ def profile(day, figures, sentences):
     sentences += lines[after : after + 6]
 
 
-def small_models(day, figures, sentences, script, *argv):
+def small_models(day, figures, sentences, script):
     """Runs candidates.py or compare_modded.py. A run that the time cuts off is not lost with the others: each
     script goes on where it was."""
     jobs = 1
@@ -507,9 +535,12 @@ def small_models(day, figures, sentences, script, *argv):
     path = results_file(day, script.removesuffix(".py"))
     flags = [f"--dataset={day.dataset}", f"--device={day.device}", f"--jobs={jobs}", *day.size.small]
     flags += [f"--dtype={candidates_dtype(day)}", f"--json={path}"]
-    out, _ = day.checked(f"benchmarks/{script}", *flags, *argv)
-    with open(path) as f:
-        figures |= json.load(f)
+    if script == "compare_modded.py":
+        flags.append(f"--modded={day.cfg.modded}")
+    try:
+        out, _ = day.checked(f"benchmarks/{script}", *flags)
+    finally:
+        figures |= read_results(path)
     sentences += table_rows(out)
 
 
@@ -554,39 +585,46 @@ def prepare_data(day):
     if day.cfg.dataset:
         named = os.path.join(ROOT, "data", day.cfg.dataset)
         day.dataset = os.path.abspath(named if os.path.isdir(named) else day.cfg.dataset)
+        if not os.path.isdir(day.dataset):
+            raise UserError(f"--dataset={day.cfg.dataset}: there is neither {named} nor {day.dataset}")
     elif not os.path.exists(os.path.join(day.dataset, "meta.json")):
         day.checked("prepare_fineweb.py", "--input=stdlib", "--encoding=bytes", f"--out_dir={day.dataset}")
 
 
-def asked_of(part, day):
-    """Returns what decides a part's figures, besides the card: with another of these it is done again."""
+def asked_of(stage, day):
+    """Returns what decides a stage's figures, besides the card: with another of these it is done again."""
     asked = dict(size=day.cfg.size, dataset=day.dataset, torch=torch.__version__)
-    if part.stage in ("speed", "sampling"):
+    if stage in ("speed", "sampling"):
         asked["nanogpt"] = day.cfg.nanogpt
-    if part.stage in ("learning", "recipe"):
+    if stage in ("learning", "recipe"):
         asked["modded"] = day.cfg.modded
     return asked
 
 
 def order(parts, day):
-    """Returns those of the parts that are to be done: what failed comes last, as it may fail again."""
-    missing, failed = [], []
+    """Returns those of the parts that are to be done. What failed comes last, as it may fail again, and
+    before it what had most of a day and was not done."""
+    missing, long, failed = [], [], []
     for part in parts:
         entry = day.entries.get(part.title, {})
-        if entry.get("asked") != asked_of(part, day) or entry["status"] == "no time":
+        if entry.get("asked") != asked_of(part.stage, day):
+            missing.append(part)
+        elif entry["status"] == "no time" and entry["seconds"] > 0.6 * 60 * day.cfg.minutes:
+            long.append(part)
+        elif entry["status"] == "no time":
             missing.append(part)
         elif entry["status"] == "failed":
             failed.append(part)
         else:
             print(f"{part.title}: done already", file=sys.stderr)
-    return missing + failed
+    return missing + long + failed
 
 
 def attempt(part, day):
     """Returns a part's entry in the JSON file."""
     start = time.monotonic()
     day.end_of_part = min(day.end, start + 60 * part.minutes)
-    entry = dict(status="done", asked=asked_of(part, day), figures={}, sentences=[])
+    entry = dict(status="done", asked=asked_of(part.stage, day), figures={}, sentences=[])
     try:
         part.work(day, entry["figures"], entry["sentences"])
     except OutOfTime as e:
@@ -614,7 +652,7 @@ def print_table(parts, day):
         entry = day.entries.get(part.title)
         if entry is None:
             continue
-        if entry["asked"] != asked_of(part, day):
+        if entry["asked"] != asked_of(part.stage, day):
             shown.remove(part.title)
             continue
         for sentence in entry["sentences"]:
@@ -629,6 +667,8 @@ def main(argv):
     device, _ = hardware.pick_device(cfg.device)
     card = hardware.device_name(device)
     name = re.sub(r"[^a-z0-9]+", "_", card.lower())
+    if cfg.size == "tiny":
+        name += "_tiny"
     path = cfg.json or os.path.join(ROOT, "benchmarks/results", f"gpu_day_{name}.json")
     for folder in ("nanogpt", "modded"):  # the scripts run in the project's folder
         if getattr(cfg, folder):

@@ -128,8 +128,9 @@ def one_fails(cfg, run):
     return dict(model=run.model, rate=run.rate, iters=run.iters, seed=run.seed, curve=[], loss=1.0)
 
 
-def test_a_run_that_fails_takes_no_other_with_it(modded, tmp_path, monkeypatch):
-    cfg = config(tmp_path, monkeypatch, [*modded, "--jobs=2", "--json=found.json"])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_takes_no_other_with_it(modded, tmp_path, monkeypatch, jobs):
+    cfg = config(tmp_path, monkeypatch, [*modded, f"--jobs={jobs}", "--json=found.json"])
     results = compare_modded.Results(cfg, one_fails)
     runs = [Run("ours", 1.0, 10, seed) for seed in (1, 2, 3)]
     with pytest.raises(UserError, match=r"seed=2\): out of luck"):
@@ -144,8 +145,8 @@ def test_runs_of_another_recipe_are_not_taken_for_todays(modded, tmp_path, monke
     results.make([Run("ours", 1.0, 10, 1)])
     assert compare_modded.Results(cfg, one_fails).of(Run("ours", 1.0, 10, 1))
     content = json.loads((tmp_path / "found.json").read_text())
-    assert content["about"]["recipe"]["beta2"] == 0.99
-    content["about"]["recipe"]["beta2"] = 0.95
+    assert content["about"]["recipes"]["ours"]["beta2"] == 0.99
+    content["about"]["recipes"]["ours"]["beta2"] = 0.95
     (tmp_path / "found.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="runs of other settings or of another recipe"):
         compare_modded.Results(cfg, one_fails)

@@ -15,10 +15,20 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import compare_modded
 import gpu_day
+import torch
+from candidates import CandidatesConfig
+from compare_modded import CompareConfig
 from gpu_day import Failed, Part, figures_of_a_run
+from sampling import BenchmarkConfig
+from steps import StepsConfig
 
+from bench import BenchConfig
+from configurator import configure
+from sologpt import hardware
 from sologpt.errors import UserError
+from train import TrainConfig
 
 SLEEP = ("-m timeit", "-n1", "-r1", "import time; time.sleep(60)")
 
@@ -134,6 +144,66 @@ def test_ctrl_c_stops_the_process_that_runs(tmp_path):
     assert "interrupted" in process.communicate(timeout=20)[1]
     others = subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path}"], capture_output=True, text=True)
     assert process.returncode and not others.stdout
+
+
+class Understood(Exception):
+    """A script of the project would take this command line."""
+
+
+@pytest.mark.parametrize("size", ["124m", "tiny"])
+@pytest.mark.parametrize("peers", [True, False])
+def test_every_script_takes_the_command_lines_that_it_is_given(tmp_path, monkeypatch, peers, size):
+    (tmp_path / compare_modded.SCRIPT).parent.mkdir(parents=True)
+    for name in ("model.py", compare_modded.SCRIPT):
+        (tmp_path / name).touch()
+    (tmp_path / "meta.json").write_text('{"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}')
+    argv = [f"--size={size}", f"--out_dir={tmp_path}", "--minutes=60"]
+    if peers:
+        argv += [f"--nanogpt={tmp_path}", f"--modded={tmp_path}"]
+    configs = {"train.py": TrainConfig, "bench.py": BenchConfig, "steps.py": StepsConfig}
+    configs |= {"compare_modded.py": CompareConfig, "candidates.py": CandidatesConfig}
+    configs |= {"sampling.py": BenchmarkConfig}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(hardware, "pick_dtype", lambda asked, device: ("bfloat16", ""))
+    monkeypatch.setattr(hardware, "available_memory", lambda device: 11e9)
+    monkeypatch.setattr(hardware, "device_name", lambda device: "a card")
+    monkeypatch.setattr(gpu_day, "has_fp8", lambda device: True)
+    cfg = configure(gpu_day.DayConfig, argv)
+    day = gpu_day.Day(cfg, torch.device("cuda"), {})
+    day.dataset = str(tmp_path)
+    figures = dict(losses={"0": 1.0}, tokens_per_s=1e5)
+    day.entries["smoke: bfloat16"] = dict(
+        status="done", asked=gpu_day.asked_of("smoke", day), figures=figures
+    )
+    used = set()
+
+    def run(script, *argv, **options):
+        name = script.rpartition("/")[2]
+        if name != "-m pytest":
+            configure(configs[name], list(argv))
+        used.add(name)
+        raise Understood
+
+    monkeypatch.setattr(day, "run", run)
+    for part in gpu_day.parts_of(day):
+        with pytest.raises(Understood):
+            part.work(day, {}, [])
+    assert used == {*configs, "-m pytest"} - (set() if peers else {"steps.py"})
+
+
+def test_what_bench_says_before_it_ends_with_an_error_is_a_figure(day, monkeypatch):
+    """As where not even its one micro-batch fits: the JSON file is there, and the exit status is 1."""
+
+    def run(self, script, *argv, **options):
+        path = next(arg for arg in argv if arg.startswith("--json=")).removeprefix("--json=")
+        with open(path, "w") as f:
+            json.dump(dict(rows=[dict(status="out of memory")]), f)
+        return "", "error: no row fits into memory", 1
+
+    monkeypatch.setattr(gpu_day.Day, "run", run)
+    part = Part("speed", "gpt2, 64", 1, lambda *given: gpu_day.bench(*given, config="x.py", batch_size=64))
+    entry = day([part])[0]["speed: gpt2, 64"]
+    assert entry["status"] == "done" and entry["sentences"] == ["out of memory"]
 
 
 def test_tests_that_fail_are_a_failed_part(day, tmp_path, monkeypatch):
