@@ -11,10 +11,10 @@ Turn text into token shards that train.py reads.
     python prepare_fineweb.py --encoding=characters --out_dir=data/shakespeare_char \\
         --input=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 
-Writes NAME_val_000000.bin, NAME_train_000001.bin, ... in llm.c's format, NAME being fineweb or that of the
-input, and meta.json last. A document is the end-of-text token followed by the tokens of its text; it may run
-on into the next shard. Validation takes whole documents from all over the source, by a hash of their text:
-the same text gives the same split.
+Writes NAME_val_000000.bin, NAME_train_000001.bin, ... in llm.c's format, NAME being that of the input or of
+--repo, and meta.json last. A document is the end-of-text token followed by the tokens of its text; it may
+run on into the next shard. Validation takes whole documents from all over the source, by a hash of their
+text: the same text gives the same split.
 
 The script can be killed at any moment: the same command continues after the last whole shard, and the files
 end up the same, byte for byte, as those of an uninterrupted run, whatever the number of workers.
@@ -107,7 +107,9 @@ class PrepareConfig(Config):
     max_tokens: int = key(0, "stop after this many tokens; 0: take everything", low=0)
     workers: int = key(0, "processes that tokenize; 0: one for each core", low=0)
     skip_bad_files: bool = key(False, "skip the rest of a file that cannot be read, instead of ending")
-    dry_run: bool = key(False, "say how many tokens, how much disk and time it would take, and stop")
+    dry_run: bool = key(
+        False, "say how many tokens, how much disk and (of local text) time it takes, and stop"
+    )
 
     def problems(self):
         found = []

@@ -54,17 +54,17 @@ class TrainConfig(Config):
     init_from: str = key(
         "scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl or a GPT-2 folder"
     )
-    always_save_checkpoint: bool = key(True, "False: save only at a new lowest val loss")
+    always_save_checkpoint: bool = key(True, "False: save only at a new lowest val loss and at the end")
     checkpoint_interval: int = key(
         0, "iterations between saves of ckpt.pt; 0: as always_save_checkpoint says", low=0
     )
-    allow_data_change: bool = key(False, "resume even if the data or the tokenizer has changed")
+    allow_data_change: bool = key(False, "resume or finetune even if data or tokenizer has changed")
     # evaluation and log
     eval_interval: int = key(2000, "iterations between evaluations", low=1)
     eval_iters: int = key(200, "size of an evaluation: 12 * eval_iters sequences of each split", low=1)
     eval_only: bool = key(False, "evaluate once and stop")
     log_interval: int = key(1, "iterations between log lines", low=1)
-    dry_run: bool = key(False, "print the plan and what it takes, then stop")
+    dry_run: bool = key(False, "print the plan, memory and disk, then stop")
     sample_interval: int = key(0, "iterations between samples of text, drawn at evaluations; 0: none", low=0)
     tracker: str = key("", "where else to send the figures of metrics.jsonl", choices=("", *TRACKERS))
     wandb_log: bool = key(False, "nanoGPT's key for tracker='wandb'")

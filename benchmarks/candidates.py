@@ -1,7 +1,7 @@
 """
 What would the recipe gain from parts that others found worth their lines, and lose without its own?
 
-    python benchmarks/candidates.py --dataset=text_100m --size=3m --jobs=2
+    python benchmarks/candidates.py --dataset=fineweb --size=3m --jobs=2
 
 Twenty-three candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is
 on in half of the runs and off in half, with every other one as often on as off. The difference of both means
@@ -65,7 +65,7 @@ CANDIDATES = dict(
 
 @dataclass
 class CandidatesConfig(Config):
-    dataset: str = key("text_100m", "folder of token files with GPT-2's ids: one under data/, or a path")
+    dataset: str = key("fineweb", "folder of token files with GPT-2's ids: one under data/, or a path")
     size: str = key("3m", "size of the models", choices=tuple(compare_modded.SIZES))
     vocab: int = key(8192, "keep the most frequent ids, all others become one; 0: all", low=0)
     only: str = key("", "names of candidates with commas between them; empty: all")

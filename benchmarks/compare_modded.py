@@ -1,7 +1,7 @@
 """
 How much does the recipe learn from a token, beside modded-nanogpt's tuned baseline and beside GPT-2?
 
-    python benchmarks/compare_modded.py --modded=../modded-nanogpt --dataset=text_100m --size=3m --jobs=2
+    python benchmarks/compare_modded.py --modded=../modded-nanogpt --dataset=fineweb --size=3m --jobs=2
 
 The peer is records/track_3_optimization/train_gpt_simple.py of
 https://github.com/KellerJordan/modded-nanogpt: its model, initialisation, optimizers and schedule are those
@@ -73,7 +73,7 @@ RECIPE = (*RECIPE.split(), "min_lr")  # runs in which these keys of a config wer
 @dataclass
 class CompareConfig(Config):
     modded: str = key("", "checkout of modded-nanogpt")
-    dataset: str = key("text_100m", "folder of token files with GPT-2's ids: one under data/, or a path")
+    dataset: str = key("fineweb", "folder of token files with GPT-2's ids: one under data/, or a path")
     size: str = key(
         "3m",
         "size of the models; gpu: 124M; short: 124M with a quarter of the tokens an iteration",

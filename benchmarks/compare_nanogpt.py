@@ -3,7 +3,6 @@ Training with nanoGPT and with this project: tokens/s, memory, time to the first
 tokens.
 
     python benchmarks/compare_nanogpt.py config/gpt2_124m.py --nanogpt=../nanoGPT --max_iters=60
-    --log_interval=10
 
 Takes the configs and keys of train.py. Both programs' own train.py run in turn, `pairs` times, each in a
 process of its own, on the same token files (a part of the dataset, written in nanoGPT's format), with the

@@ -1,7 +1,7 @@
 """
 All that is to be measured on a GPU, in the order of its worth: one command for the day there is one.
 
-    python benchmarks/gpu_day.py [--minutes=9] [--dataset=fineweb] [--nanogpt=../nanoGPT]
+    python benchmarks/gpu_day.py [--minutes=9] [--dataset=fineweb] [--nanogpt=FOLDER] [--modded=FOLDER]
 
 The stages are smoke (does training work there: in 16 bits, stopped and resumed, with micro-batches that do
 not fit), tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours), learning (GPT-2 with AdamW,

@@ -1,7 +1,7 @@
 """
 What does each part of the recipe bring? A ladder from GPT-2 with AdamW to arch="modern" with Muon.
 
-    python benchmarks/recipe.py --dataset=text_100m --size=3m --jobs=2
+    python benchmarks/recipe.py --dataset=fineweb --size=3m --jobs=2
 
 Each rung has the parts of all those above it, and is trained from several seeds on the same windows in the
 same order. Models, sizes, data and results are as in compare_modded.py, which also searches learning rates
@@ -43,7 +43,7 @@ PARTS = dict(
 
 @dataclass
 class RecipeConfig(Config):
-    dataset: str = key("text_100m", "folder of token files with GPT-2's ids: one under data/, or a path")
+    dataset: str = key("fineweb", "folder of token files with GPT-2's ids: one under data/, or a path")
     size: str = key("3m", "size of the models; gpu: 124M", choices=tuple(compare_modded.SIZES))
     vocab: int = key(8192, "keep the most frequent ids, all others become one; 0: all, as for a GPU", low=0)
     iters: int = key(400, "iterations of a run", low=10)
