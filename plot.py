@@ -6,7 +6,8 @@ Draw one or several runs, while they train or afterwards.
     python plot.py out --html=run.html                  # a page that shows values, settings and samples
     python plot.py out --text=True --watch=10           # in the terminal, every 10 s until Ctrl-C
 
-A run is the out_dir of train.py, or a copy of its metrics.jsonl. --text aside, it needs pip install '.[plot]'.
+A run is the out_dir of train.py, or a copy of its metrics.jsonl. Without --text it
+needs pip install '.[plot]'.
 """
 
 import os

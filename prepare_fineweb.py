@@ -107,9 +107,7 @@ class PrepareConfig(Config):
     max_tokens: int = key(0, "stop after this many tokens; 0: take everything", low=0)
     workers: int = key(0, "processes that tokenize; 0: one for each core", low=0)
     skip_bad_files: bool = key(False, "skip the rest of a file that cannot be read, instead of ending")
-    dry_run: bool = key(
-        False, "say how many tokens, how much disk and (of local text) time it takes, and stop"
-    )
+    dry_run: bool = key(False, "say what tokens, disk and (for local text) time it takes, and stop")
 
     def problems(self):
         found = []
