@@ -439,6 +439,8 @@ def draw(cfg, results, best):
         axes.plot(tokens, losses.mean(0), marker=".", label=f"{names[model]} (rates x {rate:g})")
         axes.fill_between(tokens, losses.min(0), losses.max(0), alpha=0.2)
     axes.set(xlabel="million tokens", ylabel="validation loss, nats per token", yscale="log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     axes.figure.savefig(cfg.plot, dpi=110)
