@@ -616,7 +616,7 @@ def test_an_altered_checkpoint_is_refused_in_one_line(run, trained, tiny, tmp_pa
 def test_torchs_advice_to_run_the_code_in_a_checkpoint_is_not_passed_on(tmp_path):
     path = tmp_path / "ckpt.pt"
     torch.save(dict(model={}, model_args={}, more=torch.nn.Linear), path)
-    with pytest.raises(UserError, match="or holds objects that could run code$"):
+    with pytest.raises(UserError, match="or it holds objects that could run code$"):
         checkpoint.load(path)
     path.write_text("{}")
     with pytest.raises(UserError, match="it is not a torch checkpoint"):
