@@ -228,7 +228,7 @@ def find_shards(folder, split):
     if of_split:
         return [read(os.path.join(folder, name)) for name in of_split]
     raise FileNotFoundError(
-        f"{folder} has no {split} tokens (looked for *{split}*_000000.bin, *{split}*_000000.npy and "
+        f"{folder} has no {split} tokens (looked for *{split}*_NNNNNN.bin, *{split}*_NNNNNN.npy and "
         f"{split}.bin, in the format of the other split); write them with python prepare_fineweb.py"
     )
 
