@@ -179,9 +179,10 @@ class Day:
         """Runs a script of this project, or a module after -m; returns (stdout, stderr, exit status). Each
         line of stdout is given to on_line with the process. Raises Failed, with the last lines, if it takes
         too long."""
-        if not script.startswith("-m"):
-            script = os.path.join(ROOT, script)
-        command = [sys.executable, *script.split(" "), *argv]
+        words = script.split()
+        if words[0] != "-m":
+            words = [os.path.join(ROOT, script)]
+        command = [sys.executable, *words, *argv]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         lines, errors = [], []
         with subprocess.Popen(command, cwd=ROOT, env=os.environ | env, **pipes) as process:
