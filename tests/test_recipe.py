@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from configurator import ConfigError, configure
 from model import GPT, GPTConfig, make_gpt, rms_norm, rotate
+from sologpt import checkpoint
 from sologpt.optim import Muon, evened, make_optimizers, muon_momentum, orthogonalize
 from sologpt.sizes import width_problem
 from train import TrainConfig, get_lr, set_learning_rate
@@ -478,6 +479,14 @@ def test_the_parts_that_an_earlier_architecture_lacks_change_nothing(run, byte_d
 def test_a_checkpoint_of_an_earlier_architecture_is_sampled_but_not_trained(run, byte_data, tiny, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(ROOT / "tests/checkpoints/modern.pt", tmp_path / "out/ckpt.pt")
+    state = checkpoint.load(tmp_path / "out/ckpt.pt")
+    model = make_gpt(GPTConfig(**checkpoint.model_fields(state, "ckpt.pt", GPTConfig))).eval()
+    checkpoint.restore_model(model, state, "ckpt.pt")
+    with torch.no_grad():
+        logits = model(torch.arange(8)[None] * 7)[0][0, -1]
+    # what the model.py that saved it gives
+    assert logits[[32, 101, 105]].tolist() == pytest.approx([-0.019635, -0.040602, 0.071344], abs=1e-5)
+    assert logits.sum().item() == pytest.approx(-11.21483, abs=1e-3) and logits.argmax() == 103
     assert run("sample.py", "--num_samples=1", "--max_new_tokens=9", "--device=cpu").stdout
     out = run("train.py", *tiny, *RECIPE, "--n_layer=1", "--n_embd=16", "--init_from=resume", status=1)
     assert out.stderr == (
