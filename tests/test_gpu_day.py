@@ -233,8 +233,9 @@ def test_memory_that_lacks_beside_nanogpt_is_a_figure_and_an_error_is_not(day, m
     assert entry["status"] == "done" and entry["sentences"] == ["memory is not enough for all three"]
 
 
-def test_the_first_stage_on_a_cpu(tmp_path, capsys):
+def test_the_first_stage_on_a_cpu(byte_data, tmp_path, capsys):
     flags = ["--size=tiny", "--device=cpu", "--stages=smoke", f"--out_dir={tmp_path / 'out'}"]
+    flags.append(f"--dataset={byte_data}")  # instead of preparing one
     gpu_day.main([*flags, f"--json={tmp_path / 'day.json'}"])
     parts = json.loads((tmp_path / "day.json").read_text())["parts"]
     assert [(title, entry["status"]) for title, entry in parts.items()] == [

@@ -460,7 +460,11 @@ def test_the_cache_changes_nothing(lengths, count, temperature, top_k, top_p, se
         (torch.zeros(2, 3).long(), dict(noise=torch.zeros(1, 4)), r"shape \(1, 4\); it must be \(2, 4\)"),
         (torch.zeros(2, 3).long(), dict(noise=torch.zeros(2, 3)), r"shape \(2, 3\); it must be \(2, 4\)"),
         (torch.zeros(2, 3).long(), dict(lengths=torch.tensor([3])), r"the shape \(1,\), not \(2,\)"),
-        (torch.zeros(2, 3).long(), dict(lengths=torch.tensor([3, 4])), "4 ids is longer than the 3"),
+        (
+            torch.zeros(2, 3).long(),
+            dict(lengths=torch.tensor([3, 4])),
+            "lengths has 4, but the prompts have only 3 ids",
+        ),
     ],
 )
 def test_arguments_that_would_be_misunderstood_are_refused(idx, options, message):
