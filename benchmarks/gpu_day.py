@@ -683,7 +683,7 @@ def main(argv):
             earlier = json.load(f)
         if earlier["device"] != card:
             raise UserError(f"{path} is of another card, {earlier['device']}; name a file with --json=")
-        report["parts"] = earlier["parts"]
+        report["parts"] = earlier.get("parts", {})  # a file of before there were parts has none
     day = Day(cfg, device, report["parts"])
     try:
         prepare_data(day)
