@@ -19,7 +19,7 @@ FAR = 6
 class Recent:
     """The last values of a figure."""
 
-    least = 2  # times the median: less is no spike, however steady the values
+    least = 4  # times the median: less is no spike, as norms of small batches reach three in healthy runs
 
     def __init__(self):
         self.values = deque(maxlen=RECENT)

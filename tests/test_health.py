@@ -22,7 +22,7 @@ def test_a_spike_is_far_above_the_recent_values():
     random.Random(0).shuffle(order)
 
     def filled():
-        recent = Recent()
+        recent = RecentLosses()
         assert not any(recent.spikes(1 + i / 100) for i in order)
         return recent
 
@@ -30,11 +30,11 @@ def test_a_spike_is_far_above_the_recent_values():
     recent = filled()
     assert recent.spikes(100.0) and not recent.spikes(1.5)
     assert len(recent.values) == RECENT and 100.0 in recent.values
-    # values that hardly vary: twice is the least that counts
+    # values that hardly vary: four times is the least that counts for a norm
     recent = Recent()
     for i in range(RECENT):
         assert not recent.spikes(1 + i / 1e6)
-    assert not recent.spikes(1.9) and recent.spikes(2.1)
+    assert not recent.spikes(3.9) and recent.spikes(4.1)
 
 
 def test_a_falling_loss_never_spikes():
