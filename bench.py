@@ -641,7 +641,7 @@ def main(argv):
             return
         headers.update(found)
         print("\n".join(headers.pop("lines")))
-        if cfg.init_from not in ("scratch", "resume", "auto"):
+        if cfg.init_from != "scratch":
             sizes = "the model has the size of n_layer, n_head and n_embd"
             print(f"note: init_from={cfg.init_from!r} is not loaded; {sizes}")
         if not cfg.hours:

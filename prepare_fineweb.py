@@ -668,7 +668,7 @@ def write_val(job, progress, train, val):
             advice += f"; first delete {job.progress_path} and the shards beside it"
         raise UserError(
             f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes "
-            f"whole documents, and these are too few, or one is huge: {advice}"
+            f"whole documents, all copies of one together, and these are too few, or one is huge: {advice}"
         )
     for held in documents:
         val.write(held.tokens)

@@ -22,6 +22,7 @@ import codecs
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig, make_gpt
 from sologpt import checkpoint, hardware, huggingface, sampling
+from sologpt.display import warn
 from sologpt.errors import UserError
 from sologpt.files import newest
 from sologpt.fit import check_size
@@ -113,12 +115,15 @@ def load(cfg):
     if cfg.init_from not in names:
         model, tokenizer = load_pretrained(cfg.init_from, cfg.encoding)
         return model, tokenizer, None
-    name = names[cfg.init_from]
-    if not cfg.out_dir:
-        return load_checkpoint(newest(name, "name its --out_dir="))
-    files = checkpoint.RunFiles(cfg.out_dir)
+    folder = cfg.out_dir
+    if not folder:
+        folder = os.path.dirname(newest(names[cfg.init_from], "name its --out_dir="))
+    files = checkpoint.RunFiles(folder)
     if cfg.init_from == "resume":
-        return load_checkpoint(files.ckpt)
+        state, reason = files.load_either()
+        if reason:
+            warn(f"{reason}; taking {files.newest} instead")
+        return build(state, files.newest)
     if os.path.exists(files.ckpt) and not os.path.exists(files.best):
         raise UserError(
             f"there is no {files.best}: nanoGPT writes none, and train.py only when an evaluation improves "
@@ -129,7 +134,11 @@ def load(cfg):
 
 def load_checkpoint(path):
     """Returns (model, tokenizer, state) of a checkpoint, ours or nanoGPT's."""
-    state = checkpoint.load(path)
+    return build(checkpoint.load(path), path)
+
+
+def build(state, path):
+    """Returns what load_checkpoint does, of a state that is loaded already."""
     tokenizer = checkpoint_tokenizer(state, path)
     config = GPTConfig(**checkpoint.model_fields(state, path, GPTConfig), n_ids=tokenizer.vocab_size)
     from_nothing = state.get("config", {}).get("init_from") in ("scratch", "auto")
@@ -139,7 +148,7 @@ def load_checkpoint(path):
     model = make_gpt(config)
     checkpoint.restore_model(model, state, path)
     lowest = ""
-    if "best_val_loss" in state:
+    if math.isfinite(state.get("best_val_loss", math.inf)):  # else none, or none on these data
         lowest = f", lowest val loss so far {float(state['best_val_loss']):.4f}"
         best = checkpoint.summary(os.path.join(os.path.dirname(path), "best.pt"))
         if best and best["iter_num"] != state.get("iter_num"):
@@ -418,7 +427,11 @@ def main(argv):
         print(f"top_k={cfg.top_k} takes all of the vocabulary, which has {n_ids} ids", file=sys.stderr)
     prompt = []
     if not cfg.interactive or "start" in cfg.given:
-        prompt = tokenizer.encode(read_prompt(cfg.start))
+        text = read_prompt(cfg.start)
+        try:
+            prompt = tokenizer.encode(text)
+        except UserError as e:  # "\n", the default, is a character too
+            raise UserError(f"{e}; give a --start of characters that it has") from None
     if not prompt and not cfg.interactive:
         hint = ""
         if tokenizer.eot_token is not None:

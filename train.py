@@ -445,7 +445,7 @@ def evaluate(run):
     train_loss, val_loss = parallel.all_reduce(losses, parallel.SUM, run.stop)
     text = f"step {at.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     val_bpb = None
-    if tokens_per_byte := shards.tokens_per_byte(run.folder, "val"):
+    if tokens_per_byte := shards.tokens_per_byte(run.val_data.shards):
         val_bpb = val_loss / math.log(2) * tokens_per_byte
         text += f", {val_bpb:.4f} bits/byte"
     say(text)

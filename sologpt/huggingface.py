@@ -12,6 +12,7 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import os
 
 import torch
@@ -465,7 +466,7 @@ def write_card(folder, state, parameters):
         rows["training iterations"] = f"{state['iter_num']:,}"
     if "tokens_seen" in state:
         rows["training tokens"] = f"{state['tokens_seen']:,}"
-    if "best_val_loss" in state:
+    if math.isfinite(state.get("best_val_loss", math.inf)):
         rows["lowest validation loss of the run"] = f"{float(state['best_val_loss']):.4f} nats per token"
     config = state.get("config", {})
     for name in ("dataset", "init_from", "learning_rate", "weight_decay", "dropout"):

@@ -176,7 +176,10 @@ def read_raw(path):
             f"copy or prepare it again"
         )
     first = np.fromfile(path, dtype="<u2", count=4096)
-    if len(first) >= 64 and first[::2].any() and not first[1::2].any():
+    lower, upper = first[::2], first[1::2]
+    # characters of one a line have a 0, its end, at each odd place, but none at an even one
+    one_a_line = lower.all() and os.path.exists(os.path.join(os.path.dirname(path), "meta.pkl"))
+    if len(first) >= 64 and lower.any() and not upper.any() and not one_a_line:
         raise UserError(
             f"{path} has 0 for every other token, as numbers of 32 or 64 bits have; write it again with "
             f".astype(np.uint16), or with larger ids as .npy shards"
@@ -244,17 +247,24 @@ def fingerprint(shards, tokenizer):
 
     Each file has its length, a CRC of its first 4,096 tokens and, if meta.json lists it, a sha256: that of
     meta.json, or computed anew if the file is newer. Other files may change unnoticed if length and start
-    stay.
+    stay. Warns of files that are not those that meta.json lists.
     """
     found = {}
-    recorded = recorded_sha256s(os.path.dirname(shards[0].path))
+    changed = []
+    folder = os.path.dirname(shards[0].path)
+    recorded = recorded_sha256s(folder)
     for shard in shards:
         name = os.path.basename(shard.path)
         start = np.fromfile(shard.path, shard.dtype, min(shard.count, 4096), offset=shard.offset)
         crc = zlib.crc32(start.tobytes())
         found[name] = f"{shard.count:,} {shard.dtype.name} tokens (CRC {crc:08x} at its start)"
         if name in recorded:
-            found[name] += f"{SHA256}{current_sha256(shard.path, recorded[name])[:16]}"
+            sha256 = current_sha256(shard.path, recorded[name])
+            found[name] += f"{SHA256}{sha256[:16]}"
+            if sha256 != recorded[name]:
+                changed.append(name)
+    if changed:
+        warn(f"{folder}: {some(changed)}: damaged or replaced since meta.json was written; going on with it")
     crc = zlib.crc32(json.dumps(tokenizer.fields(), sort_keys=True).encode())
     found["tokenizer"] = f"{tokenizer.encoding} of {tokenizer.vocab_size:,} ids (CRC {crc:08x})"
     return found
@@ -301,15 +311,16 @@ def current_sha256(path, recorded):
     return sha256_of(path)
 
 
-def tokens_per_byte(folder, split):
-    """Returns the tokens of a split per byte of its texts in UTF-8, which turns a loss into bits per byte;
-    None if the data's meta.json does not say, or there is none."""
+def tokens_per_byte(shards):
+    """Returns the tokens of a split's Shards per byte of its texts in UTF-8, which turns a loss into bits per
+    byte; None if the data's meta.json does not say, counts other tokens, or is not there."""
+    folder, name = os.path.split(shards[0].path)
     try:
-        counts = read_meta(folder)[split]
+        counts = read_meta(folder)[split_of(name)]
         ratio = counts["tokens"] / counts["bytes"]
     except (KeyError, TypeError, ArithmeticError):  # meta.json may be somebody else's
         return None
-    if not 0 < ratio < math.inf:
+    if counts["tokens"] != sum(shard.count for shard in shards) or not 0 < ratio < math.inf:
         return None
     return ratio
 
@@ -349,7 +360,10 @@ def open_splits(folder, block_size, n_ids):
             f"{folder} has a vocabulary of {n_ids:,} ids, but uint16 tokens, which end at 65,535; write them "
             f"as uint32 to NAME_train_000001.npy and NAME_val_000000.npy, without meta.pkl"
         )
-    if missing := sorted(recorded_sha256s(folder).keys() - set(names)):
+    listed = recorded_sha256s(folder).keys()
+    if listed and (unlisted := sorted(set(names) - listed)):
+        warn(f"{folder} has {some(unlisted)}, which its meta.json does not list; going on with them")
+    if missing := sorted(listed - set(names)):
         warn(f"{folder} lacks {some(missing)}, which its meta.json lists; going on without")
     elif missing := gaps(names):
         warn(f"{folder} lacks {some(missing)}, if its numbers have no gaps; going on without")

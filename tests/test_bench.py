@@ -38,10 +38,12 @@ def numbers(text):
 def test_every_row_has_the_tokens_of_the_iteration_and_the_file_says_the_same(run, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.ROW_SECONDS", 0.5)
     flags = ["--batch_size=2", "--gradient_accumulation_steps=6", "--seed=3", "--learning_rate=1e9"]
+    flags += ["--init_from=auto"]
     (tmp_path / "c.py").write_text("real_data = False\nprofile = False")  # nanoGPT's bench.py has these
     out = run("bench.py", "c.py", *SMALL, *flags, "--sweep_batch_size=6,3", "--json=figures.json").stdout
     rows = numbers(out)
     assert [row[:2] for row in rows] == [(3, 4), (6, 2)]
+    assert "init_from='auto' is not loaded; the model has the size of n_layer, n_head and n_embd\n" in out
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["tokens_per_iter"] == 12 * 64 and report["device"] == "cpu" and report["dtype"] == "float32"
     assert report["vocab_size"] == 50304 and "GPT-2's" in out and str(tmp_path) not in json.dumps(report)

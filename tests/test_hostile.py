@@ -145,6 +145,14 @@ def test_the_best_loss_on_other_data_does_not_count(run, trained, tiny, byte_cop
     assert (tmp_path / "out/best.pt").read_bytes() != old and best["best_val_loss"] == min(evals)
 
 
+def test_a_run_that_has_no_best_loss_on_its_data_yet_names_none(trained, tmp_path):
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    torch.save(state | dict(best_val_loss=math.inf), tmp_path / "out/ckpt.pt")
+    assert trained("sample.py", "--export=hf").stderr.startswith("out/ckpt.pt: iteration 150\n")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "training iterations | 150" in card and "lowest" not in card
+
+
 @pytest.fixture
 def byte_copy(tmp_path):
     """A folder of other data: bytes in the opposite order."""

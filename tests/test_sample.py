@@ -41,6 +41,13 @@ def test_samples_continue_the_prompt_and_end_in_a_line_of_dashes(trained):
     assert "out/ckpt.pt: iteration 150" in out.stderr
 
 
+def test_without_ckpt_pt_the_state_before_is_taken(trained, tmp_path):
+    os.replace(tmp_path / "out/ckpt.pt", tmp_path / "out/ckpt_prev.pt")
+    out = trained("sample.py", *GREEDY, "--out_dir=out", "--start=pack my ", "--max_new_tokens=3")
+    assert "warning: out/ckpt.pt is missing; taking out/ckpt_prev.pt instead\n" in out.stderr
+    assert "out/ckpt_prev.pt: iteration 150" in out.stderr and out.stdout.startswith("pack my box")
+
+
 def test_the_seed_decides_the_samples(trained):
     argv = ["--device=cpu", "--max_new_tokens=40", "--num_samples=2", "--temperature=2.0"]
     first = trained("sample.py", *argv).stdout
@@ -240,6 +247,8 @@ def test_a_character_that_the_model_never_saw_is_named(trained, tmp_path):
     torch.save(state, tmp_path / "out/ckpt.pt")
     out = trained("sample.py", "--device=cpu", "--start=abc", status=1)
     assert "the model's vocabulary of 2 characters lacks 'c'" in out.stderr
+    out = trained("sample.py", "--device=cpu", status=1)
+    assert "lacks '\\n'; give a --start of characters that it has\n" in out.stderr
     out = trained("sample.py", "--device=cpu", "--start=ab", "--stop_at_eot=True", status=1)
     assert "has no end-of-text token" in out.stderr
     text = trained(

@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -175,6 +176,18 @@ def test_a_missing_folder_or_split_says_what_to_run(tmp_path):
     write_shard(tmp_path / "a_train_000001.bin", IDS)
     with pytest.raises(FileNotFoundError, match="has no val tokens.*python prepare_fineweb.py"):
         find_shards(tmp_path, "val")
+
+
+def test_one_character_a_line_is_not_taken_for_wider_numbers(run, tiny, tmp_path):
+    text = "".join(f"{letter}\n" for letter in "acgt" * 800)
+    (tmp_path / "dna.txt").write_text(text)
+    run("prepare_fineweb.py", "--input=dna.txt", "--encoding=characters")
+    tokens = tokens_in(tmp_path / "data/dna", "train")
+    assert not tokens[1::2].any() and tokens[:8:2].tolist() == [1, 2, 3, 4]
+    train = tmp_path / "data/dna/train.bin"
+    train.write_bytes(np.resize(tokens, 2000).astype(np.uint32).tobytes())
+    with pytest.raises(ValueError, match="0 for every other token"):
+        find_shards(tmp_path / "data/dna", "train")
 
 
 def test_a_shard_is_hashed_again_only_if_it_is_newer_than_meta_json(tmp_path):
@@ -368,7 +381,31 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     ],
 )
 def test_a_meta_json_of_another_shape_gives_no_bits_per_byte(tmp_path, counts):
+    write_shard(tmp_path / "x_val_000000.bin", IDS[:1])
+    found = find_shards(tmp_path, "val")
+    (tmp_path / "meta.json").write_text(json.dumps({"val": {"tokens": 1, "bytes": 4}}))
+    assert shards.tokens_per_byte(found) == 0.25
     (tmp_path / "meta.json").write_text(json.dumps({"val": counts}))
-    assert shards.tokens_per_byte(tmp_path, "val") is None
+    assert shards.tokens_per_byte(found) is None
     (tmp_path / "meta.json").write_text('{"val": ')  # somebody writes it while a run evaluates
-    assert shards.tokens_per_byte(tmp_path, "val") is None
+    assert shards.tokens_per_byte(found) is None
+
+
+def test_files_that_are_not_those_of_meta_json_are_pointed_out_and_have_no_bits_per_byte(run, tiny, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"pack my box with {i} jugs now.\n" for i in range(2000)))
+    argv = ["--input=a.txt", "--txt_documents=line", "--encoding=bytes", "--out_dir=data/toy", "--workers=1"]
+    run("prepare_fineweb.py", *argv, "--shard_tokens=30000", "--val_tokens=2000")
+    train = [*tiny, "--dataset=toy", "--max_iters=1"]
+    whole = run("train.py", *train)
+    assert "bits/byte" in whole.stdout and "warning" not in whole.stderr
+    val = tmp_path / "data/toy/a_val_000000.bin"
+    longer = np.resize(np.fromfile(val, np.uint16, offset=1024), 3000)
+    write_shard(tmp_path / "data/toy/a_val_000001.bin", longer)
+    out = run("train.py", *train)
+    assert "toy has a_val_000001.bin, which its meta.json does not list" in out.stderr
+    assert "bits/byte" not in out.stdout
+    os.replace(tmp_path / "data/toy/a_val_000001.bin", val)
+    os.utime(val, ns=(0, 2 * time.time_ns()))
+    out = run("train.py", *train)
+    assert "toy: a_val_000000.bin: damaged or replaced since meta.json was written" in out.stderr
+    assert "bits/byte" not in out.stdout
