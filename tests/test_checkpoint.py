@@ -10,13 +10,14 @@ import math
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 from model import GPT, GPTConfig
-from sologpt import checkpoint, fit, log, optim, resume, shards
+from sologpt import checkpoint, fit, log, memory, optim, resume, shards
 from sologpt.tokenizer import BPETokenizer, ByteTokenizer
 from train import TrainConfig
 
@@ -268,8 +269,28 @@ def test_the_fingerprint_of_data_tells_other_data_apart(tmp_path):
     assert "000002.bin: missing, was 3" in resume.data_changes(dict(data=of([1, 2, 3])), known)
 
 
+def test_a_sha256_that_only_one_of_two_has_is_no_difference():
+    plain, known, other = "3 tokens", "3 tokens, sha256 ab", "3 tokens, sha256 cd"
+    for a, b in ((plain, known), (known, plain), (known, known)):
+        assert shards.same_file(a, b)
+    assert not shards.same_file(known, other) and not shards.same_file(plain, "4 tokens, sha256 ab")
+
+
+def test_the_scale_of_fp16_is_that_of_the_state():
+    run = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"), machine=None)
+    before = torch.amp.GradScaler("cpu", init_scale=8.0)
+    resume.restore_scaler_and_rng(run, dict(scaler=before.state_dict()), "ckpt.pt")
+    assert run.scaler.get_scale() == 8.0
+
+
 # -----------------------------------------------------------------------------
 # memory
+
+
+def test_the_room_for_checkpoints_by_hand():
+    sizes = dict(weights=4, gradients=100, optimizer=8)
+    assert memory.checkpoint_bytes(sizes, False) == 3 * (4 + 8) + 4
+    assert memory.checkpoint_bytes(sizes, True) == 4 * (4 + 8) + 4
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,20 @@ def test_the_estimate_of_activations_is_what_the_compiler_keeps(arch, dtype, act
         assert needed["activations"] + head == pytest.approx(kept, rel=0.12)
 
 
+def test_the_memory_of_the_loss_by_hand():
+    V, C, tokens = 50304, 768, 16 * 1024
+
+    def needed(compile, loss_chunks, arch="gpt2", dtype="bfloat16"):
+        config = GPTConfig(bias=False, arch=arch, n_head=6)
+        return memory.loss_bytes(config, tokens, dtype, compile, loss_chunks)
+
+    logits, head = V * tokens, 4 * V * C
+    assert needed(True, 0) == 2 * logits / 2 + head  # two chunks suit so many logits
+    assert needed(True, 8, dtype="float32") == 4 * logits / 8 + head
+    assert needed(False, 8) == 20 * logits / 8 + head
+    assert (needed(False, 0), needed(False, 0, "modern")) == (10 * logits, 16 * logits)
+
+
 def test_the_estimate_grows_with_what_it_is_made_of():
     config = GPTConfig()
 

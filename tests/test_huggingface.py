@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from configurator import from_command_line
 from model import GPT, GPTConfig
-from sologpt import huggingface, report, resume
+from sologpt import hardware, huggingface, report, resume
 from sologpt.tokenizer import BPETokenizer, ByteTokenizer, CharacterTokenizer, read_tokenizer
-from train import TrainConfig
+from train import TrainConfig, set_up
 
 BYTES = ByteTokenizer("bytes", 257, 256)
 GPT2 = BPETokenizer("gpt2", 50257, 50256)
@@ -293,6 +293,15 @@ def test_a_checkpoint_is_exported_and_loads_without_our_code(run, byte_data, tin
     command = shlex.split(report.resume_command(argv, cfg))
     assert command[-4:] == ["--out_dir=tuned", "--n_layer=2", "--bias=True", "--init_from=resume"]
     assert "resuming from tuned/ckpt.pt" in run("train.py", *command[2:], "--max_iters=3").stdout
+
+
+def test_finetuning_drops_out_as_asked(trained, tiny, tmp_path, monkeypatch):
+    trained("sample.py", "--export=hf", "--device=cpu")
+    monkeypatch.chdir(tmp_path)
+    cfg = from_command_line(TrainConfig, "", [*tiny, "--init_from=hf", "--dropout=0.3"])
+    model = set_up(cfg, hardware.find_machine(cfg)).model
+    block = model.transformer.h[0]
+    assert model.config.dropout == block.attn.dropout == block.mlp.dropout == 0.3
 
 
 @pytest.fixture

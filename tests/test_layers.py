@@ -13,7 +13,7 @@ from configurator import configure
 from model import GPTConfig, make_gpt
 from sologpt import hardware, optim
 from sologpt.layers import Linear, cast_weights, squared_relu
-from train import TrainConfig, micro_step, update
+from train import TrainConfig, estimate_loss, micro_step, set_up, update
 
 ARCHS = pytest.mark.parametrize("arch", ["gpt2", "modern"])
 
@@ -54,6 +54,20 @@ def test_losses_gradients_and_updates_are_those_of_autocast(arch, optimizer, los
     assert len(plain) == len(cast)
     for a, b in zip(plain, cast, strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_both_passes_are_in_the_dtype_of_the_run_and_the_loss_keeps_no_graph(
+    byte_data, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    cfg = configure(TrainConfig, [*tiny, "--dtype=bfloat16"])
+    run = set_up(cfg, hardware.find_machine(cfg))
+    seen = []
+    run.model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
+    loss = micro_step(run.model, torch.zeros(4, 17, dtype=torch.int64), run.scaler, run.machine, 2)
+    estimate_loss(run.model, run.val_data, 4, 4, run.machine)
+    assert seen == [torch.bfloat16] * 2
+    assert not loss.requires_grad and run.model.lm_head.weight.grad is not None
 
 
 @ARCHS

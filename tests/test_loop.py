@@ -172,6 +172,27 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(run, byte_data
     assert best["best_val_loss"] == newest["best_val_loss"] == pytest.approx(lowest["val_loss"], abs=1e-7)
 
 
+def test_weights_whose_loss_is_nan_are_not_the_best(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=6")
+    best = (tmp_path / "out/best.pt").read_bytes()
+    huge = ["--init_from=resume", "--decay_lr=False", "--learning_rate=1e30", "--max_iters=7"]
+    run("train.py", *tiny, *huge)
+    last = metrics(tmp_path / "out", "eval")[-1]
+    assert (last["iter"], last["val_loss"]) == (7, None)
+    assert (tmp_path / "out/best.pt").read_bytes() == best
+
+
+def test_states_are_saved_at_evaluations_or_only_if_they_are_better(run, byte_data, tiny, tmp_path):
+    def saved(*more):
+        run("train.py", *tiny, "--max_iters=11", "--eval_interval=5", *more)
+        return [row["iter"] for row in metrics(tmp_path / "out", "checkpoint")]
+
+    still = ["--learning_rate=0.0", "--min_lr=0.0"]
+    assert saved() == saved(*still) == [5, 10, 11]
+    assert saved("--always_save_checkpoint=False") == [5, 10, 11]
+    assert saved("--always_save_checkpoint=False", *still) == [11]
+
+
 # -----------------------------------------------------------------------------
 # time
 
@@ -219,6 +240,38 @@ def test_logging_counts_as_the_time_of_the_next_iteration(run, byte_data, tiny, 
     run("train.py", *tiny, "--log_interval=4")
     # the line of iteration 0 is part of 1 to 4, that of 4 of 5 to 8, and that of 8 of 9 to 11
     assert [line["dt"] for line in metrics(tmp_path / "out", "iter")] == [2.0, 2.75, 2.75, 3.0]
+
+
+def test_getting_ready_counts_as_no_iterations_time(run, byte_data, tiny, tmp_path, clock, monkeypatch):
+    prepare_out_dir = log.prepare_out_dir
+
+    def slowly(*args):
+        clock[0] += 70
+        return prepare_out_dir(*args)
+
+    monkeypatch.setattr(log, "prepare_out_dir", slowly)
+    run("train.py", *tiny, "--max_iters=1")
+    assert [line["dt"] for line in metrics(tmp_path / "out", "iter")] == [2.0]
+
+
+def test_a_run_by_the_clock_leaves_time_for_its_last_evaluation(run, byte_data, tiny, tmp_path, clock):
+    endless = [f"--{name}=100000" for name in ("max_iters", "lr_decay_iters", "eval_interval")]
+    out = run("train.py", *tiny, *endless, "--max_minutes=10").stdout
+    # an evaluation of 200 s, 99 or 100 updates of 2 s, and an evaluation again
+    assert 590 < metrics(tmp_path / "out", "eval")[-1]["elapsed"] <= 604
+    assert [line.split("eta ")[1] for line in out.splitlines() if "eta " in line][:2] == ["6m38s", "6m36s"]
+
+
+def test_samples_count_as_time_of_their_evaluation(run, byte_data, tiny, tmp_path, clock, monkeypatch):
+    generate = GPT.generate
+
+    def slowly(*args, **options):
+        clock[0] += 50
+        return generate(*args, **options)
+
+    monkeypatch.setattr(GPT, "generate", slowly)
+    run("train.py", *tiny, "--sample_interval=6")
+    assert state_of(tmp_path / "out")["eval_seconds"] == pytest.approx(250)
 
 
 def test_time_and_tokens_go_on_from_where_they_were(run, byte_data, tiny, tmp_path, clock):

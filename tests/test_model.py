@@ -390,6 +390,15 @@ def test_generation_stops_at_the_stop_token():
     assert stopped == full[: full.index(stop, 1) + 1]
 
 
+def test_generation_goes_on_until_every_row_has_stopped():
+    model, start, noise = shake(tiny(vocab_size=3)), torch.zeros(4, 1, dtype=torch.long), torch.rand(4, 20)
+    full = model.generate(start, 20, noise=noise)
+    stops = (full[:, 1:] == 2).int().argmax(1)
+    assert len(set(stops.tolist())) > 1 and (full == 2).any(1).all()
+    stopped = model.generate(start, 20, noise=noise, stop_token=2)
+    assert torch.equal(stopped, full[:, : stops.max() + 2])
+
+
 def by_hand(logits, u, temperature, top_k, top_p):
     """The id that pick should take for one row: plain Python in double precision, no tensors."""
     ids = range(len(logits))

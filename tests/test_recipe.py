@@ -256,6 +256,36 @@ def test_the_first_loss_is_that_of_a_uniform_guess_exactly():
     assert model(idx, targets)[1].item() == pytest.approx(math.log(97), abs=1e-6)
 
 
+def test_at_first_each_block_is_the_identity():
+    model, seen = make_gpt(GPTConfig(**TINY, arch="modern")), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda block, args, out: seen.append((args[0], out[0])))
+        assert block.attn.v_mix.tolist() == [0.5, 0.5]
+    model(torch.randint(97, (2, 8)))
+    assert len(seen) == 3 and all(torch.equal(x, y) for x, y in seen)
+
+
+def test_dropout_is_of_the_embedding_and_of_what_each_part_adds():
+    model, idx, seen = modern(dropout=0.25).train(), torch.randint(97, (50, 32)), []
+    block = model.transformer.h[0]
+    block.register_forward_pre_hook(lambda block, args: seen.extend(args[:2]))
+    block.attn.register_forward_hook(lambda attn, args, out: seen.append(out[0]))
+    block.mlp.register_forward_hook(lambda mlp, args, out: seen.append(out))
+    model(idx, idx)
+    assert len(seen) == 4 and torch.equal(seen[0], seen[1])  # the shortcut has the same embedding
+    for x in seen:
+        assert (x != 0).float().mean().item() == pytest.approx(0.75, abs=0.01)
+
+
+def test_capped_logits_are_fp32_under_autocast():
+    model, idx = modern(), torch.randint(97, (2, 32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(idx, idx)[0]
+        uncapped = model.lm_head(model.hidden(idx, torch.arange(32)[None]))
+    assert uncapped.dtype == torch.bfloat16
+    assert torch.equal(logits, 15 * torch.tanh(uncapped.float() / 15))
+
+
 def test_sampling_with_the_cache_takes_the_ids_that_full_passes_take():
     model, idx = modern(), torch.randint(97, (2, 7))
     lengths, noise = torch.tensor([4, 7]), torch.rand(2, 40)

@@ -412,7 +412,7 @@ def piped(argv, reader, cwd):
 def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves_and_says_so(byte_data, tiny, tmp_path):
     """As in `train.py | tee log`, where a terminal sends it to both."""
     # a state that takes longer to save than tee to end, even on one core
-    argv = [*tiny, "--max_iters=1000000", "--eval_interval=1000000", "--n_embd=256"]
+    argv = [*tiny, "--max_iters=1000000", "--eval_interval=1000000", "--n_embd=512"]
     with piped(argv, "tee log", tmp_path) as process:
         while not (tmp_path / "log").exists() or "iter 20:" not in (tmp_path / "log").read_text():
             time.sleep(0.05)
@@ -868,8 +868,10 @@ def test_data_with_more_ids_than_the_model_has_rows_are_refused(run, byte_data, 
 
 def test_another_learning_rate_or_order_of_data_is_pointed_out(run, byte_data, tiny):
     run("train.py", *tiny, "--max_iters=12")
-    out = run("train.py", *tiny, "--init_from=resume", "--max_iters=12")
-    assert "warning" not in out.stderr
+    resumed = [*tiny, "--init_from=resume", "--max_iters=12"]
+    for min_lr in ("6e-5", "6.05e-5"):
+        assert "warning" not in run("train.py", *resumed, f"--min_lr={min_lr}").stderr
+    assert "iteration 12 is 6.300e-05, the" in run("train.py", *resumed, "--min_lr=6.3e-5").stderr
     argv = [
         *tiny,
         "--init_from=resume",
