@@ -86,6 +86,7 @@ def test_the_width_with_twenty_tokens_for_each_parameter():
 def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.ROW_SECONDS", 0.1)
     monkeypatch.setattr("bench.TRIAL_SECONDS", 2.0)
+    monkeypatch.setattr("sologpt.budget.FEW_TOKENS", 128)  # 4 * 2 * 16, the most in an iteration here
     (tmp_path / "mine.py").write_text("n_layer = 2; n_head = 2; n_embd = 32; warmup_iters = 2\n")
     flags = [flag for flag in tiny if not flag.startswith(("--n_", "--warmup", "--max_iters", "--lr_decay"))]
     out = run("bench.py", "mine.py", *flags, "--hours=0.001", "--json=hours.json").stdout

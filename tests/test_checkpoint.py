@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -209,6 +210,32 @@ def test_what_is_not_finite_is_not_saved(tmp_path, part, wrong):
     assert resumed(tmp_path) == (5, "ckpt.pt", None)
 
 
+def test_metrics_a_state_and_its_name_reach_the_disk_in_this_order(
+    run, byte_data, tiny, tmp_path, monkeypatch
+):
+    """In any other a power cut, which no test can make, could leave a state without its metrics, or none."""
+    synced, fsync = [], os.fsync
+
+    def noting(f):
+        synced.append(os.fstat(f).st_ino)
+        fsync(f)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    run("train.py", *tiny)
+    order = [(tmp_path / "out" / name).stat().st_ino for name in ("metrics.jsonl", "ckpt.pt", ".")]
+    last = len(synced) - 1 - synced[::-1].index(order[1])
+    assert synced[last - 1 : last + 2] == order
+
+
+def test_a_state_that_is_saved_already_is_not_saved_again(tmp_path):
+    """It would take the place of the one before it."""
+    files = checkpoint.RunFiles(str(tmp_path))
+    files.save(state(5)), files.save(state(10))
+    run = SimpleNamespace(files=files, first_iter=0, progress=SimpleNamespace(iter_num=10), metrics=None)
+    checkpoint.save_progress(run)  # of which a second saving would need more
+    assert checkpoint.load(files.previous)["iter_num"] == 5
+
+
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     for name in ("ckpt.pt.123.tmp", "best.pt.tmp", "metrics.jsonl.4.tmp", "mine.tmp"):
         (tmp_path / name).touch()
@@ -230,6 +257,20 @@ def test_metrics_that_cannot_be_written_are_written_later(tmp_path, capsys):
     assert capsys.readouterr().err.count("No space left on device; trying again with each line") == 1
 
 
+def test_a_line_of_which_the_disk_takes_only_a_part_is_completed_later(tmp_path):
+    metrics = log.Metrics(tmp_path / "metrics.jsonl", None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))
+    try:
+        metrics.write("1234567\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == "12345"
+    metrics.write("8\n")
+    metrics.file.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "1234567\n8\n"
+
+
 def test_moments_given_in_advance_change_nothing():
     models = [GPT(GPTConfig(**ARGS)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -242,6 +283,22 @@ def test_moments_given_in_advance_change_nothing():
     first, second = (optimizer.state_dict()["state"] for optimizer in optimizers)
     assert all(torch.equal(first[i][name], second[i][name]) for i in first for name in first[i])
     assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_moments_after_different_numbers_of_updates_fit_only_if_the_state_says_so():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2)) for _ in range(2)])
+    optim.allocate_moments(dict(optimizer=optimizer))
+    saved = optimizer.state_dict()
+    for recorded, steps, fits in (
+        (None, (3.0, 3.0), True),
+        (None, (3.0, 4.0), False),  # of a state from before they were recorded
+        (None, (-1.0, -1.0), False),
+        ([3.0, 4.0], (3.0, 4.0), True),
+        ([3.0, 4.0], (3.0, 5.0), False),
+    ):
+        for number, step in enumerate(steps):
+            saved["state"][number]["step"] = torch.tensor(step)
+        assert checkpoint.moments_fit(saved, optimizer, recorded) == fits
 
 
 def test_the_fingerprint_of_data_tells_other_data_apart(tmp_path):

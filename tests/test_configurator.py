@@ -225,6 +225,15 @@ def test_a_number_of_numpys_is_a_float_and_any_float_is_no_int(tmp_path):
     assert errors([write(tmp_path, "steps = 1e3")]) == [f"{path}:1: steps needs an int, not 1000.0 (a float)"]
 
 
+def test_true_in_a_config_file_is_no_number_and_a_number_is_not_true(tmp_path):
+    path = write(tmp_path, "steps = True\nrate = True\nfast = 1")
+    assert errors([path]) == [
+        f"{path}:1: steps needs an int, not True (a bool)",
+        f"{path}:2: rate needs a float, not True (a bool)",
+        f"{path}:3: fast needs a bool, not 1 (an int)",
+    ]
+
+
 def test_a_script_that_execs_it_as_nanogpts_do_is_told_so(tmp_path):
     text = f"batch_size = 12\nexec(open({str(ROOT / 'configurator.py')!r}).read())\nprint(batch_size)\n"
     command = [sys.executable, write(tmp_path, text, "mine.py"), "--batch_size=3"]

@@ -21,7 +21,7 @@ from conftest import ENV, ROOT
 
 from configurator import configure
 from model import GPT
-from sologpt import checkpoint, huggingface, shards
+from sologpt import checkpoint, files, huggingface, shards
 from sologpt.errors import UserError
 from sologpt.files import sole_use
 from sologpt.source import find_files
@@ -78,6 +78,20 @@ def test_a_folder_that_is_being_prepared_is_not_prepared_by_another(run, tmp_pat
     assert "next: " in run(*argv).stdout
     with sole_use(tmp_path / "out"):  # what is done may be looked at by anybody
         assert "is prepared already" in run(*argv).stdout
+
+
+def test_a_file_that_its_owner_removes_just_before_it_is_locked_keeps_nobody_out(tmp_path, monkeypatch):
+    path, lock = tmp_path / ".lock", files.lock
+    path.touch()
+
+    def when_the_owner_has_left(f):
+        monkeypatch.setattr(files, "lock", lock)
+        path.unlink()
+        return lock(f)
+
+    monkeypatch.setattr(files, "lock", when_the_owner_has_left)
+    with files.open_lock(str(path), str(tmp_path)) as f:
+        assert path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat())
 
 
 def test_two_processes_write_under_different_names(tmp_path):

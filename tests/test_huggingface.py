@@ -240,6 +240,20 @@ def test_a_model_that_cannot_be_represented_is_refused_by_name(tmp_path, change,
         GPT.from_pretrained(tmp_path)
 
 
+def test_a_head_of_its_own_is_refused_and_a_copy_of_the_embedding_is_none(tmp_path):
+    from safetensors.torch import save_file
+
+    other = theirs()
+    other.save_pretrained(tmp_path)
+    weights = {name: w.clone() for name, w in other.state_dict().items()}  # with lm_head.weight
+    save_file(weights, tmp_path / "model.safetensors")
+    compare(GPT.from_pretrained(tmp_path).eval(), other, 97)
+    weights["lm_head.weight"][5, 5] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has an untied output head; here it is tied"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_what_is_no_folder_of_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="it has no config.json"):
         GPT.from_pretrained(tmp_path)

@@ -126,6 +126,7 @@ def test_every_document_lands_whole_in_one_split(run, tmp_path):
     assert 1000 <= n["val"] < 1000 + max(map(len, expected))
     positions = [expected.index(document) for document in found["val"]]
     assert min(positions) < 60 and max(positions) > 140  # from all over the source
+    assert positions == sorted(positions)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     count = -(-n["train"] // 5000)
     assert names == [f"a_train_{i:06d}.bin" for i in range(1, count + 1)] + [
@@ -359,6 +360,7 @@ def test_max_tokens_cuts_the_document_that_goes_beyond_it(run, tmp_path):
     before = sum(len(text.encode()) for text in TEXTS[:20])
     assert meta["train"]["tokens"] + meta["val"]["tokens"] == 5000 > before + 20
     assert meta["train"]["documents"] + meta["val"]["documents"] == 21
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == 5000 - 21  # of the text that is taken
     found = documents_in(tmp_path / "out")
     assert b"x" * (5000 - before - 21) in [bytes(ids) for ids in found["train"] + found["val"]]
 

@@ -1387,6 +1387,23 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, byte_data, tiny
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
+def test_the_seconds_of_an_iteration_are_those_of_the_last_ones_with_the_same_settings(tmp_path):
+    cfg, path = TrainConfig(), tmp_path / "metrics.jsonl"
+    lines = []
+
+    def seconds_after(kind, batch_size, *seconds):
+        config = dataclasses.asdict(cfg) | dict(batch_size=batch_size)
+        lines.append(dict(kind=kind, iter=0, config=config))
+        lines.extend(dict(kind="iter", iter=0, dt=dt) for dt in seconds)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return report.seconds_of_earlier_run(str(path), cfg)
+
+    assert seconds_after("config", 2 * cfg.batch_size, 9.0, 9.0, 9.0) is None
+    assert seconds_after("resume", cfg.batch_size, 3.0, 4.0, 5.0) == 4.0
+    assert seconds_after("resume", cfg.batch_size, *[7.0] * 60, *[2.0] * 50) == 2.0
+    assert seconds_after("resume", cfg.batch_size + 1, 9.0) is None
+
+
 def test_resuming_a_finished_run_says_how_to_train_on(run, byte_data, tiny):
     run("train.py", *tiny)
     out = run("train.py", *tiny, "--init_from=resume").stdout
