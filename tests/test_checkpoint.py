@@ -86,7 +86,8 @@ def test_a_new_run_sets_the_files_of_an_old_one_aside(tmp_path):
 @pytest.mark.parametrize("broken", ["damaged", "missing"])
 def test_a_broken_ckpt_never_takes_the_place_of_the_good_one_before_it(tmp_path, broken):
     files = checkpoint.RunFiles(str(tmp_path))
-    files.save(state(5)), files.save(state(10))
+    files.save(state(5))
+    files.save(state(10))
     path = tmp_path / "ckpt.pt"
     path.write_bytes(path.read_bytes()[:-100]) if broken == "damaged" else path.unlink()
     files = checkpoint.RunFiles(str(tmp_path))
@@ -115,7 +116,8 @@ def test_the_prefixes_of_ddp_and_of_torch_compile_are_taken_off_parameter_names(
 
 def test_two_damaged_states_are_both_named(tmp_path):
     files = checkpoint.RunFiles(str(tmp_path))
-    files.save(state(5)), files.save(state(10))
+    files.save(state(5))
+    files.save(state(10))
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         (tmp_path / name).write_bytes(b"junk")
     with pytest.raises(
@@ -126,7 +128,8 @@ def test_two_damaged_states_are_both_named(tmp_path):
 
 def test_a_cut_or_flipped_ckpt_is_either_read_right_or_not_at_all(tmp_path):
     files = checkpoint.RunFiles(str(tmp_path))
-    files.save(state(5)), files.save(state(10))
+    files.save(state(5))
+    files.save(state(10))
     path, rng, seen = tmp_path / "ckpt.pt", random.Random(1), set()
     raw = path.read_bytes()
     for i in range(60):
@@ -142,7 +145,8 @@ def test_a_cut_or_flipped_ckpt_is_either_read_right_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "replace ckpt_prev", "replace ckpt"])
 def test_a_write_that_fails_at_any_point_leaves_a_whole_state(tmp_path, monkeypatch, capsys, call):
     files = checkpoint.RunFiles(str(tmp_path))
-    files.save(state(5)), files.save(state(10))
+    files.save(state(5))
+    files.save(state(10))
 
     def fails(*paths):
         if call == "fsync" or str(paths[1]).endswith(f"{call.split()[1]}.pt"):
@@ -164,7 +168,8 @@ def test_a_disk_that_fills_while_torch_writes_gives_the_room_of_the_older_state(
     """torch turns the error of a full disk into a RuntimeError; it is raised as long as ckpt_prev.pt is
     there."""
     files = checkpoint.RunFiles(str(tmp_path))
-    files.save(state(5)), files.save(state(10))
+    files.save(state(5))
+    files.save(state(10))
     save = torch.save
 
     def without_room(value, f):
@@ -230,7 +235,8 @@ def test_metrics_a_state_and_its_name_reach_the_disk_in_this_order(
 def test_a_state_that_is_saved_already_is_not_saved_again(tmp_path):
     """It would take the place of the one before it."""
     files = checkpoint.RunFiles(str(tmp_path))
-    files.save(state(5)), files.save(state(10))
+    files.save(state(5))
+    files.save(state(10))
     run = SimpleNamespace(files=files, first_iter=0, progress=SimpleNamespace(iter_num=10), metrics=None)
     checkpoint.save_progress(run)  # of which a second saving would need more
     assert checkpoint.load(files.previous)["iter_num"] == 5
