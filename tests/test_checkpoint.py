@@ -364,6 +364,19 @@ def test_a_smaller_batch_divides_the_same_sequences(batch_size, sequences, expec
     assert fit.smaller_batch(batch_size, sequences) == expected
 
 
+@pytest.mark.parametrize("device, share", [("cpu", 0.8), ("cuda", 1.1)])
+def test_a_batch_that_takes_more_than_this_share_of_memory_is_made_smaller(device, share, monkeypatch):
+    model, machine = GPT(GPTConfig(**ARGS)), SimpleNamespace(device=torch.device(device), dtype="float32")
+    keys = dict(batch_size=512, gradient_accumulation_steps=1, compile=False)
+    needed = sum(memory.memory_estimate(model, {}, TrainConfig(**keys), "float32").values())
+    for has, batch_size in ((1.01 * needed / share, 512), (0.99 * needed / share, 256)):
+        for name in ("total_memory", "available_memory"):
+            monkeypatch.setattr(fit, name, lambda device, has=has: has)
+        cfg = TrainConfig(**keys)
+        fit.fit_batch_size(model, {}, cfg, machine)
+        assert cfg.batch_size == batch_size
+
+
 def test_what_to_do_without_memory_for_one_sequence_by_hand():
     config = GPTConfig(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
     cfg = TrainConfig(batch_size=1, compile=False)
