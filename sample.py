@@ -395,6 +395,24 @@ def read_prompt(start):
     return text.replace("\r\n", "\n").replace("\r", "\n")  # an editor's line ends, not the model's
 
 
+def prompt_ids(cfg, tokenizer):
+    """Returns the ids of --start; none for a conversation that begins without. Raises UserError for an empty
+    one, and for characters that the model does not know."""
+    if cfg.interactive and "start" not in cfg.given:
+        return []
+    text = read_prompt(cfg.start)
+    try:
+        prompt = tokenizer.encode(text)
+    except UserError as e:  # "\n", the default, is a character too
+        raise UserError(f"{e}; give a --start of characters that it has") from None
+    if not prompt and not cfg.interactive:
+        hint = ""
+        if tokenizer.eot_token is not None:
+            hint = ', or --start="<|endoftext|>"'
+        raise UserError(f"the prompt is empty; give at least one character with --start={hint}")
+    return prompt
+
+
 def open_output(path):
     """Returns the --out file, empty, open for writing line by line. Raises UserError if another kind of file
     is there: out_dir is easily mistyped."""
@@ -425,18 +443,7 @@ def main(argv):
     n_ids = model.config.n_ids
     if "top_k" in cfg.given and cfg.top_k > n_ids:
         print(f"top_k={cfg.top_k} takes all of the vocabulary, which has {n_ids} ids", file=sys.stderr)
-    prompt = []
-    if not cfg.interactive or "start" in cfg.given:
-        text = read_prompt(cfg.start)
-        try:
-            prompt = tokenizer.encode(text)
-        except UserError as e:  # "\n", the default, is a character too
-            raise UserError(f"{e}; give a --start of characters that it has") from None
-    if not prompt and not cfg.interactive:
-        hint = ""
-        if tokenizer.eot_token is not None:
-            hint = ', or --start="<|endoftext|>"'
-        raise UserError(f"the prompt is empty; give at least one character with --start={hint}")
+    prompt = prompt_ids(cfg, tokenizer)
     if cfg.stop_at_eot and tokenizer.eot_token is None:
         raise UserError(f"stop_at_eot=True, but the encoding {tokenizer.encoding!r} has no end-of-text token")
     check_room(cfg, model, prompt)
