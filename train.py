@@ -549,6 +549,7 @@ def set_up(cfg, machine):
     data_changed = False
     if state:
         data_changed = resume.check_data(cfg, state, fingerprint, folder, source)
+    shards.warn_if_replaced(folder, fingerprint)
 
     # model and optimizers
     config = model_config(cfg, fields | dict(vocab_size=vocab_size, n_ids=tokenizer.vocab_size))

@@ -247,24 +247,17 @@ def fingerprint(shards, tokenizer):
 
     Each file has its length, a CRC of its first 4,096 tokens and, if meta.json lists it, a sha256: that of
     meta.json, or computed anew if the file is newer. Other files may change unnoticed if length and start
-    stay. Warns of files that are not those that meta.json lists.
+    stay.
     """
     found = {}
-    changed = []
-    folder = os.path.dirname(shards[0].path)
-    recorded = recorded_sha256s(folder)
+    recorded = recorded_sha256s(os.path.dirname(shards[0].path))
     for shard in shards:
         name = os.path.basename(shard.path)
         start = np.fromfile(shard.path, shard.dtype, min(shard.count, 4096), offset=shard.offset)
         crc = zlib.crc32(start.tobytes())
         found[name] = f"{shard.count:,} {shard.dtype.name} tokens (CRC {crc:08x} at its start)"
         if name in recorded:
-            sha256 = current_sha256(shard.path, recorded[name])
-            found[name] += f"{SHA256}{sha256[:16]}"
-            if sha256 != recorded[name]:
-                changed.append(name)
-    if changed:
-        warn(f"{folder}: {some(changed)}: damaged or replaced since meta.json was written; going on with it")
+            found[name] += f"{SHA256}{current_sha256(shard.path, recorded[name])[:16]}"
     crc = zlib.crc32(json.dumps(tokenizer.fields(), sort_keys=True).encode())
     found["tokenizer"] = f"{tokenizer.encoding} of {tokenizer.vocab_size:,} ids (CRC {crc:08x})"
     return found
@@ -282,6 +275,16 @@ def same_file(a, b):
     if sha256 and other_sha256 and sha256 != other_sha256:
         return False
     return start == other_start
+
+
+def warn_if_replaced(folder, fingerprint):
+    """Warns of files whose sha256 in a fingerprint is not the one in meta.json."""
+    changed = []
+    for name, sha256 in recorded_sha256s(folder).items():
+        if name in fingerprint and not fingerprint[name].endswith(SHA256 + sha256[:16]):
+            changed.append(name)
+    if changed:
+        warn(f"{folder}: {some(changed)}: damaged or replaced since meta.json was written; going on with it")
 
 
 def read_meta(folder):
