@@ -399,7 +399,7 @@ def prepared_already(out_dir, settings):
             f"{out_dir} was prepared with other settings ({differing}); choose another --out_dir, or delete "
             f"meta.json and the shards there"
         )
-    if changed := first_changed(out_dir, files):
+    if changed := first_changed(out_dir, files) or first_replaced(out_dir):
         raise UserError(
             f"{changed} is missing or not the file that meta.json lists; put it back, or delete meta.json "
             f"and the shards in {out_dir}, and begin again"
@@ -413,6 +413,16 @@ def first_changed(out_dir, files):
     for name, tokens in files.items():
         path = os.path.join(out_dir, name)
         if not os.path.exists(path) or shards.read_header(path).count != tokens:
+            return path
+    return None
+
+
+def first_replaced(out_dir):
+    """Returns the path of the first shard whose sha256 is not that in meta.json; None if there is none. Only
+    files that are newer than meta.json are hashed."""
+    for name, sha256 in shards.recorded_sha256s(out_dir).items():
+        path = os.path.join(out_dir, name)
+        if shards.current_sha256(path, sha256) != sha256:
             return path
     return None
 

@@ -284,7 +284,8 @@ def warn_if_replaced(folder, fingerprint):
         if name in fingerprint and not fingerprint[name].endswith(SHA256 + sha256[:16]):
             changed.append(name)
     if changed:
-        warn(f"{folder}: {some(changed)}: damaged or replaced since meta.json was written; going on with it")
+        files = f"{folder}: {some(changed)}"
+        warn(f"{files}: damaged or replaced since meta.json was written; better copy or prepare it again")
 
 
 def read_meta(folder):

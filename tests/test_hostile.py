@@ -179,10 +179,11 @@ def byte_copy(tmp_path):
     return "other"
 
 
-def prepare_toy(run, tmp_path):
+def prepare_toy(run, tmp_path, status=0):
     (tmp_path / "a.txt").write_text("".join(f"pack my box with {i} jugs now.\n" for i in range(2000)))
     argv = ["--input=a.txt", "--txt_documents=line", "--encoding=bytes", "--out_dir=data/toy"]
-    return run("prepare_fineweb.py", *argv, "--shard_tokens=30000", "--val_tokens=2000", "--workers=1")
+    argv += ["--shard_tokens=30000", "--val_tokens=2000", "--workers=1"]
+    return run("prepare_fineweb.py", *argv, status=status)
 
 
 def test_a_shard_changed_anywhere_is_noticed_by_the_sha256_of_meta_json(run, tiny, tmp_path):
@@ -198,6 +199,8 @@ def test_a_shard_changed_anywhere_is_noticed_by_the_sha256_of_meta_json(run, tin
     os.utime(path, ns=(before.st_atime_ns, time.time_ns() + 10**9))
     refused = one_line(run("train.py", *resume, status=1))
     assert "a_train_000002.bin: 30,000 uint16 tokens" in refused and "sha256" in refused
+    refused = one_line(prepare_toy(run, tmp_path, status=1))
+    assert "a_train_000002.bin is missing or not the file that meta.json lists; put it back" in refused
     tokens[20000] ^= 1
     tokens.flush()
     # newer than meta.json, and the same again
