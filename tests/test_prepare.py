@@ -795,6 +795,10 @@ def test_characters_never_overwrite_other_data(run, tmp_path):
     third = prepare(run, "--input=a.txt", "--encoding=characters")
     assert "wrote meta.pkl, val.bin, train.bin to out" in first.stdout
     assert "wrote val.bin to out" in second.stdout and "out is prepared already" in third.stdout
+    with open(tmp_path / "out/train.bin", "ab") as f:
+        f.write(b"\0\0")
+    longer = prepare(run, "--input=a.txt", "--encoding=characters", status=1).stderr
+    assert longer.startswith("error: out holds other data (train.bin)")
     (tmp_path / "a.txt").write_text("another text " * 9)
     before = contents(tmp_path / "out")
     for encoding in ("characters", "bytes"):
