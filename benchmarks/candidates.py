@@ -3,7 +3,7 @@ What would the recipe gain from parts that others found worth their lines, and l
 
     python benchmarks/candidates.py --dataset=fineweb --size=3m --jobs=2
 
-Twenty-three candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is
+Twenty-four candidates, in 64 runs (or those of --only: up to 4, 8 or 16 in 8, 16 or 32): every candidate is
 on in half of the runs and off in half, with every other one as often on as off. The difference of both means
 is its effect, measured with all runs; effects of two candidates on each other do not mix into it (a
 folded-over Hadamard design of resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, chapter
@@ -59,6 +59,7 @@ CANDIDATES = dict(
     long_skip="the stream after the first third of the blocks also goes into the last third",
     final_rate="cooldown to 0.05 of the learning rate instead of 0",
     ramp="in the first third of the run two updates from each batch, from half of its sequences each",
+    no_head_decay="no weight decay of the head",
     pairs="a vector of each pair of neighbours, from a hash table of 5 V rows, in the embedding",
 )
 
@@ -320,6 +321,8 @@ class Ours(compare_modded.Ours):
         for group in adamw.param_groups:
             if "usual_adamw" in self.parts:
                 group |= dict(betas=(0.9, keys.beta2), eps=1e-8)
+            if "no_head_decay" in self.parts and group["params"][0] is self.model.lm_head.weight:
+                group["weight_decay"] = 0.0
             if "no_fast_rate" in self.parts and group.get("rate") == optim.FAST_RATE:
                 group["rate"] = 1.0
         if "normed_embedding" in self.parts:
