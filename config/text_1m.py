@@ -3,7 +3,9 @@
 # $ python train.py config/text_1m.py --dataset=NAME  # of FOLDER; the line before has the command
 # 10.2M tokens: 2,500 iterations of 4,096, about 10 times the text. Val loss says when that is too
 # often: best.pt keeps the weights of the lowest one.
-# Measured: nothing yet.
+# Measured on tiny Shakespeare by characters, 1.0M of them for training, in fp32, one seed: validation loss
+# 1.475, lowest at the end; at a learning rate of 4e-3 1.487. 70 minutes on one core of an Intel Xeon, by its
+# time per iteration, 1.67 s. With GPT-2's ids, or on a GPU: nothing yet.
 
 out_dir = "out/text_1m"
 dataset = "mine"
@@ -27,7 +29,7 @@ dropout = 0.3  # more than one pass over the text: without it the model learns i
 optimizer = "muon"
 beta1 = 0.8
 beta2 = 0.99  # few tokens per iteration: a longer memory of squared gradients
-learning_rate = 4e-3
+learning_rate = 2e-3
 min_lr = 0.0
 weight_decay = 0.1
 schedule = "wsd"
