@@ -267,7 +267,7 @@ class Muon(optim.Muon):
                 same_shape[matrix[0].shape, settings].append(matrix)
         for (shape, (lr, weight_decay)), matrices in same_shape.items():
             weights, updates, squares = (torch.stack(members) for members in zip(*matrices, strict=True))
-            updates = orthogonalized(updates, self.parts).float()
+            updates = orthogonalized(updates, self.parts).to(weights.dtype)
             if "uneven_rows" not in self.parts:
                 updates = optim.evened(updates, squares)
             decay = lr * weight_decay
@@ -321,17 +321,17 @@ class Ours(compare_modded.Ours):
         for group in adamw.param_groups:
             if "usual_adamw" in self.parts:
                 group |= dict(betas=(0.9, keys.beta2), eps=1e-8)
-            if "no_head_decay" in self.parts and group["params"][0] is self.model.lm_head.weight:
-                group["weight_decay"] = 0.0
             if "no_fast_rate" in self.parts and group.get("rate") == optim.FAST_RATE:
                 group["rate"] = 1.0
         if "normed_embedding" in self.parts:
-            give_rate(adamw, self.model.transformer.wte.weight, 25.0)
-        give_rate(adamw, self.model.skip, optim.FAST_RATE)
-        give_rate(adamw, self.model.pairs.weight, optim.FAST_RATE)
+            own_group(adamw, self.model.transformer.wte.weight)["rate"] = 25.0
+        own_group(adamw, self.model.skip)["rate"] = optim.FAST_RATE
+        own_group(adamw, self.model.pairs.weight)["rate"] = optim.FAST_RATE
+        head = own_group(adamw, self.model.lm_head.weight)
         if "faster_head" in self.parts:
-            head = self.model.lm_head.weight
-            give_rate(adamw, head, 2 * optim.rate("lm_head.weight", head))
+            head["rate"] *= 2
+        if "no_head_decay" in self.parts:
+            head["weight_decay"] = 0.0
         return optimizers
 
     def iteration(self, it, batches, accumulation):
@@ -379,14 +379,15 @@ class Ours(compare_modded.Ours):
             mean.copy_(own)
 
 
-def give_rate(adamw, matrix, rate):
-    """Moves a matrix to a group of its own, with this factor on the learning rate."""
+def own_group(adamw, matrix):
+    """Moves a matrix to a group of its own, with the settings that it had. Returns that group."""
     for group in adamw.param_groups:
         others = [p for p in group["params"] if p is not matrix]
         if len(others) < len(group["params"]):
             group["params"] = others
-            own = {name: value for name, value in group.items() if name not in ("params", "rate")}
-    adamw.add_param_group(dict(params=[matrix], rate=rate) | own)
+            own = group | dict(params=[matrix])
+    adamw.add_param_group(own)
+    return adamw.param_groups[-1]
 
 
 def train(cfg, run):

@@ -65,12 +65,14 @@ def test_without_candidates_it_is_the_recipe():
     recipe = Recipe(Small, keys, 64, run, CPU)
     without = candidates.Ours(Small, keys, 64, run, CPU)
     without.model.load_state_dict(recipe.model.state_dict(), strict=False)
-    for it in range(3):  # from then on Muon, in bf16 on some CPUs, makes much of the last bit
+    for one in (recipe, without):
+        one.model.double()  # AdamW and Muon make much of the last bit of a small gradient
+    for it in range(3):
         batch = torch.randint(64, (2, 33))
         for one in (recipe, without):
             one.iteration(it, iter([batch]), 1)
     for name, p in recipe.model.named_parameters():
-        torch.testing.assert_close(without.model.get_parameter(name), p, rtol=0, atol=1e-5)
+        torch.testing.assert_close(without.model.get_parameter(name), p, rtol=0, atol=1e-9)
 
 
 class Windows:
@@ -99,6 +101,24 @@ def test_every_candidate_changes_the_run_and_learns(name):
             one.iteration(it, iter([batch]), 1)
         losses.append(one.evaluate(Windows(batch), 4, 4))
     assert losses[0] != losses[1] < 4
+
+
+@pytest.mark.parametrize("n_head", [1, 6])  # 128 and 768 wide: there the head has the embedding's rate
+def test_the_heads_own_settings_are_those_of_no_other_parameter(n_head):
+    settings = []
+    for parts in ("", "no_head_decay faster_head"):
+        run = Run(parts, 1, 20)
+        keys = dataclasses.replace(keys_of(Small, run), n_head=n_head, n_embd=128 * n_head)
+        one = candidates.Ours(Small, keys, 64, run, CPU)
+        names = {p: name for name, p in one.model.named_parameters()}
+        groups = one.optimizers["optimizer"].param_groups
+        kinds = {names[p]: (g.get("rate"), g["weight_decay"]) for g in groups for p in g["params"]}
+        assert len(kinds) == sum(len(g["params"]) for g in groups)  # none twice
+        settings.append(kinds)
+    usual, changed = settings
+    assert usual.pop("lm_head.weight") == (6 / n_head, 0.1)
+    assert changed.pop("lm_head.weight") == (12 / n_head, 0.0)
+    assert changed == usual
 
 
 def test_other_coefficients_bring_all_singular_values_near_one():
