@@ -213,7 +213,15 @@ def status_of(path):
             about = response.headers
     except (OSError, ValueError, http.client.HTTPException) as e:  # no network, no such file or protocol
         raise UserError(f"--input={path} cannot be reached: {getattr(e, 'reason', e)}") from None
-    return path, int(about.get("Content-Length", 0)), about.get("ETag") or about.get("Last-Modified", "")
+    return path, length_told(about), about.get("ETag") or about.get("Last-Modified", "")
+
+
+def length_told(headers):
+    """Returns the bytes that a file has by its server's answer; 0 if that does not tell."""
+    try:
+        return max(0, int(headers.get("Content-Length", 0)))
+    except ValueError:
+        return 0
 
 
 def download(address):
@@ -223,7 +231,7 @@ def download(address):
     file = tempfile.TemporaryFile()
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
-            size = int(response.headers.get("Content-Length", 0))
+            size = length_told(response.headers)
             with tqdm(total=size or None, unit="B", unit_scale=True, desc="download", disable=None) as bar:
                 while block := response.read(2**20):
                     file.write(block)
