@@ -31,6 +31,7 @@ def pick(logits, noise, temperature, top_k=None, top_p=None):
     mass = p.cumsum(-1)
     # looks for a value in (0, mass], so never takes an id without mass
     chosen = torch.searchsorted(mass, (1 - noise[:, None]) * mass[:, -1:])
+    chosen = chosen.clamp(max=p.size(-1) - 1)  # beyond all ids if p is NaN, which stream refuses later
     if ids is not None:
         chosen = ids.gather(-1, chosen)
     return chosen.squeeze(-1)

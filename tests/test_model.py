@@ -578,13 +578,14 @@ def test_a_model_that_has_diverged_is_refused():
 
 
 @pytest.mark.parametrize("stop_token", [None, 0])
-def test_logits_that_are_not_finite_at_some_later_token_are_refused(stop_token):
-    model = tiny()
+@pytest.mark.parametrize("how", [dict(temperature=0), dict(), dict(top_k=5), dict(top_k=5, top_p=0.9)])
+def test_logits_that_are_not_finite_at_some_later_token_are_refused(stop_token, how):
+    model = tiny()  # of as many rows as ids
     model.transformer.wpe.weight.data[6] = math.nan  # of the seventh position, read for the eighth token
     prompt = torch.ones(1, 3, dtype=torch.long)  # which goes on with ones
     assert model.generate(prompt, 4).shape == (1, 7)
     with pytest.raises(ValueError, match="the model's logits are not finite"):
-        model.generate(prompt, 6, temperature=0, stop_token=stop_token)
+        model.generate(prompt, 6, stop_token=stop_token, **how)
 
 
 def test_the_step_compiles_to_one_graph_whatever_the_position():
