@@ -166,9 +166,10 @@ def checkpoint_tokenizer(state, path):
     tokenizer = read_tokenizer(folder)
     vocab_size = state["model_args"]["vocab_size"]
     if not tokenizer.fits_nanogpts(vocab_size):
-        raise UserError(
-            f"{path} does not say what its {vocab_size} token ids mean; put its meta.pkl into {folder}"
-        )
+        text = f"{path} does not say what its {vocab_size} token ids mean"
+        if os.path.exists(os.path.join(folder, "meta.json")):
+            text += f", and {folder} has others ({tokenizer.encoding}): move it away"
+        raise UserError(f"{text}; put its meta.pkl into {folder}")
     reason = f"as {folder} suggests"
     if not os.path.isdir(folder):
         reason = f"as there is no {folder}"
@@ -433,7 +434,7 @@ def main(argv):
     model, tokenizer, state = load(cfg)
     if cfg.export:
         if idle := ", ".join(sorted(cfg.given - EXPORT_KEYS)):
-            print(f"note: export writes fp32 and draws nothing: {idle} has no effect", file=sys.stderr)
+            print(f"note: export writes fp32 and draws nothing; without effect: {idle}", file=sys.stderr)
         export(cfg.export, model, tokenizer, state)
         return
 

@@ -51,6 +51,8 @@ def busy_note(device):
 
 def schedule_notes(cfg):
     warmup = cfg.warmup_iters
+    if cfg.max_minutes:
+        warmup = 0  # it ends within a tenth of that time
     if not cfg.decay_lr:
         return []
     if cfg.min_lr > cfg.learning_rate:

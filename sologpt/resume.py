@@ -74,8 +74,8 @@ def check_vocabulary(vocab_size, source, tokenizer, folder, state):
         )
     if state and "tokenizer" not in state and not tokenizer.fits_nanogpts(vocab_size):
         raise UserError(
-            f"the {tokenizer.vocab_size} characters of {folder} are not those of the {vocab_size} ids that "
-            f"nanoGPT trained {source} with; put nanoGPT's own meta.pkl and token files there"
+            f"the {tokenizer.vocab_size} ids of {folder} ({tokenizer.encoding}) are not the {vocab_size} "
+            f"that nanoGPT trained {source} with; put nanoGPT's token files there, and their meta.pkl if any"
         )
 
 
@@ -140,7 +140,7 @@ def restore(run, state, data_changed):
     recast_weights(run.model)
     checkpoint.restore_optimizers(run.optimizers, state, path)
     restore_scaler_and_rng(run, state, path)
-    run.train_data.shifting = state.get("shifting", False)
+    run.train_data.shifting = state.get("shifting", "data" not in state)  # nanoGPT's has no order to keep
     at.iter_num = run.first_iter = iter_num
     at.best_val_loss = lowest_loss(run.files.best, state)
     at.tokens_seen = state.get("tokens_seen", iter_num * settings_before(run.cfg, state).tokens_per_iter)

@@ -71,8 +71,8 @@ class Tokenizer:
         return math.ceil(self.vocab_size / 64) * 64
 
     def fits_nanogpts(self, rows):
-        """Whether nanoGPT would give a model of these ids so many rows."""
-        return rows >= self.vocab_size
+        """Whether a model of nanoGPT's with so many rows may be of these ids."""
+        return rows == self.embedding_rows()
 
     def fields(self):
         """Returns a dict of plain values, from which make_tokenizer makes it again; checkpoints keep it."""
@@ -136,9 +136,6 @@ class CharacterTokenizer(Tokenizer):
         """Returns the number of ids: nanoGPT does not pad the vocabulary of its own character data either."""
         return self.vocab_size
 
-    def fits_nanogpts(self, rows):
-        return rows == self.vocab_size
-
 
 class BPETokenizer(Tokenizer):
     @functools.cached_property
@@ -150,6 +147,9 @@ class BPETokenizer(Tokenizer):
 
     def encode_document(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=())
+
+    def fits_nanogpts(self, rows):
+        return rows >= self.vocab_size  # OpenAI's weights are not padded
 
     def spell(self, i):
         try:

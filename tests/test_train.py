@@ -970,6 +970,7 @@ def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tm
     out = run("train.py", *args, "--gradient_accumulation_steps=1")
     assert "at iteration 8, best val loss 2.5000" in out.stdout
     assert "nanoGPT evaluates random batches: the best val loss, and best.pt, start anew" in out.stdout
+    assert checkpoint.load(tmp_path / "out/ckpt.pt")["shifting"] is True
     best = torch.load(tmp_path / "out/best.pt", weights_only=True)["best_val_loss"]
     assert f"{best:.4f}" in [val for _, _, val in STEP.findall(out.stdout)] and "trained on" not in out.stderr
     # the ninth update by hand: sequences 64 to 71 of the run, its own optimizer
@@ -1029,8 +1030,22 @@ def test_a_run_of_nanogpts_on_other_characters_or_in_other_batches_is_pointed_ou
         (byte_data / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=rows, itos=characters)))
         out = run("train.py", *argv, "--out_dir=other", "--eval_only=True", status=status)
         text = run("sample.py", "--out_dir=other", "--device=cpu", "--max_new_tokens=1", status=status)
-    assert "the 300 characters of data/toy are not those of the 320 ids that nanoGPT trained" in out.stderr
+    assert "the 300 ids of data/toy (characters) are not the 320 that nanoGPT trained" in out.stderr
     assert "does not say what its 320 token ids mean" in text.stderr
+
+
+def test_a_run_of_nanogpts_on_gpt2s_ids_does_not_go_on_with_bytes(run, byte_data, tiny, tmp_path):
+    """As after preparing data/shakespeare anew, where nanoGPT's token files were."""
+    nanogpt_checkpoint(tmp_path / "out", 8)
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["model_args"]["vocab_size"] = 50304
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        state["model"][f"_orig_mod.{name}"] = torch.zeros(50304, 32)
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    out = run("train.py", *tiny, "--init_from=resume", status=1)
+    assert "the 257 ids of data/toy (bytes) are not the 50304 that nanoGPT trained out/ckpt.pt" in out.stderr
+    text = run("sample.py", "--device=cpu", status=1).stderr
+    assert "what its 50304 token ids mean, and data/toy has others (bytes): move it away; put" in text
 
 
 def test_samples_of_a_model_of_another_vocabulary_are_of_the_ids_of_the_data(run, byte_data, tiny, tmp_path):
@@ -1198,6 +1213,9 @@ def test_a_schedule_that_does_not_fit_the_run_is_pointed_out(run, byte_data, tin
     assert "note: after warmup_iters=5 lr drops to min_lr: lr_decay_iters=4" in out.stdout
     out = run("train.py", *tiny, "--warmup_iters=1", "--lr_decay_iters=4", "--max_iters=6", "--dry_run=True")
     assert "note: lr stays at min_lr from lr_decay_iters=4 to 6" in out.stdout
+    for kind in ("wsd", "cosine"):  # by the clock a warmup takes a tenth of the time, whatever it says
+        argv = [f"--schedule={kind}", "--warmup_iters=50", "--max_iters=12", "--max_minutes=9"]
+        assert "warmup" not in run("train.py", *tiny, *argv, "--dry_run=True").stdout
     flags = ["--lr_decay_iters=20", "--dry_run=True"]
     text = "note: lr does not fall to min_lr: max_iters=12 is before lr_decay_iters=20"
     assert f"{text}\n" in run("train.py", *tiny, *flags).stdout
