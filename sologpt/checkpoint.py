@@ -2,8 +2,8 @@
 A run's state on disk: ckpt.pt with all that resuming needs, ckpt_prev.pt with the state before it,
 best.pt with the best weights, and before_cooldown.pt for longer runs to start from.
 
-Every .pt file is one dict of tensors and plain values, a superset of nanoGPT's, so that nanoGPT reads ours
-and we read nanoGPT's; they load with weights_only=True and cannot run code.
+Every .pt file is one dict of tensors and plain values, a superset of nanoGPT's: we read nanoGPT's, and it
+reads ours of arch="gpt2". They load with weights_only=True and cannot run code.
 """
 
 import collections

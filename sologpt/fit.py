@@ -137,7 +137,8 @@ def no_retry_if_out_of_memory():
 def check_size(config):
     """Raises UserError if the weights of a model with this GPTConfig cannot fit into this computer's memory,
     where they are made, before that is tried."""
-    params = block_params(config) + config.vocab_size * config.n_embd
+    tables = 3 if config.arch == "modern" else 1
+    params = block_params(config) + tables * config.vocab_size * config.n_embd
     has = total_memory(torch.device("cpu"))
     if has and 4 * params > has:
         raise UserError(

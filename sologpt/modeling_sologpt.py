@@ -128,12 +128,17 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.gpt.lm_head = head
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """Does what transformers does, and the same for the table of values, which has as many rows."""
+        """Does what transformers does, and the same for the table of values, which has as many rows. With
+        mean_resizing=False new rows are N(0, 0.02), as GPT-2's."""
+        before = self.gpt.transformer.wte.num_embeddings
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         rows = embedding.num_embeddings
         table = self.gpt.transformer.wve
         table = self._get_resized_embeddings(table, rows, mean_resizing=mean_resizing)
         self.gpt.transformer.wve = table
+        if not mean_resizing:
+            for layer in (embedding, table, self.gpt.lm_head):
+                torch.nn.init.normal_(layer.weight.data[before:], std=0.02)
         return embedding
 
     def forward(

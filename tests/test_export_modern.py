@@ -213,6 +213,10 @@ def test_with_more_tokens_it_still_computes_the_same_and_is_saved_whole(tmp_path
         assert logits.shape == (2, 8, 100)
         torch.testing.assert_close(logits[..., :97], expected, atol=1e-5, rtol=1e-5)
         assert model(torch.full((1, 3), 99)).logits.isfinite().all()
+    other.resize_token_embeddings(1000, mean_resizing=False)
+    for weight in (other.gpt.transformer.wte, other.gpt.transformer.wve, other.gpt.lm_head):
+        assert weight.weight[100:].std().item() == pytest.approx(0.02, rel=0.05)
+    torch.testing.assert_close(other(idx).logits[..., :97], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_it_cannot_do_is_refused(tmp_path):
@@ -388,7 +392,7 @@ def test_a_checkpoint_is_exported_and_its_card_says_how_it_is_loaded(run, byte_d
     assert "modern" in card and "GPT-2" not in card
     # again, over what is there
     again = run("sample.py", "--init_from=best", "--device=cpu", "--export=hf", "--dtype=bfloat16").stderr
-    assert "note: export writes fp32 and draws nothing: dtype has no effect\n" in again
+    assert "note: export writes fp32 and draws nothing; without effect: dtype\n" in again
     assert "are in hf" in again
     failed = run("sample.py", "--init_from=hf", "--device=cpu", status=1).stderr
     assert "hf is an export of arch='modern', which only transformers reads" in failed

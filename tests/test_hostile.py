@@ -20,8 +20,8 @@ import torch
 from conftest import ENV, ROOT
 
 from configurator import configure
-from model import GPT
-from sologpt import checkpoint, files, huggingface, shards
+from model import GPT, GPTConfig, make_gpt
+from sologpt import checkpoint, files, fit, huggingface, shards
 from sologpt.errors import UserError
 from sologpt.files import sole_use
 from sologpt.source import find_files
@@ -817,6 +817,17 @@ def test_more_samples_than_fit_into_memory_are_refused_at_once(trained, argv, me
 def test_a_model_that_no_computer_holds_is_refused_at_once(run, byte_data, tiny):
     refused = one_line(run("train.py", *tiny, "--n_layer=10000000", "--n_embd=768", status=1))
     assert "n_layer=10000000 of n_embd=768 with 320 token ids make a model of 70,778.9B parameters" in refused
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_the_smallest_memory_for_a_model_is_that_of_its_weights(monkeypatch, arch):
+    config = GPTConfig(arch=arch, n_layer=1, n_head=1, n_embd=64, block_size=8, vocab_size=5000)
+    weights = 4 * make_gpt(config).get_num_params(non_embedding=False)
+    monkeypatch.setattr(fit, "total_memory", lambda device: weights)
+    fit.check_size(config)
+    monkeypatch.setattr(fit, "total_memory", lambda device: 0.99 * weights)
+    with pytest.raises(UserError, match="with 5,000 token ids make a model of"):
+        fit.check_size(config)
 
 
 def test_the_cooldown_begins_exactly_where_the_fraction_says():
