@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -179,7 +180,7 @@ class Timed:
         micro_step(self.model, next(self.batches), self.scaler, self.machine, accumulation)
 
     def one_update(self):
-        update(self.model, self.optimizers, self.scaler, self.cfg.grad_clip)
+        self.norm = update(self.model, self.optimizers, self.scaler, self.cfg.grad_clip)
 
     def seconds(self, work, times=1):
         """Returns the mean seconds of work(), called this many times with a sync only at both ends."""
@@ -211,6 +212,9 @@ def measure(timed, row_seconds):
     while not micro or (time.perf_counter() - start < row_seconds and len(micro) < MOST_REPEATS):
         micro.append(timed.seconds(timed.one_micro_step, block))
         updates.append(timed.seconds(timed.one_update))
+    # in fp16 the scaler may still look for its scale
+    if not math.isfinite(timed.norm) and machine.dtype != "float16":
+        raise UserError(f"the gradient norm is {timed.norm}: something computes nonsense, and fast")
     iters = [m * accumulation + u for m, u in zip(micro, updates, strict=True)]
     dt = statistics.median(micro) * accumulation + statistics.median(updates)
     figures = dict(

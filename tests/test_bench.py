@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
-from bench import BenchConfig, Timed, profile_table, recipe, recommend, training_command
+from bench import BenchConfig, Timed, measure, profile_table, recipe, recommend, training_command
 from configurator import ConfigError, configure
 from sologpt import hardware
+from sologpt.errors import UserError
 
 SMALL = (
     "--device=cpu --compile=False --dataset=none --n_layer=2 --n_head=2 --n_embd=64 --block_size=64".split()
@@ -217,6 +218,14 @@ def test_what_fails_without_the_compiler_is_not_its_fault(monkeypatch):
     monkeypatch.setattr(timed.model, "forward", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         timed.warm_up()
+
+
+def test_a_model_that_computes_nonsense_is_no_row():
+    cfg = configure(BenchConfig, [*SMALL, "--batch_size=1", "--gradient_accumulation_steps=1"])
+    timed = Timed(cfg, hardware.find_machine(cfg))
+    timed.model.transformer.wte.weight.data[:, 3] = float("nan")
+    with pytest.raises(UserError, match="the gradient norm is nan"):
+        measure(timed, 0.1)
 
 
 def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byte_data):
