@@ -207,6 +207,7 @@ def main(argv):
                 with tempfile.TemporaryDirectory() as folder:
                     figures = train(program, values | dict(dataset=data, seed=cfg.seed + pair), folder)
                     figures["val_loss"] = final_loss(folder, data, cfg, machine)
+                    hardware.forget_compiled(device)  # its memory is the next program's
                 runs[name].append(figures)
                 shown = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items())
                 print(f"{name}: {shown}", file=sys.stderr)

@@ -3,10 +3,10 @@ All that is to be measured on a GPU, in the order of its worth: one command for 
 
     python benchmarks/gpu_day.py [--minutes=9] [--dataset=fineweb] [--nanogpt=FOLDER] [--modded=FOLDER]
 
-The stages are smoke (does training work there: in 16 bits, stopped and resumed, with micro-batches that do
-not fit), tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours), learning (GPT-2 with AdamW,
-the recipe and modded-nanogpt's baseline on equal data), sampling, profile, and recipe (small models:
-compare_modded.py and candidates.py). A stage has parts, each in processes of its own with a limit of time;
+The stages are smoke (does training work there: GPT-2 and the recipe in 16 bits, stopped and resumed, with
+micro-batches that do not fit), tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours),
+learning (GPT-2 with AdamW, the recipe and modded-nanogpt's baseline on equal data), sampling, profile, and
+recipe (small models: compare_modded.py and candidates.py). A stage has parts, each in processes of its own with a limit of time;
 one that fails or takes too long is a row of the table, and the next one runs. The figures are written to a
 JSON file after each part; the same command goes on with the parts that are missing there, then with those
 that failed. Without --dataset, the text is Python's own library as bytes. docs/measuring.md says how to read
@@ -236,8 +236,8 @@ class Day:
             raise Failed(f"it needs the figures of {stage}: {name}, which is not done")
         return entry["figures"]
 
-    def train(self, iters, *argv, stop_at=None):
-        """Runs train.py with GPT-2's config, stopped by Ctrl-C at iteration stop_at; returns its figures."""
+    def train(self, iters, config, *argv, stop_at=None):
+        """Runs train.py with a config, stopped by Ctrl-C at iteration stop_at; returns its figures."""
 
         def on_line(process, line):
             if stop_at is not None and line.startswith(f"iter {stop_at}:"):
@@ -249,7 +249,7 @@ class Day:
         flags = [f"--max_iters={iters}", f"--lr_decay_iters={iters}", "--warmup_iters=5", "--log_interval=1"]
         flags += [f"--eval_interval={iters}", "--eval_iters=2", f"--dataset={self.dataset}"]
         flags += [f"--out_dir={folder}", f"--device={self.device}"]
-        script = ("train.py", self.size.gpt2, *self.size.flags, *flags, *argv)
+        script = ("train.py", config, *self.size.flags, *flags, *argv)
         env = dict(TORCH_LOGS="recompiles,graph_breaks")
         out, err, status = self.run(*script, on_line=on_line, **env)
         if status and stop_at is None:
@@ -301,8 +301,8 @@ def percent(share):
 SMOKE = ("--gradient_accumulation_steps=4", "--learning_rate=1e-3")
 
 
-def train_thirty(day, figures, sentences, dtype):
-    figures |= day.train(30, *SMOKE, f"--dtype={dtype}")
+def train_thirty(day, figures, sentences, config, dtype):
+    figures |= day.train(30, config, *SMOKE, f"--dtype={dtype}")
     losses = list(figures["losses"].values())
     mfu = (figures["mfu"] or 0) / 100
     sentences.append(
@@ -319,7 +319,7 @@ def train_thirty(day, figures, sentences, dtype):
 def resume(day, figures, sentences):
     """Stops a run and resumes it; its losses should be those of the run that was not stopped."""
     whole = day.figures_of("smoke", day.dtype)["losses"]
-    argv = (*SMOKE, f"--dtype={day.dtype}")
+    argv = (day.size.gpt2, *SMOKE, f"--dtype={day.dtype}")
     figures["stopped"] = day.train(30, *argv, stop_at=10)
     figures["resumed"] = day.train(30, *argv, "--init_from=resume")
     losses = figures["resumed"]["losses"]
@@ -333,7 +333,7 @@ def resume(day, figures, sentences):
 
 def too_large(day, figures, sentences, batch_size):
     argv = ("--gradient_accumulation_steps=1", f"--batch_size={batch_size}", f"--dtype={day.dtype}")
-    figures |= day.train(2, *argv)
+    figures |= day.train(2, day.size.gpt2, *argv)
     sizes = figures["batch_sizes"]
     fits = f"fits as {sizes[-1]}" if sizes else "fits"
     sentences.append(f"batch_size={batch_size}: {fits}, peak {figures['peak_gb'] or 'n/a'} GB")
@@ -548,9 +548,11 @@ def small_models(day, figures, sentences, script):
 def parts_of(day):
     """Returns all Parts, in the order of their worth."""
     cfg, size = day.cfg, day.size
-    parts = [Part("smoke", day.dtype, 3, partial(train_thirty, dtype=day.dtype))]
+    thirty = partial(train_thirty, config=size.gpt2)
+    parts = [Part("smoke", day.dtype, 3, partial(thirty, dtype=day.dtype))]
+    parts.append(Part("smoke", "recipe", 3, partial(train_thirty, config=size.modern, dtype=day.dtype)))
     if day.device.type == "cuda" and day.dtype != "float16":
-        parts.append(Part("smoke", "float16", 3, partial(train_thirty, dtype="float16")))
+        parts.append(Part("smoke", "float16", 3, partial(thirty, dtype="float16")))
     parts.append(Part("smoke", "resume", 5, resume))
     parts.append(Part("smoke", "too large", 5, partial(too_large, batch_size=size.too_large)))
     if day.device.type == "cuda":

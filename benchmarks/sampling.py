@@ -5,7 +5,7 @@ Tokens per second of sampling, against nanoGPT and against what the memory could
 
 Both sample from the same random weights of GPT-2's smallest size, in turn, `repeats` times; the table has
 medians. The bound is the time to move all weights once, which each token needs, at the bandwidth of a sum
-over the same tensors (which only reads, as sampling does) and of a copy of them (where bytes read and bytes
+over as many bytes (which only reads, as sampling does) and of a copy of them (where bytes read and bytes
 written count).
 """
 
@@ -27,6 +27,8 @@ import sample
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig
 from sologpt import hardware
+
+MOVES = 32  # of all weights in one measurement of a bound
 
 
 @dataclass
@@ -77,17 +79,19 @@ def load_nanogpt(folder, model, device):
 
 
 def weights_read(model):
-    """Returns the matrices that each token needs, as integers, which sum() takes as fast as memory gives
-    them."""
-    return [
-        p.data.view(torch.int64) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name
-    ]
+    """Returns a copy of the matrices that each token needs as one tensor of integers, which sum() takes as
+    fast as memory gives them; a sum of each matrix would measure launches on a GPU."""
+    matrices = [p.data for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
+    return torch.cat([matrix.flatten().view(torch.int64) for matrix in matrices])
 
 
-def copying(model):
-    sources = weights_read(model)
-    targets = [torch.zeros_like(w) for w in sources]
-    return lambda: [t.copy_(w) for t, w in zip(targets, sources, strict=True)]
+def reading(weights):
+    return lambda: [weights.sum() for _ in range(MOVES)]
+
+
+def copying(weights):
+    target = torch.empty_like(weights)
+    return lambda: [target.copy_(weights) for _ in range(MOVES)]
 
 
 def main(argv):
@@ -106,27 +110,28 @@ def main(argv):
         return lambda: model.generate(idx, count, temperature=0.8, top_k=200, **options)
 
     def options(model, count):
-        """Returns what sample.py gives generate() for so many sequences."""
+        """Returns what sample.py gives generate() for so many sequences. top_p is that of the first compiled
+        step: another one would compile anew."""
         session = sample.Session(sample.SampleConfig(), model, None, device, None)
         if cfg.compile:
             sample.compile_step(session, count)
-        return session.options
+        return session.options | dict(top_p=session.cfg.top_p)
 
     # -------------------------------------------------------------------------
     # what is measured: name: (work, how often that does what the figure is of)
 
     kinds = {}
+    gigabytes = {}
     if cfg.nanogpt:
         theirs = load_nanogpt(cfg.nanogpt, fp32, device)
         kinds["nanoGPT, fp32"] = sampling(theirs, start, one), one
         kinds["nanoGPT, first token"] = sampling(theirs, prompt, 1), 1
     for dtype, model in models.items():
         kinds[f"soloGPT, {dtype}"] = sampling(model, start, one, **options(model, 1)), one
-        kinds[f"reading the weights, {dtype}"] = (
-            lambda m=model: [w.sum() for _ in range(32) for w in weights_read(m)],
-            32,
-        )
-        kinds[f"copying the weights, {dtype}"] = copying(model), 1
+        weights = weights_read(model)
+        gigabytes[dtype] = weights.nbytes / 1e9
+        kinds[f"reading the weights, {dtype}"] = reading(weights), MOVES
+        kinds[f"copying the weights, {dtype}"] = copying(weights), MOVES
         batch = start.expand(cfg.batch_size, 1)
         work = sampling(model, batch, many, **options(model, cfg.batch_size))
         kinds[f"soloGPT, {dtype}, batch"] = work, many
@@ -145,7 +150,6 @@ def main(argv):
 
     rates = {}
     of_bound = {}
-    gigabytes = {dtype: sum(w.nbytes for w in weights_read(model)) / 1e9 for dtype, model in models.items()}
     machine = f"{processor()}, {torch.get_num_threads()} threads; {device}; torch {torch.__version__}"
     print(f"{machine}; {gigabytes} GB")
     print(f"124M; {one} tokens after 1, {cfg.batch_size} * {many} in a batch")

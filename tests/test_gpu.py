@@ -168,6 +168,26 @@ def test_a_compiled_step_of_sampling_takes_the_same_ids(arch):
     assert (text == plain).float().mean() > 0.95  # rounding may turn an id of a near tie
 
 
+@ARCHS
+def test_a_compiled_step_of_sampling_in_16_bits_is_near(arch):
+    """Of fp32 on the CPU; 16 bits have another attention than fp32, here with a mask and one query."""
+    torch._dynamo.reset()
+    model, twin = pair(arch)
+    twin = twin.eval().bfloat16()
+    idx = batch()[0][:, :12]
+    cache = twin.empty_cache(4, 64)
+    for buffers in cache:
+        for buffer in buffers:
+            torch._dynamo.mark_static_address(buffer)
+    step = torch.compile(twin.next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    with torch.no_grad():
+        twin.prompt_logits(idx[:, :6].cuda(), torch.full((4,), 5, device="cuda"), cache)
+        for i in range(6, 12):  # the graph is recorded at the second one
+            found = step(idx[:, i].cuda(), torch.full((4,), i, device="cuda"), cache).float().cpu()
+            expected = model.eval()(idx[:, : i + 1])[0][:, 0]
+            assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 # -----------------------------------------------------------------------------
 # runs
 

@@ -240,6 +240,7 @@ def test_the_first_stage_on_a_cpu(byte_data, tmp_path, capsys):
     parts = json.loads((tmp_path / "day.json").read_text())["parts"]
     assert [(title, entry["status"]) for title, entry in parts.items()] == [
         ("smoke: float32", "done"),
+        ("smoke: recipe", "done"),
         ("smoke: resume", "done"),
         ("smoke: too large", "done"),
     ], capsys.readouterr().out
@@ -261,7 +262,7 @@ def test_losses_that_do_not_fall_fail():
     line = "iter {}: loss nan, time 1.00ms, mfu 9.00%, 1 TFLOP/s, 1,000 tok/s, norm nan, lr 1\n"
     sentences = []
     with pytest.raises(Failed, match="the loss does not fall"):
-        gpu_day.train_thirty(Broken(), {}, sentences, "bfloat16")
+        gpu_day.train_thirty(Broken(), {}, sentences, "config.py", "bfloat16")
     assert "loss nan to nan, 1,000 tokens/s, MFU 9.0%" in sentences[0]
 
 
