@@ -6,11 +6,11 @@ All that is to be measured on a GPU, in the order of its worth: one command for 
 The stages are smoke (does training work there: GPT-2 and the recipe in 16 bits, stopped and resumed, with
 micro-batches that do not fit), tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours),
 learning (GPT-2 with AdamW, the recipe and modded-nanogpt's baseline on equal data), sampling, profile, and
-recipe (small models: compare_modded.py and candidates.py). A stage has parts, each in processes of its own with a limit of time;
-one that fails or takes too long is a row of the table, and the next one runs. The figures are written to a
-JSON file after each part; the same command goes on with the parts that are missing there, then with those
-that failed. Without --dataset, the text is Python's own library as bytes. docs/measuring.md says how to read
-the results. It needs Linux or WSL.
+recipe (small models: compare_modded.py and candidates.py). A stage has parts, each in processes of its own
+with a limit of time; one that fails or takes too long is a row of the table, and the next one runs. The
+figures are written to a JSON file after each part; the same command goes on with the parts that are missing
+there, then with those that failed. Without --dataset, the text is Python's own library as bytes.
+docs/measuring.md says how to read the results. It needs Linux or WSL.
 """
 
 import importlib.util
