@@ -36,7 +36,7 @@ import shlex
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -282,6 +282,14 @@ class Progress:
     files: dict = field(default_factory=dict)  # whole train shards, as in meta.json
     # tokens of the train shard under way
     tail: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))
+    # tokens of the documents in the heap by their negative_hash: all copies of a text have one
+    copies: Counter = field(default_factory=Counter)
+
+    def hold(self, held):
+        """Puts a Held into the heap."""
+        heapq.heappush(self.heap, held)
+        self.held += len(held.tokens)
+        self.copies[held.negative_hash] += len(held.tokens)
 
     def save(self, path, settings):
         """Writes it to path, together with its settings, which are plain values."""
@@ -300,9 +308,11 @@ class Progress:
                 facts, tokens, tail = json.loads(str(saved["facts"])), saved["tokens"], int(saved["tail"])
             lengths = [entry.pop() for entry in facts["heap"]]
             parts = np.split(tokens, np.cumsum([tail, *lengths]))
-            heap = [Held(*entry, part) for entry, part in zip(facts["heap"], parts[1:-1], strict=True)]
-            position, held = Position(*facts["position"]), sum(lengths)
-            progress = cls(position, facts["counts"], heap, held, facts["eligible"], facts["files"], parts[0])
+            progress = cls(Position(*facts["position"]), facts["counts"], eligible=facts["eligible"])
+            progress.files = facts["files"]
+            progress.tail = parts[0]
+            for entry, part in zip(facts["heap"], parts[1:-1], strict=True):
+                progress.hold(Held(*entry, part))
             return progress, facts["settings"]
         except Exception as e:  # NumPy and zipfile raise many kinds
             raise UserError(
@@ -340,8 +350,7 @@ def choose(progress, encoded, val_tokens, max_tokens):
         if not whole or (heap and progress.held >= val_tokens and -digest < heap[0].negative_hash):
             train.append(tokens)
         else:
-            heapq.heappush(heap, Held(-digest, counts["documents"], n_bytes, tokens.copy()))
-            progress.held += n
+            progress.hold(Held(-digest, counts["documents"], n_bytes, tokens.copy()))
             train += push_out(progress, val_tokens)
     return np.concatenate([*train, encoded.tokens[:0]])
 
@@ -351,16 +360,14 @@ def push_out(progress, wanted):
     `wanted` tokens remain. Equal texts leave together: the same document is never in both splits."""
     heap, out = progress.heap, []
     while heap:
-        equal = [heapq.heappop(heap)]
-        while heap and heap[0].negative_hash == equal[0].negative_hash:
-            equal.append(heapq.heappop(heap))
-        size = sum(len(held.tokens) for held in equal)
-        if not heap or progress.held - size < wanted:
-            for held in equal:
-                heapq.heappush(heap, held)
+        largest = heap[0].negative_hash
+        size = progress.copies[largest]
+        if size == progress.held or progress.held - size < wanted:
             break
         progress.held -= size
-        out += [held.tokens for held in equal]
+        del progress.copies[largest]
+        while heap[0].negative_hash == largest:
+            out.append(heapq.heappop(heap).tokens)
     return out
 
 
@@ -467,7 +474,7 @@ def ending_well(progress_path):
         yield
     except BaseException as e:
         if not shards_in(folder):
-            os.remove(progress_path)
+            remove(progress_path)
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 f"cannot write to {folder}: {e.strerror}; make room, and the same command continues"
@@ -690,9 +697,10 @@ def write_val(job, progress, train, val):
 def write_meta(job, progress, counts, files):
     """Writes meta.json, last: with it the folder is complete."""
     if job.source_times and times_of(job.files) != job.source_times:
+        remove(job.progress_path)  # even if they are as before again: what was read may be neither
         raise UserError(
             f"the files of {job.cfg.input or job.cfg.repo} were changed while they were read; "
-            f"delete {job.progress_path} and the shards beside it, and prepare them again"
+            f"delete the shards in {job.out_dir}, and prepare them again"
         )
     position = progress.position
     meta = job.settings | dict(source_times=job.source_times) | counts | dict(files=files)

@@ -25,6 +25,7 @@ from sologpt.tokenizer import EOT
 CHUNK = 2**20
 # characters; a longer document is processed in parts, so that memory does not depend on the input
 LONGEST = 2**22
+LINE = re.compile(rb"(\xef\xbb\xbf)?\s*\{[^\r\n]")  # how a file with an object a line begins
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on top of the hub library's own
 
 
@@ -33,8 +34,8 @@ PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts to reach the hub, on t
 
 
 def open_file(path):
-    """Returns a file, local or on the hub, open for reading bytes; .gz and .zst are decompressed. Raises
-    UserError for a compressed file without a byte."""
+    """Returns a file, local, on the hub or at another address, open for reading bytes; .gz and .zst are
+    decompressed. Raises UserError for a compressed file without a byte."""
     codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(name_in(path))[1].lower())
     if path.startswith("hf://"):
         import fsspec  # comes with datasets
@@ -112,14 +113,18 @@ def contains(path, wanted):
 def read_jsonl(path, text_key):
     """Yields the text_key of each line's JSON object; null is an empty text."""
     with open_file(path) as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"line {number} is not JSON: {e}") from None
-            yield text_of(row, text_key, f"line {number}"), True
+        yield from texts_of_lines(f, text_key)
+
+
+def texts_of_lines(f, text_key):
+    for number, line in enumerate(f, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"line {number} is not JSON: {e}") from None
+        yield text_of(row, text_key, f"line {number}"), True
 
 
 def text_of(row, text_key, place):
@@ -141,8 +146,15 @@ def json_type(value):
 
 
 def read_json(path, text_key):
-    """Yields the strings of a JSON array, or the text_key of its objects; null is an empty text."""
-    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as f:
+    """Yields the strings of a JSON array, or the text_key of its objects; null is an empty text. Many files
+    with an object a line are called .json too, and are read as such."""
+    bytes_file = open_file(path)
+    if not hasattr(bytes_file, "peek"):
+        bytes_file = io.BufferedReader(bytes_file)
+    with io.TextIOWrapper(bytes_file, encoding="utf-8-sig") as f:
+        if LINE.match(bytes_file.peek(CHUNK)):
+            yield from texts_of_lines(bytes_file, text_key)
+            return
         try:
             for number, item in enumerate(items_of(f), 1):
                 if not isinstance(item, str):
@@ -156,7 +168,7 @@ def items_of(f):
     """Yields the items of the JSON array in a text file. Keeps little more of it than its longest item."""
     decode = json.JSONDecoder().raw_decode
     mark = re.compile(r"\s*\[\s*(\])?")  # before the next item; the first one begins the array
-    problem = "not a JSON array; with an object a line, name it .jsonl"
+    problem = "neither a JSON array nor an object a line"
     held = ""  # text that was read, of which items before `at` are done
     at = 0
     before = 0  # characters before held
@@ -231,9 +243,14 @@ def read_arrow(path, text_key):
             texts.validate(full=True)
             for first in range(0, len(texts), 16):
                 yield from texts_of(texts[first : first + 16], text_key)
+        if not is_stream:
+            return
+        read_to = f.tell()
         f.seek(-8, os.SEEK_END)
-        if is_stream and f.read() != b"\xff\xff\xff\xff\0\0\0\0":
+        if f.read() != b"\xff\xff\xff\xff\0\0\0\0":
             raise UserError("the end of the stream is missing: whatever wrote it was cut off")
+        if f.tell() != read_to:
+            raise UserError("another stream follows the first one; give each a file of its own")
 
 
 def check_column(there, text_key, start=""):

@@ -36,7 +36,7 @@ def find_files(source, endings=ENDINGS):
     folder.
 
     Raises FileNotFoundError if a part of the source has no file, UserError for an address that cannot be
-    reached, and OSError for a folder that cannot be read.
+    reached, and OSError for a folder, but one that a pattern would look into, that cannot be read.
     """
     passed_over = collections.Counter()
     if source == "stdlib":
@@ -103,16 +103,22 @@ def is_address(path):
 
 
 def name_in(path):
-    """Returns the part of a path that names the file: an address may go on with ?key=value."""
-    return urllib.parse.urlsplit(path).path if is_address(path) else path
+    """Returns the part of a path that names the file: an address may go on with ?key=value. Raises UserError
+    for what only looks like an address."""
+    if not is_address(path):
+        return path
+    try:
+        return urllib.parse.urlsplit(path).path
+    except ValueError as e:
+        raise UserError(f"--input={path} is no address: {e}") from None
 
 
 def name_of(source):
     """Returns a short name for `source`, to name a folder and files after: books of ../books/*.txt."""
     if not source:
         return "fineweb"
-    path = pathlib.Path(name_in(source.split(",")[0]))
-    parts = [part for part in path.resolve().parts if not set(part) & set("*?[")]
+    path = os.path.realpath(name_in(source.split(",")[0]))
+    parts = [part for part in pathlib.Path(path).parts if not set(part) & set("*?[")]
     name = parts[-1].partition(".")[0] or parts[-1]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "text"
 
@@ -174,10 +180,12 @@ def is_left_over(folder, name):
 
 def matches(pattern):
     """Returns the files that match a pattern like `texts/*.txt`; `**` stands for folders at any depth, and
-    does not follow links. Names that begin with a dot match only if the pattern has such a name."""
+    does not follow links. As in a shell, what is in folders that may not be read does not match. Names that
+    begin with a dot match only if the pattern has such a name."""
     start = pathlib.Path(pattern).anchor
     try:
-        found = [path for path in pathlib.Path(start).glob(pattern[len(start) :]) if path.is_file()]
+        found = pathlib.Path(start).glob(pattern[len(start) :].lstrip("/"))
+        found = [path for path in found if path.is_file()]
     except ValueError:  # an empty pattern, or a** for example
         return []
     if any(is_hidden(name) for name in pathlib.Path(pattern).parts):

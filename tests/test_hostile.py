@@ -282,7 +282,6 @@ def test_a_source_that_was_edited_is_another_source_even_of_the_same_size(
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_called_complete(run, tmp_path, monkeypatch):
-    write_val = sys.modules["prepare_fineweb"].write_val if "prepare_fineweb" in sys.modules else None
     import prepare_fineweb
 
     write_val = prepare_fineweb.write_val
@@ -293,10 +292,15 @@ def test_a_source_that_changes_while_it_is_read_is_not_called_complete(run, tmp_
 
     monkeypatch.setattr(prepare_fineweb, "write_val", and_edit)
     with pytest.raises(
-        AssertionError, match="were changed while they were read; delete data/toy/unfinished.npz and the"
+        AssertionError, match="were changed while they were read; delete the shards in data/toy, and"
     ):
         prepare_toy(run, tmp_path)
     assert not (tmp_path / "data/toy/meta.json").exists()
+    # nor is it when the same command finds what was there at first
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="data/toy holds tokens of another origin"):
+        prepare_toy(run, tmp_path)
 
 
 # -----------------------------------------------------------------------------

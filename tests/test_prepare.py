@@ -166,6 +166,14 @@ def test_folder_and_shards_are_named_after_the_source(source, name):
     assert name_of(source) == name
 
 
+def test_a_link_to_itself_and_slashes_too_many_are_no_traceback(run, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    error = prepare(run, "--input=loop", "--out_dir=", status=1).stderr
+    assert "--input=loop: no such file or folder" in error
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert find_files(f"//{tmp_path}/*.jsonl")[0] == [str(tmp_path / "a.jsonl")]
+
+
 @pytest.mark.parametrize(
     "tokens, config",
     [
@@ -265,6 +273,7 @@ ODD_TEXTS = [
         ("a.json", write_json),
         ("a.json", lambda path, texts: path.write_text(json.dumps(texts, ensure_ascii=False), "utf-8-sig")),
         ("a.json.zst", compressed(write_json, "zstd")),
+        ("a.json.gz", compressed(write_jsonl, "gzip")),  # as C4 calls them
         ("a.csv", write_csv),
         ("a.csv.gz", compressed(write_csv, "gzip")),
         ("a.arrow", write_arrow),
@@ -294,6 +303,16 @@ def test_each_kind_is_continued_from_any_place(tmp_path, name, monkeypatch):
         assert list(read_chunks(files, cfg, position)) == chunks[i:]
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+def test_a_json_file_with_an_object_a_line_is_read_as_such(tmp_path, start):
+    path = tmp_path / "a.json"
+    path.write_text(start + '{"text": "one"}\n\n{"text": null}\r\n{"text": "two"}', encoding="utf-8")
+    assert list(documents.read_json(str(path), "text")) == [("one", True), ("", True), ("two", True)]
+    path.write_text(start + '{\n  "text": "one"\n}', encoding="utf-8")
+    with pytest.raises(UserError, match="neither a JSON array nor an object a line"):
+        list(documents.read_json(str(path), "text"))
+
+
 @pytest.mark.parametrize("write", [write_json, write_arrow, write_arrow_file])
 def test_a_file_that_is_cut_off_anywhere_is_noticed(tmp_path, write):
     path = tmp_path / f"a{write.__name__.replace('write_', '.').removesuffix('_file')}"
@@ -312,6 +331,9 @@ def test_a_stream_without_its_end_was_cut_off_between_two_batches(run, tmp_path)
     (tmp_path / "a.arrow").write_bytes(raw[:-8])
     error = prepare(run, "--input=a.arrow", status=1).stderr
     assert "cannot read a.arrow after 200 documents: the end of the stream is missing" in error
+    (tmp_path / "a.arrow").write_bytes(raw + raw)
+    error = prepare(run, "--input=a.arrow", status=1).stderr
+    assert "cannot read a.arrow after 200 documents: another stream follows the first one" in error
 
 
 def test_a_folder_of_save_to_disk_is_read_without_what_it_says_of_itself(run, tmp_path):
@@ -332,7 +354,7 @@ def test_a_folder_of_save_to_disk_is_read_without_what_it_says_of_itself(run, tm
     (tmp_path / "other").mkdir()
     (tmp_path / "other/state.json").write_text('{"text": "no array"}')
     error = prepare(run, "--input=other", "--out_dir=other.out", status=1).stderr
-    assert "other/state.json after 0 documents: character 0: not a JSON array; with an object a line" in error
+    assert "other/state.json after 0 documents: character 0: neither a JSON array nor" in error
 
 
 def test_a_dataset_of_the_hubs_kind_is_streamed(spawn, tmp_path):
@@ -896,6 +918,8 @@ def test_a_damaged_file_at_an_address_is_no_failure_of_the_network(run, tmp_path
 
 
 def test_an_address_that_is_wrong_is_one_line(run, address):
+    error = prepare(run, "--input=https://[bad/a.txt", "--out_dir=", status=1).stderr
+    assert error == "error: --input=https://[bad/a.txt is no address: Invalid IPv6 URL\n"
     odd = "http://127.0.0.1:9/a b.txt"
     for name in (f"{address}/missing.txt", "http://127.0.0.1:9/a.txt", "ftps://example.org/a.txt", odd):
         error = prepare(run, f"--input={name}", status=1).stderr
