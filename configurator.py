@@ -50,7 +50,7 @@ class Config:
     """Base class of a script's keys; `given` holds the names set in a config file or on the command line."""
 
     given = frozenset()
-    overruled = ()  # names that were given, and whose values are those of the model that is finetuned
+    overruled = ()  # names with other values than those given: a finetuned model's, a smaller micro-batch's
     synonyms = {}  # other programs' names of keys, to suggest ours
     arguments = "[FILE.py ...]"  # what may stand before the keys, for --help
 
@@ -154,8 +154,8 @@ def read_file(path, fields, values, synonyms):
     new, problems = {}, []
     strangers = 0
     for name, value in sorted(namespace.items(), key=lambda item: lines.get(item[0], 0)):
-        ignored = inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
-        if name.startswith("_") or (ignored and name not in fields):
+        ignored = inspect.isroutine(value) or inspect.isclass(value)
+        if name.startswith("_") or inspect.ismodule(value) or (ignored and name not in fields):
             continue
         where = f"{path}:{lines[name]}" if name in lines else path
         try:

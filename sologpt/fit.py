@@ -13,7 +13,7 @@ from sologpt.checkpoint import save_progress, set_rng
 from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, forget_compiled, total_memory
-from sologpt.memory import block_params, casts_bytes, memory_estimate, memory_needed
+from sologpt.memory import block_params, memory_estimate, memory_needed
 
 
 def fit_batch_size(model, optimizers, cfg, machine):
@@ -34,9 +34,7 @@ def fit_batch_size(model, optimizers, cfg, machine):
     limit = 0.8 * has if on_cpu else 1.1 * has
     asked, first_estimate = cfg.batch_size, sum(needed.values())
     while sum(needed.values()) > limit and cfg.batch_size > 1 and cfg.auto_fit:
-        cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(
-            cfg.batch_size, cfg.sequences_per_iter
-        )
+        lower_batch_size(cfg)
         needed = memory_estimate(model, optimizers, cfg, machine.dtype)
     if on_cpu and sum(needed.values()) > limit:
         params = model.get_num_params(non_embedding=False)
@@ -65,9 +63,14 @@ def use_smaller_batch(run):
         advice = no_room(params, run.memory["optimizer"], run.model.config, cfg, run.machine.dtype, available)
         raise UserError(f"{advice} ({run.files.saved_text}, this is iteration {at.iter_num})")
     text = f"out of memory with batch_size={cfg.batch_size}; from iteration {at.iter_num} on"
-    cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
+    lower_batch_size(cfg)
     warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")
     run.metrics.record("smaller_batch", at.iter_num, batch_size=cfg.batch_size)
+
+
+def lower_batch_size(cfg):
+    cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
+    cfg.overruled = {*cfg.overruled, "batch_size", "gradient_accumulation_steps"}
 
 
 def smaller_batch(batch_size, sequences):
@@ -103,7 +106,9 @@ def no_room(params, optimizer, config, cfg, dtype, available):
         return f"{text}: use {smaller}"
     text += f", and {available / 1e9:.2f} GB are available"
     if needed <= available:
-        return f"{text}, so it should fit, but does not: try --loss_chunks=8, or {smaller}"
+        if cfg.loss_chunks < 8:
+            smaller = f"--loss_chunks=8, or {smaller}"
+        return f"{text}, so it should fit, but does not: try {smaller}"
     levers = dict(loss_chunks=8)
     if total(**levers) > available and cfg.compile:
         levers["activation_memory"] = 0.8
@@ -112,8 +117,7 @@ def no_room(params, optimizer, config, cfg, dtype, available):
     lengths = [T for T in range(64, config.block_size, 64) if total(T) <= available]
     if lengths:
         return f"{text}, enough for about --block_size={lengths[-1]}"
-    least = 8 * params + optimizer + casts_bytes(config, dtype)
-    most = available * params / least
+    most = available * params / total(64)
     return (
         f"{text}, not enough for more than {most / 1e6:.0f}M parameters: use a smaller --n_layer or --n_embd"
     )

@@ -226,9 +226,14 @@ def connect_processes(cfg, machine):
     if count == 1:
         return machine
     if steps % count:
+        flags = f"--gradient_accumulation_steps={steps + count - steps % count}"
+        if cfg.sequences_per_iter % count == 0:  # the same iteration in smaller micro-batches
+            share = cfg.sequences_per_iter // count
+            batch_size = max(b for b in range(1, cfg.batch_size + 1) if share % b == 0)
+            flags = f"--batch_size={batch_size} --gradient_accumulation_steps={count * share // batch_size}"
         raise UserError(
             f"gradient_accumulation_steps={steps} counts the micro-batches of all {count} processes, so it "
-            f"must be a multiple of {count}: --gradient_accumulation_steps={steps + count - steps % count}"
+            f"must be a multiple of {count}: {flags}"
         )
     backend = "gloo"
     if machine.device.type == "cuda":

@@ -7,12 +7,13 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import time
 
 import torch
 from tqdm import tqdm
 
-from sologpt import parallel
+from sologpt import checkpoint, parallel
 from sologpt.display import duration, say, warn
 from sologpt.errors import UserError, first_line, out_of_memory
 from sologpt.files import atomic_file
@@ -184,7 +185,10 @@ def prepare_out_dir(run):
         path = run.files.metrics
         run.files.remove_partial()
         if run.files.newest is None and (folder := run.files.set_aside()):
-            say(f"moved an earlier run to {folder}; to go on with it: --out_dir={folder} --init_from=resume")
+            text = f"moved an earlier run to {folder}"
+            if checkpoint.RunFiles(folder).exist():
+                text += f"; to go on with it: {shlex.quote(f'--out_dir={folder}')} --init_from=resume"
+            say(text)
         evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
         evaluation = rewind_metrics(path, iter_num, evaluates)
     metrics = Metrics(path, Tracker(cfg, first=iter_num))

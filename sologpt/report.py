@@ -216,9 +216,10 @@ def seconds_of_earlier_run(path, cfg):
 
 def resume_command(argv, cfg):
     """Returns the command that continues a run of train.py with these arguments, which gave cfg."""
-    kept = [arg for arg in argv if not arg.startswith("--init_from=")]
-    finetuned = [f"--{name}={getattr(cfg, name)}" for name in cfg.overruled]  # a config file has other values
-    return shlex.join([*launcher(), sys.argv[0], *kept, *finetuned, "--init_from=resume"])
+    replaced = {"init_from", *cfg.overruled}
+    kept = [arg for arg in argv if arg.partition("=")[0].removeprefix("--") not in replaced]
+    overruled = [f"--{name}={getattr(cfg, name)}" for name in sorted(cfg.overruled)]
+    return shlex.join([*launcher(), sys.argv[0], *kept, *overruled, "--init_from=resume"])
 
 
 def launcher():

@@ -41,6 +41,8 @@ def load_state(cfg, files):
                 f"to train on, raise --max_iters"
             )
         return state
+    if cfg.init_from == "auto":
+        print(f"note: init_from='auto' finds nothing to resume in {cfg.out_dir}: a new model from scratch")
     return None
 
 
@@ -180,6 +182,9 @@ def lowest_loss(best, state):
     have saved best.pt later than the state. Infinite if that run had other data or another eval_iters."""
     loss = float(state["best_val_loss"])
     newest_best = checkpoint.summary(best)
+    if newest_best is None and "data" in state and state["iter_num"] and math.isfinite(loss):
+        print(f"note: {best} is missing or damaged; it starts anew")
+        return math.inf
     if newest_best is None:
         return loss
     eval_iters = newest_best["config"].get("eval_iters")
@@ -206,10 +211,10 @@ def restore_scaler_and_rng(run, state, path):
         raise UserError(f"{path} is damaged: its gradient scaler or random state: {e}") from None
 
 
-SETTINGS = ("dropout", "weight_decay", "grad_clip", "beta1", "beta2", "eval_iters", "matmul")
+SETTINGS = "dropout weight_decay grad_clip beta1 beta2 eval_iters matmul max_minutes".split()
 
 
-def warn_of_changes(cfg, machine, state, get_lr):
+def warn_of_changes(cfg, machine, state, get_lr, data_changed):
     """Warns of how a run with cfg will differ from the one it resumes: by a learning rate, from train.py's
     get_lr, that is more than 1 % off at this iteration or a later one, by other SETTINGS or another dtype,
     and by another order of the data."""
@@ -240,10 +245,17 @@ def warn_of_changes(cfg, machine, state, get_lr):
         phrases.append(f"{S} sequences per iteration, was {S_before}")
     if phrases:
         warn(f"settings that change from here on: {'; '.join(phrases)}")
+    reasons = []
+    if data_changed:
+        reasons.append("other data")
     if "data" in state and (S, cfg.seed) != (S_before, before.seed):  # nanoGPT's batches are random anyway
+        reasons.append(
+            f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
+        )
+    if reasons:
         warn(
             f"from here on the data comes in another order; parts of it will be seen twice or never: "
-            f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
+            f"{'; '.join(reasons)}"
         )
 
 

@@ -4,13 +4,16 @@ Reference: the states that went in.
 Run: pytest tests/test_checkpoint.py
 """
 
+import dataclasses
 import errno
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +21,7 @@ import torch
 from conftest import ROOT
 
 from model import GPT, GPTConfig
-from sologpt import checkpoint, fit, log, memory, optim, resume, shards
+from sologpt import checkpoint, fit, log, memory, optim, report, resume, shards
 from sologpt.tokenizer import BPETokenizer, ByteTokenizer
 from train import TrainConfig
 
@@ -364,6 +367,21 @@ def test_a_smaller_batch_divides_the_same_sequences(batch_size, sequences, expec
     assert fit.smaller_batch(batch_size, sequences) == expected
 
 
+def test_a_run_that_has_made_its_batch_smaller_is_continued_with_it(monkeypatch):
+    """Or dropout would draw other masks, and memory run out again."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    argv = ["c.py", "--batch_size=8", "--seed=3", "--init_from=auto"]
+    cfg = TrainConfig(batch_size=8, gradient_accumulation_steps=5)
+    assert report.resume_command(argv, cfg) == (
+        "python train.py c.py --batch_size=8 --seed=3 --init_from=resume"
+    )
+    fit.lower_batch_size(cfg)
+    fit.lower_batch_size(cfg)
+    assert report.resume_command(argv, cfg) == (
+        "python train.py c.py --seed=3 --batch_size=2 --gradient_accumulation_steps=20 --init_from=resume"
+    )
+
+
 @pytest.mark.parametrize("device, share", [("cpu", 0.8), ("cuda", 1.1)])
 def test_a_batch_that_takes_more_than_this_share_of_memory_is_made_smaller(device, share, monkeypatch):
     model, machine = GPT(GPTConfig(**ARGS)), SimpleNamespace(device=torch.device(device), dtype="float32")
@@ -395,13 +413,16 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
     assert advice(3.0e9).endswith("3.00 GB are available, enough with --loss_chunks=8")
     # 2,600e6 - 2,237e6 = 363e6 over 838e3 a token: 433
     assert advice(2.6e9).endswith("2.60 GB are available, enough for about --block_size=384")
-    # 1.5e9 of those 2,237e6, times 124.4e6
+    # 1.5e9 of those 2,237e6 and 54e6 of 64 tokens, times 124.4e6
     assert advice(1.5e9).endswith(
-        "not enough for more than 83M parameters: use a smaller --n_layer or --n_embd"
+        "not enough for more than 81M parameters: use a smaller --n_layer or --n_embd"
     )
+    assert "does not: try a smaller --block_size" in advice(4e9, dataclasses.replace(cfg, loss_chunks=32))
     # compiled: 2 * 768 * (16 * 12 + 4) = 301e3 and 2 * 50,304 a token, and 155e6 once, make less than the
     # gradients later on: 170e6 of the blocks, in 16 bits, and three times 155e6
     assert "need 2.87 GB" in advice(None, TrainConfig(batch_size=1))
+    most = re.search("not enough for more than ([0-9]+)M", advice(2.5e9, TrainConfig(batch_size=1)))[1]
+    assert 100 < int(most) < 124
 
 
 # -----------------------------------------------------------------------------

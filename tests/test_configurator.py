@@ -161,6 +161,8 @@ def test_a_config_file_cannot_change_the_caller(tmp_path):
 def test_imported_names_are_no_keys_but_those_of_a_loop_are(tmp_path):
     text = "from math import pi, tau as t\nimport os.path\nrate = pi / 10\n"
     assert configure(Toy, [write(tmp_path, text)]).rate == pytest.approx(0.314159, abs=1e-6)
+    # a module with the name of a key, as json is one of bench.py's
+    assert configure(Toy, [write(tmp_path, "import json as name")]).name == Toy.name
     path = write(tmp_path, "for i in range(3):\n    steps = 10 + i\n")
     [error] = errors([path])
     assert error == f"{path}:1: unknown key 'i'; a name of your own may begin with an underscore"

@@ -111,6 +111,10 @@ def test_a_new_run_in_a_used_out_dir_never_mixes_with_the_old_one(run, trained, 
     go_on = "to go on with it: --out_dir=out/earlier-1 --init_from=resume"
     assert f"moved an earlier run to out/earlier-1; {go_on}" in out.stdout
     assert torch.load(tmp_path / "out/earlier-1/best.pt", weights_only=True)["iter_num"] == old["iter_num"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/metrics.jsonl").touch()  # of a run that was killed before its first checkpoint
+    out = run("train.py", *worse, "--out_dir=new", "--max_iters=0").stdout
+    assert "moved an earlier run to new/earlier-1\n" in out
     best = checkpoint.load(tmp_path / "out/best.pt")
     assert best["model_args"]["n_layer"] == 1 and best["best_val_loss"] > old["best_val_loss"]
     assert [line["iter"] for line in read_metrics(tmp_path / "out", "iter")] == list(range(6))

@@ -277,7 +277,7 @@ def test_mistakes_are_said_once(folder):
     _, errors = both(folder, ["--gradient_accumulation_steps=3"])
     assert [line for line in errors.splitlines() if line.startswith("error:")] == [
         "error: gradient_accumulation_steps=3 counts the micro-batches of all 2 processes, so it must be a "
-        "multiple of 2: --gradient_accumulation_steps=4"
+        "multiple of 2: --batch_size=3 --gradient_accumulation_steps=4"
     ]
 
 

@@ -453,7 +453,8 @@ def test_finetuning_that_only_makes_a_model_worse_keeps_it_as_the_best(trained, 
 
 
 def test_auto_starts_anew_or_resumes(run, byte_data, tiny):
-    assert "resuming" not in run("train.py", *tiny, "--init_from=auto", "--max_iters=6").stdout
+    out = run("train.py", *tiny, "--init_from=auto", "--max_iters=6").stdout
+    assert "note: init_from='auto' finds nothing to resume in out: a new model from scratch" in out
     out = run("train.py", *tiny, "--init_from=auto")
     assert "resuming from out/ckpt.pt at iteration 6" in out.stdout and min(losses(out)) == 6
     out = run("train.py", *tiny, "--init_from=auto")
@@ -503,6 +504,19 @@ def test_best_is_not_overwritten_by_worse_weights_after_going_back(run, byte_dat
     again = run("train.py", *argv, "--init_from=resume")
     assert losses(again).items() <= losses(whole).items()
     assert same(weights(tmp_path / "out", "best.pt"), weights(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 1000)])
+def test_a_best_that_is_gone_is_written_anew(run, byte_data, tiny, tmp_path, damage):
+    """Without it the loss to beat would be one whose weights nobody has."""
+    run("train.py", *tiny, "--max_iters=6")
+    damage(tmp_path / "out/best.pt")
+    out = run("train.py", *tiny, "--init_from=resume", "--learning_rate=3.0", "--min_lr=3.0").stdout
+    assert "note: out/best.pt is missing or damaged; it starts anew" in out
+    lowest, worse = (float(loss) for _, _, loss in STEP.findall(out))
+    assert worse > lowest  # evaluated first, at iteration 6
+    best = checkpoint.load(tmp_path / "out/best.pt")
+    assert best["iter_num"] == 6 and best["best_val_loss"] == pytest.approx(lowest, abs=1e-4)
 
 
 @pytest.mark.parametrize("flag", ["--dataset=other", "--eval_iters=2"])
@@ -837,7 +851,9 @@ def test_other_data_are_refused_unless_allowed(run, byte_data, tiny, tmp_path):
         in out.stderr
     )
     assert ", was missing; to continue with it anyway: --allow_data_change=True" in out.stderr
-    assert "warning: data/toy is not what" in run("train.py", *resume, "--allow_data_change=True").stderr
+    error = run("train.py", *resume, "--allow_data_change=True").stderr
+    assert "warning: data/toy is not what" in error
+    assert "comes in another order; parts of it will be seen twice or never: other data\n" in error
     assert "warning" not in run("train.py", *resume).stderr  # these are its data now
 
 
@@ -1678,6 +1694,12 @@ def test_every_resume_is_counted_and_another_time_limit_is_pointed_out(run, byte
     torch.save(state, tmp_path / "out/ckpt.pt")
     resumed = run("train.py", *tiny, "--init_from=resume", "--max_minutes=1")
     assert "warning: the learning rate of iteration 9 is " in resumed.stderr
+    # without the limit, too, and where the learning rate of the moment is the same
+    torch.save(state | dict(seconds=0.0), tmp_path / "out/ckpt.pt")
+    flags = ["--init_from=resume", "--decay_lr=False"]
+    run("train.py", *tiny, *flags, "--max_minutes=9", "--max_iters=10")
+    error = run("train.py", *tiny, *flags, "--max_iters=11").stderr
+    assert "warning: settings that change from here on: max_minutes=0.0, was 9.0\n" in error
 
 
 @dataclasses.dataclass(frozen=True)
