@@ -64,6 +64,9 @@ ROW_SECONDS = 4.0  # for a row: about four blocks of micro-steps, or more that a
 TRIAL_SECONDS = 20.0  # of train.py itself, for --hours
 MOST_REPEATS = 20  # blocks of a row
 RECIPE = os.path.join("config", "fineweb_125m_fast.py")
+# keys of train.py that --hours chooses, whatever was given
+CHOSEN = {"n_layer", "n_head", "n_embd", "max_minutes", "max_iters", "lr_decay_iters", "warmup_iters"}
+CHOSEN |= {"eval_interval"}
 SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 
 
@@ -205,7 +208,8 @@ def measure(timed, row_seconds):
     cfg, machine, model = timed.cfg, timed.machine, timed.model
     accumulation = cfg.gradient_accumulation_steps
     first = timed.warm_up()
-    block = min(accumulation, max(1, round(row_seconds / 4 / timed.seconds(timed.one_micro_step))))
+    # two at least: the second one adds to gradients that are there, as most micro-steps of a run do
+    block = min(accumulation, max(2, round(row_seconds / 4 / timed.seconds(timed.one_micro_step))))
     timed.seconds(timed.one_update)
     micro, updates = [], []
     start = time.perf_counter()
@@ -468,6 +472,9 @@ def what_can_be_trained(cfg, argv, tell):
     train_tokens = None
     if folder:
         train_tokens = sum(shard.count for shard in shards.find_shards(folder, "train"))
+    given = {arg.partition("=")[0].removeprefix("--") for arg in argv}
+    if chosen := ", ".join(sorted(given & CHOSEN)):
+        print(f"note: without effect, as --hours chooses them: {chosen}")
 
     def size_of(width):
         n_layer, n_head, n_embd = budget.shape(width, cfg.arch)
@@ -540,7 +547,8 @@ def speed_of(cfg, size, tell):
     batch_size = cfg.batch_size
     sizes = dict(n_layer=size.n_layer, n_head=size.n_head, n_embd=size.n_embd)
     while batch_size:
-        changes = sizes | dict(batch_size=batch_size, gradient_accumulation_steps=1)
+        accumulation = min(2, max(1, cfg.sequences_per_iter // batch_size))
+        changes = sizes | dict(batch_size=batch_size, gradient_accumulation_steps=accumulation)
         status, row = run_row(dataclasses.replace(cfg, **changes), tell)
         print(f"n_embd={size.n_embd}, batch_size={batch_size}: {status}")
         if status == "measured":
@@ -563,9 +571,12 @@ def recipe():
 
 
 def run_trial(argv, plan, dataset, scratch):
-    """Runs train.py itself, with a Plan's keys, for some seconds; its files go into scratch. Returns the
-    Trial; None if it came to no iteration in that time."""
-    enough = 3 * plan.speed.first + TRIAL_SECONDS
+    """Runs train.py itself, with a Plan's keys, for some seconds or a few iterations, besides compilation and
+    two evaluations; its files go into scratch. Returns the Trial; None if it came to no iteration."""
+    per_sequence = plan.speed.micro_step / plan.speed.batch_size
+    evaluations = 2 * budget.evaluation_seconds(plan.keys["eval_iters"], per_sequence)
+    iteration = plan.tokens / plan.iters / plan.rate
+    enough = 3 * plan.speed.first + evaluations + max(TRIAL_SECONDS, 4 * iteration)
     minutes = min(plan.keys["max_minutes"], enough / 60)
     out_dir = os.path.join(scratch, "out")
     flags = plan.keys | dict(max_minutes=minutes, max_iters=10**6, eval_interval=10**6, log_interval=1)
@@ -586,7 +597,7 @@ def run_trial(argv, plan, dataset, scratch):
     if not iters:
         print("that was too short for an iteration: its row is the sum of its parts")
         return None
-    settled = iters[len(iters) // 4 :]  # the first ones are slower
+    settled = iters[max(1, len(iters) // 4) :] or iters  # the first ones are slower
     last_evaluation = [row for row in rows if row["kind"] == "eval"][-1]
     return budget.Trial(
         startup=iters[0]["elapsed"] - iters[0]["dt"],

@@ -57,6 +57,7 @@ class Plan:
     iters: int
     evaluations: int
     tokens: int
+    tried: bool = False  # rate and tokens are those of a Trial
 
     @property
     def ratio(self):
@@ -138,9 +139,8 @@ def as_tried(plan, trial, seconds):
     iters = max(1, int(left / trial.iteration))
     tokens = plan.tokens // plan.iters
     keys = plan.keys | lengths(iters, plan.evaluations)
-    return dataclasses.replace(
-        plan, keys=keys, rate=tokens / trial.iteration, iters=iters, tokens=iters * tokens
-    )
+    changes = dict(keys=keys, rate=tokens / trial.iteration, iters=iters, tokens=iters * tokens)
+    return dataclasses.replace(plan, **changes, tried=True)
 
 
 def evaluating(seconds, per_sequence, most_eval_iters):
@@ -181,14 +181,14 @@ def table(plans, best, train_tokens):
     lines = ["".join(f"{head:>11}" for head in heads)]
     for p in plans:
         memory, epochs = "n/a", "n/a"
-        if p.speed.measured and p.speed.peak_memory:
+        if p.speed.measured and p.speed.peak_memory and p.speed.batch_size == p.keys["batch_size"]:
             memory = f"{p.speed.peak_memory / 1e9:.2f}"
         if train_tokens:
             epochs = f"{p.tokens / train_tokens:.3g}"
         cells = [p.size.n_embd, p.size.n_layer, f"{p.size.params / 1e6:.1f}M", f"{p.rate:,.0f}"]
         cells += [f"{p.tokens / 1e6:,.1f}M", f"{p.ratio:.1f}", p.keys["batch_size"], memory, epochs]
         line = "".join(f"{cell:>11}" for cell in cells)
-        if not p.speed.measured:
+        if not p.speed.measured and not p.tried:
             line += "  interpolated"
         if p is best:
             line += f"  nearest to {OPTIMAL} tokens per parameter"

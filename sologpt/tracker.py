@@ -41,7 +41,7 @@ class TensorBoard:
         self.writer = SummaryWriter(folder, purge_step=first)  # a resumed run does these iterations again
 
     def send(self, iter_num, figures):
-        if "val_loss" in figures:  # an iteration after it has these two
+        if "val/loss" in figures:  # an iteration after it has these two
             figures = {name: value for name, value in figures.items() if name not in ("tokens", "elapsed")}
         for name, value in figures.items():
             if value is not None:

@@ -3,6 +3,7 @@ bench.py --hours: what a machine can train in a time, against arithmetic by hand
 Run: pytest tests/test_budget.py
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -91,6 +92,7 @@ def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, m
     flags = [flag for flag in tiny if not flag.startswith(("--n_", "--warmup", "--max_iters", "--lr_decay"))]
     out = run("bench.py", "mine.py", *flags, "--hours=0.001", "--json=hours.json").stdout
     assert "in 0.001 hours, compilation and evaluations included:" in out
+    assert "note: without effect, as --hours chooses them: eval_interval\n" in out
     assert out.count("nearest to 20 tokens per parameter") == 1
     command = shlex.split(out.splitlines()[-1])
     assert command[:3] == ["python", "train.py", "mine.py"] and "--max_minutes=0.06" in command
@@ -102,7 +104,14 @@ def test_hours_measures_and_its_command_trains(run, byte_data, tiny, tmp_path, m
     assert re.search(r"^done: iteration [\d,]+ after 0m\d\ds", done, re.M)
 
 
+def enough_by_hand(plan):
+    """Compilation, 20 s, and two evaluations of 12 windows of each split for each of eval_iters."""
+    windows = 2 * 2 * 12 * plan.keys["eval_iters"]
+    return 3 * FAST.first + 20 + windows * FAST.micro_step / FAST.batch_size / 3
+
+
 def test_keys_that_would_end_train_at_once_do_not_reach_the_trial(tmp_path, monkeypatch):
+    """And what it is given suffices for two evaluations and four iterations, however long they take."""
     commands = []
 
     def failing(command, **options):
@@ -115,6 +124,12 @@ def test_keys_that_would_end_train_at_once_do_not_reach_the_trial(tmp_path, monk
         bench.run_trial(["--dry_run=True", "--eval_only=True"], plan, "data/toy", str(tmp_path))
     trained = configure(TrainConfig, commands[0][2:])
     assert not trained.dry_run and not trained.eval_only
+    assert trained.max_minutes == pytest.approx(enough_by_hand(plan) / 60)
+    slow = dataclasses.replace(plan, rate=plan.tokens / plan.iters / 60)  # an iteration a minute
+    with pytest.raises(UserError, match="seen"):
+        bench.run_trial([], slow, "data/toy", str(tmp_path))
+    longer = configure(TrainConfig, commands[1][2:]).max_minutes
+    assert longer == pytest.approx((enough_by_hand(plan) - 20 + 4 * 60) / 60) and longer < 60
 
 
 def test_a_trial_that_the_system_kills_says_so(tmp_path, monkeypatch):

@@ -105,7 +105,9 @@ def test_tensorboard_has_what_the_log_has_and_a_resumed_run_no_iteration_twice(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "out/tensorboard")).Reload()
-    for tag, kind, name in (("loss", "iter", "loss"), ("val/loss", "eval", "val_loss"), ("lr", "iter", "lr")):
+    tags = [("loss", "iter", "loss"), ("val/loss", "eval", "val_loss"), ("lr", "iter", "lr")]
+    tags += [("tokens", "iter", "tokens"), ("elapsed", "iter", "elapsed")]  # evaluations have these too
+    for tag, kind, name in tags:
         rows = metrics(tmp_path / "out", kind)
         there = {event.step: event.value for event in events.Scalars(tag)}
         assert len(there) == len(events.Scalars(tag))
