@@ -64,9 +64,10 @@ ROW_SECONDS = 4.0  # for a row: about four blocks of micro-steps, or more that a
 TRIAL_SECONDS = 20.0  # of train.py itself, for --hours
 MOST_REPEATS = 20  # blocks of a row
 RECIPE = os.path.join("config", "fineweb_125m_fast.py")
+NOT_FINITE = "gradients not finite"  # a row's status
+MENDED = "try --dtype=float32, or leave out --matmul=fp8"
 # keys of train.py that --hours chooses, whatever was given
-CHOSEN = {"n_layer", "n_head", "n_embd", "max_minutes", "max_iters", "lr_decay_iters", "warmup_iters"}
-CHOSEN |= {"eval_interval"}
+CHOSEN = set("n_layer n_head n_embd max_minutes max_iters lr_decay_iters warmup_iters eval_interval".split())
 SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 
 
@@ -216,9 +217,9 @@ def measure(timed, row_seconds):
     while not micro or (time.perf_counter() - start < row_seconds and len(micro) < MOST_REPEATS):
         micro.append(timed.seconds(timed.one_micro_step, block))
         updates.append(timed.seconds(timed.one_update))
-    # in fp16 the scaler may still look for its scale
+    # a row would be fast nonsense; in fp16 the scaler may still look for its scale
     if not math.isfinite(timed.norm) and machine.dtype != "float16":
-        raise UserError(f"the gradient norm is {timed.norm}: something computes nonsense, and fast")
+        raise FloatingPointError(NOT_FINITE)
     iters = [m * accumulation + u for m, u in zip(micro, updates, strict=True)]
     dt = statistics.median(micro) * accumulation + statistics.median(updates)
     figures = dict(
@@ -288,13 +289,16 @@ def about(timed):
 
 
 def row_process(cfg, row_seconds, pipe):
-    """Sends ("about", dict), then ("row", figures); if it fails, ("memory", None) or ("error", text)."""
+    """Sends ("about", dict), then ("row", figures); if it fails, ("memory", None), (NOT_FINITE, None) or
+    ("error", text)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C and ends this process
     try:
         timed = Timed(cfg, hardware.find_machine(cfg))
         pipe.send(("about", about(timed)))
         figures = profile(timed) if cfg.profile else measure(timed, row_seconds)
         pipe.send(("row", figures))
+    except FloatingPointError:
+        pipe.send((NOT_FINITE, None))
     except Exception as e:
         if out_of_memory(e):
             pipe.send(("memory", None))
@@ -341,7 +345,8 @@ def profile_table(operations, total):
 def run_row(cfg, tell):
     """Returns (status, figures) of one row, measured in another process, whose "about" goes to tell().
 
-    Status: measured, out of memory or killed. Raises UserError for all else that ends the process.
+    Status: measured, NOT_FINITE, out of memory or killed. Raises UserError for all else that ends the
+    process.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -359,6 +364,8 @@ def run_row(cfg, tell):
                 process.join(30)  # time for torch.compile to clean up
                 if kind == "row":
                     return "measured", content
+                if kind == NOT_FINITE:
+                    return NOT_FINITE, {}
                 return "out of memory", {}
     except EOFError:
         process.join()
@@ -452,7 +459,7 @@ def sweep(cfg, tell):
                 status, figures = "not tried", {}  # a smaller batch_size did not fit
                 if fits:
                     status, figures = run_row(dataclasses.replace(cfg, **changes), tell)
-                fits = status == "measured"
+                fits = status in ("measured", NOT_FINITE)
                 if not rows:
                     print("".join(f"{heading:>{column_width(heading)}}" for heading, _ in columns.values()))
                 rows.append(changes | dict(status=status) | figures)
@@ -551,6 +558,8 @@ def speed_of(cfg, size, tell):
         changes = sizes | dict(batch_size=batch_size, gradient_accumulation_steps=accumulation)
         status, row = run_row(dataclasses.replace(cfg, **changes), tell)
         print(f"n_embd={size.n_embd}, batch_size={batch_size}: {status}")
+        if status == NOT_FINITE:
+            raise UserError(f"{status}: {MENDED}")
         if status == "measured":
             return budget.Speed(
                 batch_size=batch_size,
@@ -678,6 +687,8 @@ def main(argv):
     best = recommend_one(rows, cfg, argv, refused)
     if cfg.json:
         write_json(cfg.json, cfg, argv, headers, rows, best)
+    if not best and any(row["status"] == NOT_FINITE for row in rows):
+        raise UserError(f"no row was measured: {MENDED}")
     if not best:
         raise UserError("no row fits into memory; try --sweep_batch_size=1 or --loss_chunks=8")
 

@@ -154,8 +154,9 @@ def read_file(path, fields, values, synonyms):
     new, problems = {}, []
     strangers = 0
     for name, value in sorted(namespace.items(), key=lambda item: lines.get(item[0], 0)):
-        ignored = inspect.isroutine(value) or inspect.isclass(value)
-        if name.startswith("_") or inspect.ismodule(value) or (ignored and name not in fields):
+        imported = inspect.ismodule(value) and name not in lines  # as json, a key of bench.py
+        ignored = inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
+        if name.startswith("_") or imported or (ignored and name not in fields):
             continue
         where = f"{path}:{lines[name]}" if name in lines else path
         try:

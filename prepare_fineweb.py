@@ -697,10 +697,12 @@ def write_val(job, progress, train, val):
 def write_meta(job, progress, counts, files):
     """Writes meta.json, last: with it the folder is complete."""
     if job.source_times and times_of(job.files) != job.source_times:
-        remove(job.progress_path)  # even if they are as before again: what was read may be neither
+        # not to be continued even if they are as before again: what was read may be neither
+        never = job.settings | dict(source="files that changed while they were read")
+        progress.save(job.progress_path, never)
         raise UserError(
             f"the files of {job.cfg.input or job.cfg.repo} were changed while they were read; "
-            f"delete the shards in {job.out_dir}, and prepare them again"
+            f"delete {job.progress_path} and the shards beside it, and prepare them again"
         )
     position = progress.position
     meta = job.settings | dict(source_times=job.source_times) | counts | dict(files=files)

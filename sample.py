@@ -166,10 +166,10 @@ def checkpoint_tokenizer(state, path):
     tokenizer = read_tokenizer(folder)
     vocab_size = state["model_args"]["vocab_size"]
     if not tokenizer.fits_nanogpts(vocab_size):
-        text = f"{path} does not say what its {vocab_size} token ids mean"
+        advice = f"put its meta.pkl into {folder}"
         if os.path.exists(os.path.join(folder, "meta.json")):
-            text += f", and {folder} has others ({tokenizer.encoding}): move it away"
-        raise UserError(f"{text}; put its meta.pkl into {folder}")
+            advice = f"{folder} has others ({tokenizer.encoding}): put nanoGPT's data there, or move it away"
+        raise UserError(f"{path} does not say what its {vocab_size} token ids mean; {advice}")
     reason = f"as {folder} suggests"
     if not os.path.isdir(folder):
         reason = f"as there is no {folder}"

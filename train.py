@@ -562,7 +562,7 @@ def set_up(cfg, machine):
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if state:
         resume.restore(run, state, data_changed)  # weights, moments, progress
-        resume.warn_of_changes(cfg, machine, state, get_lr, data_changed)
+        resume.warn_of_changes(cfg, machine, state, get_lr, fingerprint)
     elif not cfg.eval_only:
         optim.allocate_moments(optimizers)
     run.memory = fit.fit_batch_size(model, optimizers, cfg, machine)  # may lower it

@@ -38,7 +38,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from bench import driver_version
+from bench import NOT_FINITE, driver_version
 from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig
 from sologpt import hardware
@@ -380,6 +380,8 @@ def bench(day, figures, sentences, config, batch_size, *flags):
     argv += [f"--gradient_accumulation_steps={accumulation}", f"--sweep_batch_size={batch_size}"]
     figures |= day.measured("bench.py", *argv)
     [row] = figures["rows"]
+    if row["status"] == NOT_FINITE:
+        raise Failed(row["status"])
     if row["status"] != "measured":
         sentences.append(row["status"])
         return

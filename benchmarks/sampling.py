@@ -86,10 +86,12 @@ def weights_read(model):
 
 
 def reading(weights):
+    """Returns a function that reads all weights MOVES times."""
     return lambda: [weights.sum() for _ in range(MOVES)]
 
 
 def copying(weights):
+    """Returns a function that copies all weights MOVES times."""
     target = torch.empty_like(weights)
     return lambda: [target.copy_(weights) for _ in range(MOVES)]
 

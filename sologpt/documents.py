@@ -117,6 +117,7 @@ def read_jsonl(path, text_key):
 
 
 def texts_of_lines(f, text_key):
+    """Yields what read_jsonl yields, of a file that is open for reading bytes."""
     for number, line in enumerate(f, 1):
         if not line.strip():
             continue

@@ -69,8 +69,9 @@ def use_smaller_batch(run):
 
 
 def lower_batch_size(cfg):
+    """Lowers the batch_size of train.py's cfg to smaller_batch's; the command that continues will have it."""
     cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
-    cfg.overruled = {*cfg.overruled, "batch_size", "gradient_accumulation_steps"}
+    cfg.overruled = set(cfg.overruled) | {"batch_size", "gradient_accumulation_steps"}
 
 
 def smaller_batch(batch_size, sequences):

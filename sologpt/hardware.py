@@ -230,7 +230,9 @@ def connect_processes(cfg, machine):
         if cfg.sequences_per_iter % count == 0:  # the same iteration in smaller micro-batches
             share = cfg.sequences_per_iter // count
             batch_size = max(b for b in range(1, cfg.batch_size + 1) if share % b == 0)
-            flags = f"--batch_size={batch_size} --gradient_accumulation_steps={count * share // batch_size}"
+            if 2 * batch_size >= cfg.batch_size:
+                more = count * share // batch_size
+                flags = f"--batch_size={batch_size} --gradient_accumulation_steps={more}"
         raise UserError(
             f"gradient_accumulation_steps={steps} counts the micro-batches of all {count} processes, so it "
             f"must be a multiple of {count}: {flags}"

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import time
 
 import torch
@@ -187,7 +186,7 @@ def prepare_out_dir(run):
         if run.files.newest is None and (folder := run.files.set_aside()):
             text = f"moved an earlier run to {folder}"
             if checkpoint.RunFiles(folder).exist():
-                text += f"; to go on with it: {shlex.quote(f'--out_dir={folder}')} --init_from=resume"
+                text += f"; to go on with it: --out_dir={folder} --init_from=resume"
             say(text)
         evaluates = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters or share_of_time(run) == 1
         evaluation = rewind_metrics(path, iter_num, evaluates)

@@ -51,18 +51,21 @@ def busy_note(device):
 
 def schedule_notes(cfg):
     warmup = cfg.warmup_iters
+    unless = ""
     if cfg.max_minutes:
-        warmup = 0  # it ends within a tenth of that time
+        unless = ", unless max_minutes ends the warmup earlier"
     if not cfg.decay_lr:
         return []
     if cfg.min_lr > cfg.learning_rate:
         return [f"note: lr rises to min_lr={cfg.min_lr:g}: it is above learning_rate={cfg.learning_rate:g}"]
     if 0 < cfg.max_iters <= warmup:
-        return [f"note: the learning rate still rises when this run ends: warmup_iters={warmup}"]
+        return [f"note: the learning rate still rises when this run ends: warmup_iters={warmup}{unless}"]
     if cfg.schedule == "wsd" and cfg.cooldown_start < warmup:
-        return [f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"]
+        text = f"note: the cooldown begins at {cfg.cooldown_start}, before the warmup ends at {warmup}"
+        return [text + unless]
     if cfg.schedule == "cosine" and cfg.lr_decay_iters < warmup:
-        return [f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"]
+        text = f"note: after warmup_iters={warmup} lr drops to min_lr: lr_decay_iters={cfg.lr_decay_iters}"
+        return [text + unless]
     if cfg.schedule == "cosine" and cfg.lr_decay_iters < cfg.max_iters:
         return [f"note: lr stays at min_lr from lr_decay_iters={cfg.lr_decay_iters} to {cfg.max_iters}"]
     if cfg.schedule == "cosine" and 0 < cfg.max_iters < cfg.lr_decay_iters:

@@ -123,6 +123,11 @@ def data_changes(state, data):
     return "; ".join(phrases)
 
 
+def of_training(data):
+    """Returns those entries of a shards.fingerprint that are of training files."""
+    return {name: entry for name, entry in data.items() if shards.split_of(name) == "train"}
+
+
 def check_alike(run):
     """Raises UserError if the processes of a Run of train.py would not do the same: those of several machines
     may see other files."""
@@ -182,11 +187,11 @@ def lowest_loss(best, state):
     have saved best.pt later than the state. Infinite if that run had other data or another eval_iters."""
     loss = float(state["best_val_loss"])
     newest_best = checkpoint.summary(best)
-    if newest_best is None and "data" in state and state["iter_num"] and math.isfinite(loss):
-        print(f"note: {best} is missing or damaged; it starts anew")
+    if newest_best is None and os.path.exists(best):
+        print(f"note: {best} cannot be read; the next evaluation writes it anew")
         return math.inf
-    if newest_best is None:
-        return loss
+    if newest_best is None:  # as where only ckpt.pt was copied, or before there was one
+        return math.nextafter(loss, math.inf)  # so that the same weights, evaluated again, are written
     eval_iters = newest_best["config"].get("eval_iters")
     other_data = data_changes(state, newest_best.get("data", state.get("data", {})))
     if other_data or eval_iters != state.get("config", {}).get("eval_iters"):
@@ -214,10 +219,10 @@ def restore_scaler_and_rng(run, state, path):
 SETTINGS = "dropout weight_decay grad_clip beta1 beta2 eval_iters matmul max_minutes".split()
 
 
-def warn_of_changes(cfg, machine, state, get_lr, data_changed):
+def warn_of_changes(cfg, machine, state, get_lr, data):
     """Warns of how a run with cfg will differ from the one it resumes: by a learning rate, from train.py's
     get_lr, that is more than 1 % off at this iteration or a later one, by other SETTINGS or another dtype,
-    and by another order of the data."""
+    and by another order of the data, of which a shards.fingerprint is given."""
     if cfg.eval_only:
         return
     it = state["iter_num"]
@@ -245,10 +250,12 @@ def warn_of_changes(cfg, machine, state, get_lr, data_changed):
         phrases.append(f"{S} sequences per iteration, was {S_before}")
     if phrases:
         warn(f"settings that change from here on: {'; '.join(phrases)}")
+    if "data" not in state:  # nanoGPT's batches are random anyway
+        return
     reasons = []
-    if data_changed:
-        reasons.append("other data")
-    if "data" in state and (S, cfg.seed) != (S_before, before.seed):  # nanoGPT's batches are random anyway
+    if data_changes(dict(data=of_training(state["data"])), of_training(data)):
+        reasons.append("other training data")
+    if (S, cfg.seed) != (S_before, before.seed):
         reasons.append(
             f"{S} sequences per iteration and seed {cfg.seed}, so far {S_before} and seed {before.seed}"
         )

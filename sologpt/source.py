@@ -36,7 +36,7 @@ def find_files(source, endings=ENDINGS):
     folder.
 
     Raises FileNotFoundError if a part of the source has no file, UserError for an address that cannot be
-    reached, and OSError for a folder, but one that a pattern would look into, that cannot be read.
+    reached, and OSError for a folder that cannot be read, unless a pattern leads there.
     """
     passed_over = collections.Counter()
     if source == "stdlib":

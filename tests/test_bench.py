@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
-from bench import BenchConfig, Timed, measure, profile_table, recipe, recommend, training_command
+from bench import NOT_FINITE, BenchConfig, Timed, measure, profile_table, recipe, recommend, training_command
+from bench import main as bench_main
 from configurator import ConfigError, configure
 from sologpt import hardware
 from sologpt.errors import UserError
@@ -224,8 +225,21 @@ def test_a_model_that_computes_nonsense_is_no_row():
     cfg = configure(BenchConfig, [*SMALL, "--batch_size=1", "--gradient_accumulation_steps=1"])
     timed = Timed(cfg, hardware.find_machine(cfg))
     timed.model.transformer.wte.weight.data[:, 3] = float("nan")
-    with pytest.raises(UserError, match="the gradient norm is nan"):
+    with pytest.raises(FloatingPointError, match="gradients not finite"):
         measure(timed, 0.1)
+
+
+def test_a_row_of_nonsense_leaves_the_others(monkeypatch, tmp_path, capsys):
+    statuses = iter([(NOT_FINITE, {}), ("out of memory", {})])
+    monkeypatch.setattr("bench.run_row", lambda cfg, tell: next(statuses))
+    flags = ["--batch_size=4", "--gradient_accumulation_steps=2", "--sweep_batch_size=2,4,8"]
+    with pytest.raises(UserError, match="no row was measured: try --dtype=float32"):
+        bench_main([*SMALL, *flags, f"--json={tmp_path / 'x.json'}"])
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["gradients not finite", "out of memory", "not tried"]
+    monkeypatch.setattr("bench.run_row", lambda cfg, tell: (NOT_FINITE, {}))
+    with pytest.raises(UserError, match="gradients not finite: try --dtype=float32"):
+        bench_main([*SMALL, "--hours=1"])
 
 
 def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byte_data):

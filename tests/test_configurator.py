@@ -163,6 +163,8 @@ def test_imported_names_are_no_keys_but_those_of_a_loop_are(tmp_path):
     assert configure(Toy, [write(tmp_path, text)]).rate == pytest.approx(0.314159, abs=1e-6)
     # a module with the name of a key, as json is one of bench.py's
     assert configure(Toy, [write(tmp_path, "import json as name")]).name == Toy.name
+    [error] = errors([write(tmp_path, "import json\nname = json")])
+    assert ":2: name needs a str, not <module" in error
     path = write(tmp_path, "for i in range(3):\n    steps = 10 + i\n")
     [error] = errors([path])
     assert error == f"{path}:1: unknown key 'i'; a name of your own may begin with an underscore"

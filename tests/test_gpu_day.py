@@ -176,11 +176,14 @@ def test_every_script_takes_the_command_lines_that_it_is_given(tmp_path, monkeyp
         status="done", asked=gpu_day.asked_of("smoke", day), figures=figures
     )
     used = set()
+    trained = []
 
     def run(script, *argv, **options):
         name = script.rpartition("/")[2]
         if name != "-m pytest":
             configure(configs[name], list(argv))
+        if name == "train.py":
+            trained.append(argv[0])
         used.add(name)
         raise Understood
 
@@ -188,6 +191,7 @@ def test_every_script_takes_the_command_lines_that_it_is_given(tmp_path, monkeyp
     for part in gpu_day.parts_of(day):
         with pytest.raises(Understood):
             part.work(day, {}, [])
+    assert trained.count(day.size.modern) == (1 if size == "124m" else len(trained))
     assert used == {*configs, "-m pytest"} - (set() if peers else {"steps.py"})
 
 

@@ -26,6 +26,7 @@ from sologpt.errors import UserError
 from sologpt.files import sole_use
 from sologpt.source import find_files
 from sologpt.stop import StopRequest
+from sologpt.tokenizer import read_tokenizer
 from train import TrainConfig
 
 
@@ -296,15 +297,18 @@ def test_a_source_that_changes_while_it_is_read_is_not_called_complete(run, tmp_
 
     monkeypatch.setattr(prepare_fineweb, "write_val", and_edit)
     with pytest.raises(
-        AssertionError, match="were changed while they were read; delete the shards in data/toy, and"
+        AssertionError, match="were changed while they were read; delete data/toy/unfinished.npz and the"
     ):
         prepare_toy(run, tmp_path)
     assert not (tmp_path / "data/toy/meta.json").exists()
     # nor is it when the same command finds what was there at first
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssertionError, match="data/toy holds tokens of another origin"):
+    text = "unfinished run with other settings .source: 'files that changed while they were read' there"
+    with pytest.raises(AssertionError, match=text):
         prepare_toy(run, tmp_path)
+    with pytest.raises(UserError, match="the preparation of data/toy is not finished"):
+        read_tokenizer("data/toy")
 
 
 # -----------------------------------------------------------------------------
