@@ -5,7 +5,7 @@
 # $ python train.py config/fineweb_125m_fast.py
 # 2.6B tokens: 5,000 iterations of 524,288.
 # Measured: nothing at this size yet. By what others have published, a loss of 3.28 on FineWeb takes 1.7B to
-# 2.7B tokens with parts like these, and 5B to 10B with GPT-2's; the learning rate is theirs, too, translated.
+# 2.7B tokens with parts like these, and 5B to 10B with AdamW; the learning rate is theirs, too, translated.
 
 out_dir = "out/fineweb_125m_fast"
 dataset = "fineweb"
