@@ -479,9 +479,6 @@ def what_can_be_trained(cfg, argv, tell):
     train_tokens = None
     if folder:
         train_tokens = sum(shard.count for shard in shards.find_shards(folder, "train"))
-    given = {arg.partition("=")[0].removeprefix("--") for arg in argv}
-    if chosen := ", ".join(sorted(given & CHOSEN)):
-        print(f"note: without effect, as --hours chooses them: {chosen}")
 
     def size_of(width):
         n_layer, n_head, n_embd = budget.shape(width, cfg.arch)
@@ -679,6 +676,9 @@ def main(argv):
         print("\n".join(lines))
         return
     if cfg.hours:
+        given = {arg.partition("=")[0].removeprefix("--") for arg in argv}
+        if chosen := ", ".join(sorted(given & CHOSEN)):
+            print(f"note: without effect, as --hours chooses them: {chosen}")
         rows, best = what_can_be_trained(cfg, argv, tell)
         if cfg.json:
             write_json(cfg.json, cfg, argv, headers, rows, best)
