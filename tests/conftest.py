@@ -20,14 +20,19 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from configurator import run_script
 from sologpt import hardware, shards
 
 ROOT = Path(__file__).parent.parent
+os.environ["no_proxy"] = "127.0.0.1"  # the tests' own servers
 # enough for models of this size, and the sums are the same each time
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
+# a busy machine is no reason to fail
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 # what a test's source says if it starts processes or compiles
 SLOW = re.compile(r"spawn|subprocess|start\(|interrupt\(|killed_|prepare|compile=True|torch\.compile|ENV\b")
 TEXT = "pack my box with jugs now. " * 400  # 27 letters: in windows of 16, each comes at every position

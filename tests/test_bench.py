@@ -21,7 +21,7 @@ from conftest import ENV, ROOT
 from bench import NOT_FINITE, BenchConfig, Timed, measure, profile_table, recipe, recommend, training_command
 from bench import main as bench_main
 from configurator import ConfigError, configure
-from sologpt import hardware
+from sologpt import hardware, shards
 from sologpt.errors import UserError
 
 SMALL = (
@@ -272,3 +272,36 @@ def test_the_recommended_config_is_found_from_anywhere(tmp_path, monkeypatch):
     assert recipe() == "config/fineweb_125m_fast.py"
     monkeypatch.chdir(tmp_path)
     assert os.path.samefile(recipe(), ROOT / "config/fineweb_125m_fast.py")
+
+
+def test_a_row_by_a_clock_that_moves_in_the_work_only(monkeypatch):
+    """A micro-step takes 3 s, an update 2: six and one are 20 s, timed in blocks of three."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    flags = ["--batch_size=2", "--gradient_accumulation_steps=6", "--peak_flops=1e12"]
+    cfg = configure(BenchConfig, [*SMALL, *flags])
+    timed = Timed(cfg, hardware.find_machine(cfg))
+
+    def taking(seconds, work):
+        def slow():
+            now[0] += seconds
+            work()
+
+        return slow
+
+    timed.one_micro_step = taking(3, timed.one_micro_step)
+    timed.one_update = taking(2, timed.one_update)
+    row = measure(timed, 40.0)
+    assert row["block"] == 3 and row["spread"] == 0 and row["first_micro_step_s"] == 3
+    assert (row["micro_step_ms"], row["update_ms"], row["ms_per_iter"]) == (3000, 2000, 20000)
+    assert row["tokens_per_s"] == pytest.approx(12 * 64 / 20)
+    assert row["mfu"] == pytest.approx(row["tflops"])  # a share of 1 TFLOP/s
+
+
+def test_real_data_are_what_is_timed(byte_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset=toy", "--block_size=16", "--batch_size=2", "--real_data=True"]
+    cfg = configure(BenchConfig, [*SMALL, *flags])
+    windows = shards.Windows(shards.find_shards(byte_data, "train"), 16, 257)
+    expected = windows.read(windows.training(0, 2, cfg.seed))
+    assert next(Timed(cfg, hardware.find_machine(cfg)).batches).tolist() == expected.tolist()

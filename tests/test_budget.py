@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -159,3 +160,24 @@ def test_widths_that_do_not_fit_leave_those_that_do(monkeypatch):
     wrong = ["--hours=1", "--profile=True", "--sweep_batch_size=1"]
     with pytest.raises(ConfigError, match="leave sweep_batch_size out\nhours and profile exclude each other"):
         configure(bench.BenchConfig, wrong)
+
+
+def test_a_trial_is_what_its_metrics_say(tmp_path, monkeypatch):
+    """10 s until the first iteration, of 5 s; three of 2 s; and an evaluation of 3 s."""
+    rows = [dict(kind="eval", iter=0, elapsed=9.0), dict(kind="iter", iter=0, dt=5.0, elapsed=15.0)]
+    rows += [dict(kind="iter", iter=i, dt=2.0, elapsed=15.0 + 2 * i) for i in (1, 2, 3)]
+    rows.append(dict(kind="eval", iter=4, elapsed=24.0))
+
+    def trained(command, **options):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", trained)
+    plan = budget.plan(SMALL, FAST, 3600, 64, 8, 1)
+    assert bench.run_trial([], plan, "data/toy", str(tmp_path)) == budget.Trial(10.0, 2.0, 3.0)
+
+
+def test_the_plan_nearest_to_twenty_tokens_for_each_parameter_is_chosen():
+    plans = [SimpleNamespace(ratio=ratio) for ratio in (0.5, 9.0, 43.0, 5000.0)]
+    assert budget.nearest_to_optimal(plans).ratio == 43.0  # 43 / 20 is less than 20 / 9

@@ -16,12 +16,12 @@ from functorch.compile import aot_module_simplified, min_cut_rematerialization_p
 from torch._inductor.decomposition import select_decomp_table
 
 from configurator import configure
-from model import GPTConfig, make_gpt
+from model import GPT, GPTConfig, make_gpt
 from sologpt import hardware, memory
 from sologpt.errors import UserError
 from sologpt.hardware import PEAKS, peak_flops
 from sologpt.layers import cast_weights, linear_layers
-from train import TrainConfig
+from train import TrainConfig, prepare_model
 
 
 def tflops(name, sm_count, dtype="bfloat16"):
@@ -425,3 +425,26 @@ def test_the_attention_kernel_is_named_or_not():
     assert kernels[name] in {event.key for event in profile.key_averages()}
     assert hardware.attention_backend(machine("float32"), GPTConfig(**SIZES, dropout=0.1)) == "MATH"
     assert hardware.attention_backend(machine("float32", "meta"), config) is None
+
+
+def test_activation_memory_reaches_the_compiler(monkeypatch):
+    kept = []
+    for share in (1.0, 0.8):
+        torch._dynamo.reset()
+        model = make_gpt(GPTConfig(**SIZES)).train()
+        monkeypatch.setattr(model, "compile", lambda **options: None)
+        cpu = hardware.Machine(torch.device("cpu"), "float32", None, "")
+        prepare_model(model, TrainConfig(activation_memory=share), cpu)
+        kept.append(kept_by_the_compiler(model, "float32"))
+    hardware.keep_activations(1.0)
+    assert kept[1] < 0.9 * kept[0]
+
+
+def test_the_estimate_of_a_run_knows_its_levers():
+    model = GPT(GPTConfig(**SIZES))
+
+    def total(**keys):
+        return sum(memory.memory_estimate(model, {}, TrainConfig(**keys), "float32").values())
+
+    assert total(activation_memory=0.8) < total() and total(loss_chunks=8) < total(loss_chunks=1)
+    assert total() < total(compile=False)

@@ -305,7 +305,7 @@ def test_a_checkpoint_is_exported_and_loads_without_our_code(run, byte_data, tin
     cfg = from_command_line(TrainConfig, "", [str(tmp_path / "mine.py")])
     cfg = resume.with_architecture(cfg, dict(n_layer=2, bias=True), "hf", resuming=False)
     command = shlex.split(report.resume_command(argv, cfg))
-    assert command[-4:] == ["--out_dir=tuned", "--n_layer=2", "--bias=True", "--init_from=resume"]
+    assert command[-4:] == ["--out_dir=tuned", "--bias=True", "--n_layer=2", "--init_from=resume"]
     assert "resuming from tuned/ckpt.pt" in run("train.py", *command[2:], "--max_iters=3").stdout
 
 
@@ -407,3 +407,15 @@ def test_nanogpts_configs_that_start_from_openais_weights_run(run, cached, tmp_p
         out = run("train.py", f"{NANOGPT}/config/{name}.py", "--compile=False", "--device=cpu", *arguments)
         assert "step 0: train loss " in out.stdout
     assert os.path.exists(tmp_path / "out-shakespeare/ckpt.pt")
+
+
+def test_a_gpt2_that_does_not_name_its_gelu_has_transformers_default(tmp_path):
+    other = theirs()
+    other.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["activation_function"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    compare(GPT.from_pretrained(tmp_path).eval(), type(other).from_pretrained(tmp_path).eval(), 97)
+    GPT(GPTConfig(8, 97, 1, 1, 8, dropout=0.25)).save_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0.25

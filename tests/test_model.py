@@ -661,3 +661,15 @@ def test_bf16_autocast_keeps_the_residual_stream_in_bf16_and_stays_close_to_fp32
     assert len(hooks) == 3 and streams == [torch.bfloat16] * 3
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-2)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_loss_in_chunks_of_large_logits_is_the_plain_one():
+    model, (idx, targets) = shake(tiny(bias=True)), torch.randint(97, (2, 5, 31))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(400)
+        assert model(idx, targets)[0].max() > 100  # e^89 is infinite in fp32
+    expected, reference = gradients(model, idx, targets)
+    model.loss_chunks = 3
+    loss, found = gradients(model, idx, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert all((a - b).abs().max() < 1e-4 * b.abs().max() for a, b in zip(found, reference, strict=True))

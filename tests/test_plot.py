@@ -27,10 +27,10 @@ import pytest
 from conftest import ENV, ROOT
 
 from plot import PlotConfig, split_arguments
-from sologpt.figures import terminal_text
+from sologpt.figures import draw_panel, terminal_text
 from sologpt.files import newest
 from sologpt.history import POINTS, Series, Sparse, printable, read_history
-from sologpt.page import page_of_run, results
+from sologpt.page import page_of_run, results, traces
 from sologpt.panels import make_panels, references, short, smoothed
 
 CONFIG = dict(batch_size=2, gradient_accumulation_steps=5, block_size=10, learning_rate=0.1, max_iters=8)
@@ -763,3 +763,18 @@ def test_the_page_works_in_a_browser(run, tmp_path, browser):
     picture = base64.b64decode(browser.ask("GET", "/screenshot"))
     assert picture.startswith(b"\x89PNG") and len(io.BytesIO(picture).getvalue()) > 20_000
     assert browser.ask("POST", "/se/log", dict(type="browser")) == []
+
+
+def test_a_picture_has_the_values_of_the_log(tmp_path):
+    from matplotlib.figure import Figure
+    from plotly import graph_objects
+
+    panels, x_range = make_panels([read_history(write(tmp_path / "a", falling(40)))], "hours")
+    axes = Figure().add_subplot()
+    draw_panel(axes, panels[0], x_range, "hours")
+    drawn = [(line.get_xdata(), line.get_ydata()) for line in axes.lines]
+    on_the_page = [(trace.x, trace.y) for trace in traces(panels[0], graph_objects)]
+    for training, validation in (drawn, on_the_page):
+        assert training[0] == pytest.approx([0.6 * (i + 1) / 3600 for i in range(40)])
+        assert training[1] == pytest.approx([10 - 5 * i / 40 for i in range(40)])
+        assert validation[1] == pytest.approx([10.5, 9.25, 8.0, 6.75])

@@ -54,7 +54,7 @@ from sologpt import characters, documents, files, shards
 from sologpt.documents import Part, Position, pieces, read_chunks, read_json, read_parts, read_text, retrying
 from sologpt.errors import UserError
 from sologpt.source import find_files, name_of
-from sologpt.tokenizer import find_tokenizer, read_tokenizer
+from sologpt.tokenizer import EOT, find_tokenizer, read_tokenizer
 
 TEXTS = [f"Document {i}: " + "some words, ünd möre. " * (1 + i % 7) for i in range(200)]
 
@@ -1452,3 +1452,29 @@ def test_shards_of_uint32_where_ids_need_it(tmp_path):
         [1, 70_000, 3],
         [4],
     ]
+
+
+def test_a_preparation_goes_on_with_the_hubs_files_of_its_beginning(tmp_path, monkeypatch):
+    """The dataset may have got another revision since: places in its files would be of the old one."""
+    cfg = configure(PrepareConfig, ["--encoding=bytes", f"--out_dir={tmp_path}", "--max_tokens=1000"])
+    for revision in ("1", "2"):
+        found = [f"hf://a@{revision}/x.parquet"]
+        monkeypatch.setattr(prepare_fineweb, "find_hub_files", lambda *given, found=found: found)
+        job = prepare_fineweb.plan(cfg)
+        prepare_fineweb.begin(job)
+        assert job.files == ["hf://a@1/x.parquet"]
+
+
+@pytest.mark.parametrize("length", range(30, 60))
+def test_a_separator_is_whole_wherever_a_long_document_is_cut(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(documents, "LONGEST", 40)
+    monkeypatch.setattr(documents, "CHUNK", 7)
+    text = "x" * length + EOT + "rest"
+    (tmp_path / "a.txt").write_text(text)
+    found, part = [], ""
+    for piece, ends in documents.read_text(str(tmp_path / "a.txt"), "file"):
+        part += piece
+        if ends:
+            found.append(part)
+            part = ""
+    assert found == text.split(EOT)

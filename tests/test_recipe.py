@@ -550,3 +550,16 @@ def test_a_run_is_not_resumed_as_another_kind(run, byte_data, tiny, first, then,
 def test_what_does_not_go_together_is_refused(argv, message):
     with pytest.raises(ConfigError, match=message):
         configure(TrainConfig, argv)
+
+
+def test_beside_muon_adamw_moves_rows_whose_gradients_are_tiny():
+    model = make_gpt(GPTConfig(16, 97, n_layer=1, n_head=2, n_embd=32, bias=False, arch="modern"))
+    cfg = TrainConfig(arch="modern", optimizer="muon", weight_decay=0.0, learning_rate=1e-2)
+    optimizers = make_optimizers(model, cfg, torch.device("cpu"))
+    table = model.transformer.wte.weight
+    before = table.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-9)
+    optimizers["optimizer"].step()
+    # Adam's first step: lr * g / (|g| + eps), by GPT-2's eps of 1e-8 an eleventh of lr
+    assert torch.allclose(before - table, torch.tensor(1e-2 / 1.1), rtol=1e-3)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from test_model import without_a_cache
 
 import sample
 from model import GPT, GPTConfig
-from sologpt import shards
+from sologpt import checkpoint, shards
 from sologpt.tokenizer import ByteTokenizer
 
 GREEDY = ["--temperature=0", "--num_samples=1", "--device=cpu"]
@@ -314,3 +315,49 @@ def test_without_out_dir_it_takes_the_newest_run(trained, tmp_path):
 def test_without_any_run_it_says_so(run, tmp_path):
     error = run("sample.py", status=1).stderr
     assert error == "error: no ckpt.pt in out*/ or out*/*/: train a model, or name its --out_dir=\n"
+
+
+def test_a_model_that_was_trained_with_dropout_is_sampled_without(trained, tmp_path):
+    argv = ["sample.py", *GREEDY, "--start=pack my ", "--max_new_tokens=30"]
+    expected = trained(*argv).stdout
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["model_args"]["dropout"] = 0.9
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    assert trained(*argv).stdout == expected
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.5, 0, 1.0), (2.0, 7, 1.0), (1.5, 0, 0.8)])
+def test_flags_of_sampling_do_what_they_say(untrained, tmp_path, temperature, top_k, top_p):
+    state = checkpoint.load(tmp_path / "out/ckpt.pt")
+    model = GPT(GPTConfig(**state["model_args"], n_ids=257)).eval()
+    model.load_state_dict(state["model"])
+    flags = [f"--temperature={temperature}", f"--top_k={top_k}", f"--top_p={top_p}", "--seed=3", "--out=o"]
+    untrained("sample.py", "--device=cpu", "--start=a", "--num_samples=2", "--max_new_tokens=12", *flags)
+    for number, line in enumerate((tmp_path / "o").read_text(encoding="utf-8").splitlines()):
+        noise = torch.from_numpy(sample.draw_noise(3, number, 12))
+        ids = without_a_cache(model, [97], 12, noise, temperature, top_k, top_p)
+        assert json.loads(line)["text"] == ByteTokenizer("bytes", 257, 256).decode(ids[1:])
+
+
+def test_weights_are_sampled_in_the_dtype_that_is_asked_for(untrained, monkeypatch):
+    next_logits, seen = GPT.next_logits, []
+
+    def watched(model, *given):
+        seen.append(model.lm_head.weight.dtype)
+        return next_logits(model, *given)
+
+    monkeypatch.setattr(GPT, "next_logits", watched)
+    untrained("sample.py", "--device=cpu", "--num_samples=2", "--max_new_tokens=3", "--dtype=bfloat16")
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_every_turn_has_numbers_of_its_own(trained, monkeypatch):
+    draw_noise, turns = sample.draw_noise, []
+
+    def watched(seed, number, count):
+        turns.append(number)
+        return draw_noise(seed, number, count)
+
+    monkeypatch.setattr(sample, "draw_noise", watched)
+    trained("sample.py", "--device=cpu", "--interactive=True", "--max_new_tokens=2", input=b"a\n\n\n")
+    assert turns == [0, 1, 2]

@@ -1801,3 +1801,21 @@ def test_what_acts_otherwise_than_it_seems_is_pointed_out(run, byte_data, tiny):
     assert "samples are drawn" not in run("train.py", *tiny, "--sample_interval=12", "--dry_run=True").stdout
     out = run("train.py", *tiny, "--eval_only=True", "--dry_run=True").stdout
     assert out.endswith("dry run:    nothing was written\n") and "GB of checkpoints" not in out
+
+
+def test_another_dropout_counts_after_resuming(run, byte_data, tiny, tmp_path, monkeypatch):
+    run("train.py", *tiny, "--max_iters=2")
+    monkeypatch.chdir(tmp_path)
+    cfg = configure(TrainConfig, [*tiny, "--init_from=resume", "--dropout=0.3"])
+    model = train.set_up(cfg, hardware.find_machine(cfg)).model
+    block = model.transformer.h[0]
+    assert model.config.dropout == block.attn.dropout == block.mlp.dropout == 0.3
+
+
+def test_the_summary_has_mfu_in_percent(run, byte_data, tiny, tmp_path):
+    out = run("train.py", *tiny, "--max_iters=3", "--peak_flops=1e12").stdout
+    [done] = metrics(tmp_path / "out", "done")
+    n = 320 * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32
+    flops = 6 * n + 12 * 2 * 32 * 16
+    assert done["mfu"] == pytest.approx(100 * flops * done["tokens_per_s"] / 1e12)
+    assert f"tok/s, mfu {done['mfu']:.2f}% without" in out
