@@ -1341,11 +1341,17 @@ def test_ctrl_c_before_anything_is_written_ends_it_at_once(run, tmp_path, monkey
     assert out.stderr.endswith("interrupted\n") and not (tmp_path / "out").exists()
 
 
+def wait_for_two_shards(process, folder):
+    """By then the first one is also noted as done."""
+    while shards_in(folder) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_leaves_nothing_behind_but_what_continues(run, tmp_path, big_source, number):
     process = start(tmp_path, *big_source, "--out_dir=out", start_new_session=True)
-    while shards_in(tmp_path / "out") < 2:  # by then the first is also noted as done
-        time.sleep(0.01)
+    wait_for_two_shards(process, tmp_path / "out")
     os.killpg(process.pid, number)  # all processes, as a terminal does
     out, err = process.communicate()
     assert process.returncode == 128 + number
@@ -1395,8 +1401,7 @@ def test_a_source_that_cannot_fit_on_the_disk_is_refused_at_the_start(run, tmp_p
 
 def test_a_worker_that_is_killed_ends_it_with_one_line(run, tmp_path, big_source):
     process = start(tmp_path, *big_source, "--out_dir=out")
-    while shards_in(tmp_path / "out") < 2:  # by then the first is also noted as done
-        time.sleep(0.01)
+    wait_for_two_shards(process, tmp_path / "out")
     workers = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
     ).stdout
