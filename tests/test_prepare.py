@@ -352,9 +352,9 @@ def test_a_folder_of_save_to_disk_is_read_without_what_it_says_of_itself(run, tm
     assert "source: 2 files; passed over: 5 of datasets' own .json, 3 of datasets' caches\n" in out
     assert documents_in(tmp_path / "again") == found
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/state.json").write_text('{"text": "no array"}')
+    (tmp_path / "other/state.json").write_text('{"version": 1}')
     error = prepare(run, "--input=other", "--out_dir=other.out", status=1).stderr
-    assert "other/state.json after 0 documents: character 0: neither a JSON array nor" in error
+    assert "other/state.json after 0 documents: line 1 has no text under 'text'" in error
 
 
 def test_a_dataset_of_the_hubs_kind_is_streamed(spawn, tmp_path):
