@@ -6,6 +6,7 @@ Run: pytest -m gpu -n0
 
 import copy
 import gc
+import itertools
 import json
 import math
 
@@ -150,6 +151,14 @@ def test_an_update_of_the_recipe_is_that_of_the_cpu(arch):
         assert (a - b).norm() < 0.05 * a.norm()  # Muon multiplies in bf16
 
 
+def static_cache(model, B):
+    """Returns an empty cache that a CUDA graph may write into, as sample.py's."""
+    cache = model.empty_cache(B, 64)
+    for buffer in itertools.chain(*cache):
+        torch._dynamo.mark_static_address(buffer)
+    return cache
+
+
 @ARCHS
 def test_a_compiled_step_of_sampling_takes_the_same_ids(arch):
     torch._dynamo.reset()
@@ -158,10 +167,7 @@ def test_a_compiled_step_of_sampling_takes_the_same_ids(arch):
     prompt, noise = torch.randint(320, (3, 5), device="cuda"), torch.rand(3, 40)
     settings = dict(temperature=0.9, top_k=50, top_p=0.95, noise=noise)
     plain = sampling.generate(model, prompt, 40, **settings)
-    cache = model.empty_cache(3, 64)
-    for buffers in cache:
-        for buffer in buffers:
-            torch._dynamo.mark_static_address(buffer)
+    cache = static_cache(model, 3)
     step = torch.compile(sampling.step, fullgraph=True, dynamic=False, mode="reduce-overhead")
     with torch.no_grad():
         *_, text = sampling.stream(model, prompt, 40, 0.9, 50, 0.95, noise=noise, cache=cache, step=step)
@@ -175,10 +181,7 @@ def test_a_compiled_step_of_sampling_in_16_bits_is_near(arch):
     model, twin = pair(arch)
     twin = twin.eval().bfloat16()
     idx = batch()[0][:, :12]
-    cache = twin.empty_cache(4, 64)
-    for buffers in cache:
-        for buffer in buffers:
-            torch._dynamo.mark_static_address(buffer)
+    cache = static_cache(twin, 4)
     step = torch.compile(twin.next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
     with torch.no_grad():
         twin.prompt_logits(idx[:, :6].cuda(), torch.full((4,), 5, device="cuda"), cache)
