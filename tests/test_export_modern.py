@@ -222,6 +222,7 @@ def test_with_more_tokens_it_still_computes_the_same_and_is_saved_whole(tmp_path
 def test_what_it_cannot_do_is_refused(tmp_path):
     other = exported(tmp_path, modern())
     idx = torch.randint(97, (2, 4))
+    torch.testing.assert_close(other(idx, logits_to_keep=1).logits, other(idx).logits[:, -1:])
     for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match=f"does not serve {name}"):
             other(idx, **{name: True})

@@ -166,6 +166,14 @@ def test_folder_and_shards_are_named_after_the_source(source, name):
     assert name_of(source) == name
 
 
+def test_a_comma_divides_unless_a_file_has_it_in_its_name(tmp_path):
+    for name in ("a.txt", "b,c.txt"):
+        (tmp_path / name).write_text(name)
+    a, with_comma = str(tmp_path / "a.txt"), str(tmp_path / "b,c.txt")
+    assert find_files(with_comma)[0] == [with_comma]
+    assert find_files(f"{a},{tmp_path}")[0] == [a, with_comma]
+
+
 def test_a_link_to_itself_and_slashes_too_many_are_no_traceback(run, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     error = prepare(run, "--input=loop", "--out_dir=", status=1).stderr
