@@ -10,9 +10,10 @@ iteration the same, and prints a table and the command to train with. Takes the 
 keys that only a run needs (out_dir, learning_rate, ...) have no effect.
 
 Each row is measured in a process of its own, so that none inherits another's memory; one that runs out of
-memory, even if the kernel kills it, is a row as well. After a warm-up, a row alternates several times between
-a timed block of micro-steps (read a batch, forward, backward), which waits for the device only at its ends,
-and a timed update (clip the gradients, optimizer step, zero them). The medians of both give
+memory, even if the kernel kills it, is a row as well, and so is one whose gradients are not finite. After a
+warm-up, a row alternates several times between a timed block of micro-steps (read a batch, forward,
+backward), which waits for the device only at its ends, and a timed update (clip the gradients, optimizer
+step, zero them). The medians of both give
 
     ms/iter = t(micro-step) * gradient_accumulation_steps + t(update)
 

@@ -184,7 +184,8 @@ def restore(run, state, data_changed):
 
 def lowest_loss(best, state):
     """Returns the lowest validation loss that a state or best.pt, at this path, knows of: a killed run may
-    have saved best.pt later than the state. Infinite if that run had other data or another eval_iters."""
+    have saved best.pt later than the state. Infinite if that run had other data or another eval_iters, or if
+    best.pt cannot be read."""
     loss = float(state["best_val_loss"])
     newest_best = checkpoint.summary(best)
     if newest_best is None and os.path.exists(best):
