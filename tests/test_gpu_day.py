@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ENV, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -237,7 +237,8 @@ def test_memory_that_lacks_beside_nanogpt_is_a_figure_and_an_error_is_not(day, m
     assert entry["status"] == "done" and entry["sentences"] == ["memory is not enough for all three"]
 
 
-def test_the_first_stage_on_a_cpu(byte_data, tmp_path, capsys):
+def test_the_first_stage_on_a_cpu(byte_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", ENV["OMP_NUM_THREADS"])  # for train.py, as in the other tests
     flags = ["--size=tiny", "--device=cpu", "--stages=smoke", f"--out_dir={tmp_path / 'out'}"]
     flags.append(f"--dataset={byte_data}")  # instead of preparing one
     gpu_day.main([*flags, f"--json={tmp_path / 'day.json'}"])
