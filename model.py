@@ -3,7 +3,7 @@ GPT-2 in full, and below it what the modern architecture does differently.
 
 GPT is GPT-2 (Radford et al. 2019, https://github.com/openai/gpt-2) with nanoGPT's parameter names and
 initialisation (https://github.com/karpathy/nanoGPT), so that checkpoints of either load in the other.
-ModernGPT learns more from each token; its docstring names the source of every part.
+ModernGPT learns more from each token; its docstring names the sources.
 
 Shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = cache positions.
 """
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sologpt import huggingface, optim, sampling, sizes
 from sologpt.errors import UserError
 from sologpt.layers import Linear, squared_relu
-from sologpt.loss import capped, chunked_cross_entropy, suitable_chunks
+from sologpt.loss import capped, chunked_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +143,11 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, idx, targets=None):
-        """Returns (logits, loss) for idx, int64 (B, T) with T <= block_size.
+        """Returns (logits, loss) for idx, int64 (B, T).
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets, int64 (B, T), -1 where
-        ignored: the mean cross-entropy in nats, and logits (B, T, V), None with loss_chunks or if
-        compiled. Raises UserError if T > block_size.
+        ignored: logits (B, T, V), None with loss_chunks or if compiled, and the mean cross-entropy in nats.
+        Raises UserError if T > block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -156,12 +156,10 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x[:, -1:]), None
         targets = targets.reshape(B * T)
-        chunks = self.loss_chunks
-        if not chunks and torch.compiler.is_compiling():  # uncompiled, F.cross_entropy is faster
-            chunks = suitable_chunks(B * T, self.config.vocab_size)
-        if chunks:  # always if compiled: change the loss in chunk_loss too
+        if self.loss_chunks or torch.compiler.is_compiling():
             x = x.view(B * T, -1).to(self.matmul_dtype())
-            return None, chunked_cross_entropy(x, self.lm_head, targets, chunks, self.softcap)
+            return None, chunked_cross_entropy(x, self.lm_head, targets, self.loss_chunks, self.softcap)
+        # faster if not compiled; a change of the loss belongs in chunk_loss too
         logits = self.logits(x)
         loss = F.cross_entropy(logits.view(B * T, -1), targets, ignore_index=-1)
         return logits, loss
@@ -208,7 +206,7 @@ class GPT(nn.Module):
         """Returns the FLOPs of one token, forward and backward: 6N + 12 * n_layer * n_embd * block_size.
 
         PaLM, appendix B (https://arxiv.org/abs/2204.02311). Attention counts in full although causal kernels
-        compute half of it, and recomputation does not count: nanoGPT's convention, so that figures compare.
+        compute half of it, and recomputation does not count: nanoGPT's convention, for comparable figures.
         """
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
@@ -233,13 +231,14 @@ class GPT(nn.Module):
         return [(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in range(c.n_layer)]
 
     def prompt_logits(self, idx, last, cache=None):
-        """Returns the logits (B, V) after positions last, int64 (B,), in idx (B, T), and fills the cache."""
+        """Returns the logits (B, V) after positions last, int64 (B,), one in each row of idx (B, T), and
+        fills the cache."""
         pasts = [sampling.Past(keys, values) for keys, values in cache] if cache else None
         x = self.hidden(idx, torch.arange(idx.size(1), device=idx.device)[None], pasts)
         return self.logits(x[torch.arange(len(x), device=x.device), last])
 
     def next_logits(self, token, position, cache):
-        """Returns the logits (B, V) after token at position, both int64 (B,), which joins the cache."""
+        """Adds token at position, both int64 (B,), to the cache. Returns the logits (B, V) after it."""
         L = cache[0][0].size(2)
         mask = torch.arange(L, device=token.device) <= position.view(-1, 1, 1, 1)
         pasts = [sampling.Past(keys, values, position, mask) for keys, values in cache]
@@ -280,7 +279,7 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # the modern architecture
 
-GATE = 12  # components of the embedding that smear_gate reads, as in modded-nanogpt
+GATE_WIDTH = 12  # components of the embedding that smear_gate reads, as in modded-nanogpt
 
 
 def rms_norm(x):
@@ -290,8 +289,8 @@ def rms_norm(x):
 
 
 def rotate(x, cos, sin):
-    """Returns x (B, T, H, D) with each pair of components i and i + D / 2 rotated by an angle that grows with
-    the position, so that products of queries and keys depend on their distance. cos and sin of the angles:
+    """Returns x (B, T, H, D), each pair of components i and i + D / 2 rotated by an angle proportional to the
+    position, so that products of queries and keys depend on their distance only. cos and sin of the angles:
     (B or 1, T, 1, D), the first half of sin negated."""
     halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # torch.compile fuses this, unlike cat
     return (x * cos + halves_swapped * sin).to(x.dtype)
@@ -351,13 +350,13 @@ class ModernGPT(GPT):
     - shortcuts from the embedding and from the first block's values (Zhou et al. 2024,
       https://arxiv.org/abs/2410.17897)
     - value embeddings (modded-nanogpt, record of 4 December 2024): every other block, the last included,
-      adds a vector of the token to its values, from one table
-    - smeared embeddings (modded-nanogpt, record of 18 September 2025): a gated share of the token before
+      adds a vector for each token to its values, from one table for all
+    - smeared embeddings (modded-nanogpt, record of 18 September 2025): a gated share of the previous one
     - an untied output head; the head and all projections into the residual stream start at zero
     """
 
     softcap = 15.0  # as in modded-nanogpt since January 2025
-    rotary_base = 10000.0  # the slowest pair turns by about 1 / rotary_base radians a position
+    rotary_base = 10000.0  # the slowest pair turns by about 1 / rotary_base radians per position
 
     def make_layers(self, config):
         # every other block, counted from the last
@@ -368,7 +367,7 @@ class ModernGPT(GPT):
         self.transformer.h = nn.ModuleList([ModernBlock(config, has_ve) for has_ve in have_ve])
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.smear = nn.Parameter(torch.zeros(1))
-        self.smear_gate = nn.Parameter(torch.zeros(min(GATE, config.n_embd)))
+        self.smear_gate = nn.Parameter(torch.zeros(min(GATE_WIDTH, config.n_embd)))
         D = config.n_embd // config.n_head
         frequencies = self.rotary_base ** (-torch.arange(0, D, 2) / D)
         angles = torch.arange(config.block_size)[:, None] * frequencies
@@ -385,7 +384,7 @@ class ModernGPT(GPT):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, position, pasts=None):
-        """Returns what GPT's returns; the last of pasts is the embedding's."""
+        """As GPT's; the last of pasts is the embedding's."""
         pasts = pasts or [None] * (self.config.n_layer + 1)
         x = self.embed(idx, position, pasts[-1])
         if self.matmul_dtype() == torch.bfloat16:
@@ -405,17 +404,17 @@ class ModernGPT(GPT):
         share = (self.smear * gate).unsqueeze(-1)
         if past is not None:
             return x + share * (position > 0).unsqueeze(-1) * past.before(x)
-        # torch.compile stores the result of cat, but recomputes a sum in every block
+        # cat, since torch.compile stores its result; it would recompute a sum in every block
         return torch.cat((x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]), dim=1)
 
     def looked_up(self):
         return [self.transformer.wte, self.transformer.wve]
 
     def empty_cache(self, B, L):
-        """Returns what GPT's returns, and room for embeddings, which Past.before reads."""
+        """As GPT's, and then embeddings, which Past.before reads."""
         cache = super().empty_cache(B, L)
         embeddings = cache[0][0].new_zeros(B, 1, L, self.config.n_embd)
-        return [*cache, (embeddings, embeddings)]  # Past.before uses only keys
+        return [*cache, (embeddings, embeddings)]  # Past.before uses keys only
 
     def save_pretrained(self, folder, eot_token=None):
         """Writes what GPT writes, and the code with which transformers loads it: trust_remote_code=True."""

@@ -54,7 +54,9 @@ class TrainConfig(Config):
     init_from: str = key(
         "scratch", "scratch; resume; auto: resume if possible; gpt2, ..., gpt2-xl or a GPT-2 folder"
     )
-    always_save_checkpoint: bool = key(True, "False: save only at a new lowest val loss and at the end")
+    always_save_checkpoint: bool = key(
+        True, "save at every evaluation; False: only at a new lowest val loss and at the end"
+    )
     checkpoint_interval: int = key(
         0, "iterations between saves of ckpt.pt; 0: as always_save_checkpoint says", low=0
     )
@@ -76,7 +78,7 @@ class TrainConfig(Config):
     batch_size: int = key(12, "sequences in a micro-batch, which the model processes at once", low=1)
     block_size: int = key(1024, "tokens in one sequence, the longest context", low=1)
     # model
-    arch: str = key("gpt2", "gpt2: as published; modern: learns more per token", choices=("gpt2", "modern"))
+    arch: str = key("gpt2", "gpt2: as nanoGPT's; modern: learns more per token", choices=("gpt2", "modern"))
     n_layer: int = key(12, "transformer blocks", low=1)
     n_head: int = key(12, "attention heads; n_embd must be a multiple of it", low=1)
     n_embd: int = key(768, "width of the model", low=1)
@@ -95,11 +97,11 @@ class TrainConfig(Config):
     # learning rate schedule
     decay_lr: bool = key(True, "warm up, then decay as schedule says; False: learning_rate throughout")
     schedule: str = key("cosine", "cosine; wsd: constant, then a linear cooldown", choices=("cosine", "wsd"))
-    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters: linear fall to min_lr", low=0, high=1)
+    cooldown_frac: float = key(0.7, "wsd: last fraction of max_iters, a linear fall to min_lr", low=0, high=1)
     keep_before_cooldown: bool = key(False, "wsd: save before_cooldown.pt, from which a longer run can go on")
     warmup_iters: int = key(2000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = key(600000, "cosine: iteration that reaches min_lr, usually max_iters", low=0)
-    min_lr: float = key(6e-5, "lowest learning rate, usually learning_rate / 10", low=0)
+    min_lr: float = key(6e-5, "final learning rate, usually learning_rate / 10", low=0)
     # machine
     seed: int = key(1337, "seed of weights, dropout and the order of data", low=0, below=2**32)
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
@@ -108,7 +110,7 @@ class TrainConfig(Config):
     compile: bool = key(True, "torch.compile the model: slower to start, then faster")
     compile_mode: str = key(
         "default",
-        "max-autotune-no-cudagraphs: minutes of tuning kernels; matmuls need 68 SMs or more",
+        "max-autotune-no-cudagraphs: tunes kernels for minutes; matmuls only from 68 SMs on",
         choices=("default", "max-autotune-no-cudagraphs"),
     )
     activation_memory: float = key(
@@ -166,17 +168,16 @@ class TrainConfig(Config):
 def get_lr(it, cfg, time_used=0.0):
     """Returns the learning rate of iteration it: a linear warmup, then as cfg.schedule says.
 
-    cosine: down to min_lr at lr_decay_iters, then min_lr. wsd: constant, then from
-    cooldown_start linearly down to min_lr at max_iters. time_used, the share of max_minutes, replaces the
-    share of iterations wherever it is larger.
+    cosine: down to min_lr at lr_decay_iters, then min_lr. wsd: constant, then from cooldown_start linearly
+    down to min_lr at max_iters. time_used, the share of max_minutes, counts instead of the share of
+    iterations if it is larger.
     """
     if not cfg.decay_lr:
         return cfg.learning_rate
-    if it < cfg.warmup_iters:
-        # at most a tenth of the time, at least ten iterations
-        warm = max((it + 1) / (cfg.warmup_iters + 1), min(10 * time_used, (it + 1) / 10))
-        if warm < 1:
-            return cfg.learning_rate * warm
+    # max_minutes ends the warmup after a tenth of the time, but not before ten iterations
+    warm = max((it + 1) / (cfg.warmup_iters + 1), min(10 * time_used, (it + 1) / 10))
+    if warm < 1:
+        return cfg.learning_rate * warm
     if cfg.schedule == "wsd":
         cooldown_left = (cfg.max_iters - it) / max(1, cfg.max_iters - cfg.cooldown_start)
         if cfg.cooldown_frac:
@@ -231,7 +232,7 @@ def host_tensor(tokens, device):
 def inputs_and_targets(tokens, device):
     """Returns inputs and targets, int64 (B, T) on device, of tokens (B, T + 1); no sync if pinned."""
     tokens = tokens.to(device, non_blocking=device.type == "cuda")
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
 
 
 # -----------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def micro_step(model, tokens, scaler, machine, accumulation):
     x, y = inputs_and_targets(tokens, machine.device)
     with machine.autocast():
         loss = model(x, y)[1]  # giving the logits a name would keep them in memory
-    loss = loss / accumulation  # micro-batches are equal in size: the shares add up to the mean
+    loss = loss / accumulation  # micro-batches have as many targets each: the shares add up to the mean
     scaler.scale(loss).backward()
     return loss.detach()
 
@@ -279,9 +280,9 @@ class Progress:
     iter_num: int = 0
     best_val_loss: float = math.inf
     tokens_seen: int = 0
-    bad_steps: int = 0  # skipped updates, in all
+    bad_steps: int = 0  # skipped updates, in total
     bad_in_row: int = 0
-    resumed: int = 0  # how often
+    resumed: int = 0  # how many times
     eval_seconds: float = 0.0  # of the last evaluation
 
 
@@ -302,9 +303,9 @@ class Run:
     files: checkpoint.RunFiles
     scaler: torch.amp.GradScaler = None
     memory: dict = None  # the estimate, in bytes
-    # how far it is
+    # how far it has come
     progress: Progress = dataclasses.field(default_factory=Progress)
-    started: float = None  # set_up's start, less the time of earlier sessions
+    started: float = None  # set_up's start, minus the time of earlier sessions
     first_iter: int = 0  # where this process began
     evaluated_iter: int = -1  # of the last evaluation
     losses: dict = None  # of that evaluation
@@ -335,7 +336,7 @@ def train(run):
     accumulation = cfg.gradient_accumulation_steps
     batches = micro_batches(run.train_data, at.iter_num * accumulation, cfg, machine.device)
     step_loss = torch.zeros((), device=machine.device)
-    gc.disable()  # collecting would halt the loop; evaluate() collects
+    gc.disable()  # a collection would stall the loop; evaluate() collects
     clock.restart()
 
     while True:
@@ -480,7 +481,7 @@ def train_until_it_fits(run):
                 checkpoint.save_checkpoint(run)
             return
         except UserError:
-            raise  # its text may name memory, which would mean: try again
+            raise  # out_of_memory could misread its text
         except Exception as e:
             if not out_of_memory(e):
                 raise
@@ -495,7 +496,7 @@ def train_until_it_fits(run):
 
 
 def model_config(cfg, fields):
-    """Returns the GPTConfig of the keys; fields, a dict, has what no key sets."""
+    """Returns the GPTConfig of the keys; fields, a dict, fills in the rest."""
     keys = {name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__ if hasattr(cfg, name)}
     config = GPTConfig(**fields | keys)
     fit.check_size(config)
@@ -503,7 +504,7 @@ def model_config(cfg, fields):
 
 
 def prepare_model(model, cfg, machine):
-    """Moves the model to the device; sets FP8, loss_chunks, 16-bit weights and torch.compile by the keys."""
+    """Moves the model to the device, and applies matmul, loss_chunks, dtype and compile."""
     model.loss_chunks = cfg.loss_chunks
     if cfg.matmul == "fp8":
         use_fp8(model, machine)
@@ -565,7 +566,7 @@ def set_up(cfg, machine):
         resume.warn_of_changes(cfg, machine, state, get_lr, fingerprint)
     elif not cfg.eval_only:
         optim.allocate_moments(optimizers)
-    run.memory = fit.fit_batch_size(model, optimizers, cfg, machine)  # may lower it
+    run.memory = fit.fit_batch_size(model, optimizers, cfg, machine)  # may lower cfg.batch_size
     resume.check_alike(run)  # across processes
     return run
 

@@ -31,7 +31,7 @@ import compare_modded
 from compare_modded import Results, train_as
 
 from configurator import Config, from_command_line, key, run_script
-from model import GATE, GPTConfig, ModernAttention, ModernGPT, rms_norm, rotate
+from model import GATE_WIDTH, GPTConfig, ModernAttention, ModernGPT, rms_norm, rotate
 from sologpt import loss, optim
 from sologpt.errors import UserError
 from train import micro_step, set_learning_rate, update
@@ -147,7 +147,7 @@ class Attention(ModernAttention):
     def __init__(self, config, has_ve, parts):
         super().__init__(config, has_ve and "no_value_embeddings" not in parts)
         self.parts = parts
-        self.gate = nn.Linear(GATE, config.n_head, bias=False)
+        self.gate = nn.Linear(GATE_WIDTH, config.n_head, bias=False)
         nn.init.zeros_(self.gate.weight)
 
     def forward(self, x, first_v, ve, cos, sin, past=None):
@@ -165,7 +165,7 @@ class Attention(ModernAttention):
         q, k, mixed = q.transpose(1, 2), k.transpose(1, 2), mixed.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, mixed, is_causal=True, scale=scale).transpose(1, 2)
         if "gate" in self.parts:
-            y = y * (2 * self.gate(x[..., :GATE]).sigmoid()).unsqueeze(-1)
+            y = y * (2 * self.gate(x[..., :GATE_WIDTH]).sigmoid()).unsqueeze(-1)
         return self.c_proj(y.flatten(2)), first_v
 
 

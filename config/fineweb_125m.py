@@ -2,7 +2,7 @@
 # $ python prepare_fineweb.py
 # $ python train.py config/fineweb_125m.py
 # 5.2B tokens: 10,000 iterations of 524,288.
-# Measured in short runs on an H200 (docs/measuring.md): 476,000 tokens/s, 3 hours in all.
+# Measured in short runs on an H200 (docs/measuring.md): 476,000 tokens/s with batch_size=8, 3 hours in all.
 # Not measured: the final loss, other cards. nanoGPT needs 9,344 ms for one such iteration on an RTX 4070,
 # which is 26 hours in all.
 

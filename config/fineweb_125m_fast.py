@@ -4,8 +4,8 @@
 # $ python prepare_fineweb.py
 # $ python train.py config/fineweb_125m_fast.py
 # 2.6B tokens: 5,000 iterations of 524,288.
-# Measured: nothing at this size yet. By what others have published, a loss of 3.28 on FineWeb takes 1.7B to
-# 2.7B tokens with parts like these, and 5B to 10B with AdamW; the learning rate is theirs, too, translated.
+# Measured: nothing at this size yet. By published results, a loss of 3.28 on FineWeb takes 1.7B to
+# 2.7B tokens with parts like these, and 5B to 10B with AdamW; the learning rate is theirs, too, converted.
 
 out_dir = "out/fineweb_125m_fast"
 dataset = "fineweb"
@@ -20,7 +20,7 @@ log_interval = 10
 
 arch = "modern"
 n_layer = 12
-n_head = 6  # of 128 each
+n_head = 6  # each 128 wide
 n_embd = 768
 bias = False
 dropout = 0.0

@@ -1,6 +1,6 @@
 # Your own text of about 100M tokens (30M to 1B): a model of 8 layers.
 # $ python prepare_fineweb.py --input=FOLDER
-# $ python train.py config/text_100m.py --dataset=NAME  # of FOLDER; the line before has the command
+# $ python train.py config/text_100m.py --dataset=NAME  # prepare_fineweb.py prints this command
 # 524.3M tokens: 4,000 iterations of 131,072, about 5 times the text. Val loss says when that is too
 # often: best.pt keeps the weights of the lowest one.
 # Measured: nothing yet.

@@ -1,6 +1,6 @@
 # Your own text of about 10M tokens (3M to 30M): a model of 6 layers.
 # $ python prepare_fineweb.py --input=FOLDER
-# $ python train.py config/text_10m.py --dataset=NAME  # of FOLDER; the line before has the command
+# $ python train.py config/text_10m.py --dataset=NAME  # prepare_fineweb.py prints this command
 # 98.3M tokens: 6,000 iterations of 16,384, about 10 times the text. Val loss says when that is too
 # often: best.pt keeps the weights of the lowest one.
 # Measured: nothing yet.

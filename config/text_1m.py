@@ -1,6 +1,6 @@
 # Your own text of about 1M tokens (below 3M): a small model with much dropout.
 # $ python prepare_fineweb.py --input=FOLDER
-# $ python train.py config/text_1m.py --dataset=NAME  # of FOLDER; the line before has the command
+# $ python train.py config/text_1m.py --dataset=NAME  # prepare_fineweb.py prints this command
 # 10.2M tokens: 2,500 iterations of 4,096, about 10 times the text. Val loss says when that is too
 # often: best.pt keeps the weights of the lowest one.
 # Measured on tiny Shakespeare by characters, 1.0M of them for training, in fp32, one seed: validation loss

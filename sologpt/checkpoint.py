@@ -155,7 +155,7 @@ def load(path):
     if state["earlier_version"]:
         table = torch.zeros(1, 1).expand_as(state["model"]["transformer.wte.weight"])  # takes no memory
         state["model"] |= {"transformer.wve.weight": table, "smear": torch.zeros(1)}
-        state["model"]["smear_gate"] = torch.zeros(min(12, state["model_args"]["n_embd"]))  # model.py's GATE
+        state["model"]["smear_gate"] = torch.zeros(min(12, state["model_args"]["n_embd"]))  # GATE_WIDTH
     return state
 
 

@@ -122,8 +122,10 @@ def chunked_cross_entropy(x, head, targets, chunks, softcap=None):
     """Returns the mean cross-entropy in nats, an fp32 scalar, of the capped logits head(x) and targets.
 
     x is (N, C) in the dtype of the matmuls, head a Linear without bias, targets int64 (N,), -1 where one does
-    not count. The tokens are processed chunk by chunk, with torch.chunk's sizes. Sums over chunks are fp32.
+    not count. chunks: how many the tokens are processed in, of torch.chunk's sizes; 0: a suitable number.
+    Sums over chunks are fp32.
     """
+    chunks = chunks or suitable_chunks(len(x), len(head.weight))
     weight16 = head.weight16
     if weight16 is not None:
         weight16 = weight16.detach()  # the gradient, in fp32, goes to the weight
