@@ -104,7 +104,7 @@ def main(argv):
     folders, rest = split_arguments(argv)
     cfg = from_command_line(PlotConfig, __doc__, rest)
     if not folders:
-        folders = [os.path.dirname(newest("metrics.jsonl", "name its folder"))]
+        folders = [os.path.dirname(newest(["metrics.jsonl"], "name its folder"))]
         print(f"drawing {folders[0]}", file=sys.stderr)
     drawn = None
     while True:

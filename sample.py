@@ -7,8 +7,8 @@ Write text with a trained model.
 
 Without --out_dir it takes the newest checkpoint, and says which.
 
-The text goes to stdout, each sample followed by a line of dashes; everything else goes to stderr. A single
-sample appears token by token; several are drawn in one batch.
+The text goes to stdout, each sample followed by a line of dashes (not in a conversation); everything else
+goes to stderr. A single sample appears token by token; several are drawn in one batch.
 
 --export writes the model for Hugging Face's transformers; arch="modern" loads with trust_remote_code=True.
 """
@@ -111,15 +111,16 @@ class SampleConfig(Config):
 
 def load(cfg):
     """Returns (model, tokenizer, state) of what init_from names; state is None unless it is a checkpoint."""
-    names = dict(resume="ckpt.pt", best="best.pt")
-    if cfg.init_from not in names:
+    if cfg.init_from not in ("resume", "best"):
         model, tokenizer = load_pretrained(cfg.init_from, cfg.encoding)
         return model, tokenizer, None
     folder = cfg.out_dir
     if not folder:
-        folder = os.path.dirname(newest(names[cfg.init_from], "name its --out_dir="))
+        folder = os.path.dirname(newest(["ckpt.pt", "ckpt_prev.pt", "best.pt"], "name its --out_dir="))
     files = checkpoint.RunFiles(folder)
     if cfg.init_from == "resume":
+        if os.path.exists(files.best) and not files.exist():
+            raise UserError(f"there is no {files.ckpt} yet; --init_from=best takes {files.best}")
         state, reason = files.load_either()
         if reason:
             warn(f"{reason}; taking {files.newest} instead")
@@ -200,17 +201,17 @@ def export(folder, model, tokenizer, state):
     added = ", ".join(state["more_args"])
     if added and model.config.arch == "gpt2":
         print(f"note: transformers' GPT-2 has no {added}: it computes without", file=sys.stderr)
-    huggingface.make_room(folder)
     with torch.device("meta"):  # takes no memory
         unpadded = make_gpt(dataclasses.replace(model.config, vocab_size=model.config.n_ids))
-    huggingface.write_card(folder, state, unpadded.get_num_params(non_embedding=False))
-    model.save_pretrained(folder, tokenizer.eot_token)
-    try:
-        huggingface.write_tokenizer(folder, tokenizer, model.config.block_size)
-    except UserError as e:
-        print(f"the weights are in {folder}, but no tokenizer: {e}", file=sys.stderr)
-    else:
-        print(f"model and tokenizer are in {folder}", file=sys.stderr)
+    done = f"model and tokenizer are in {folder}"
+    with huggingface.replacing_export(folder) as unfinished:
+        huggingface.write_card(unfinished, state, unpadded.get_num_params(non_embedding=False))
+        model.save_pretrained(unfinished, tokenizer.eot_token)
+        try:
+            huggingface.write_tokenizer(unfinished, tokenizer, model.config.block_size)
+        except UserError as e:
+            done = f"the weights are in {folder}, but no tokenizer: {e}"
+    print(done, file=sys.stderr)
     if model.config.arch == "modern":
         print("transformers loads it with trust_remote_code=True", file=sys.stderr)
 
@@ -229,6 +230,7 @@ class Session:
     device: torch.device
     out: TextIO
     options: dict = dataclasses.field(default_factory=dict)  # more arguments of sampling.stream
+    samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -305,9 +307,12 @@ def write_stream(texts, tokenizer):
 
 
 def record(session, sample, prompt, ids):
-    """Writes a sample to the --out file, and counts its tokens."""
+    """Writes a sample to the --out file, the first one in place of earlier samples, and counts its tokens."""
     text = session.tokenizer.decode(ids)
     line = dict(sample=sample, seed=session.cfg.seed, prompt=prompt, text=text, tokens=len(ids))
+    if not session.samples and os.path.isfile(session.cfg.out):
+        session.out.truncate(0)
+    session.samples += 1
     session.out.write(json.dumps(line, ensure_ascii=False) + "\n")
     session.tokens += len(ids)
 
@@ -322,16 +327,18 @@ def write_samples(session, prompt):
     text = session.tokenizer.decode(prompt)
     if session.cfg.num_samples == 1:
         print(text, end="", flush=True)
-        samples = [list(write_stream(draw(session, prompt, 0, 1), session.tokenizer))]
+        ids = list(write_stream(draw(session, prompt, 0, 1), session.tokenizer))
+        session.seconds = time.perf_counter() - start
+        record(session, 0, text, ids)
         print("---------------")
-    else:
-        samples = draw_batch(session, prompt)
+        return
+    samples = draw_batch(session, prompt)
     session.seconds = time.perf_counter() - start
-    for i, ids in enumerate(samples):
-        if len(samples) > 1:
-            print(session.tokenizer.decode(prompt + ids))
-            print("---------------", flush=True)
+    for i, ids in enumerate(samples):  # before they are printed: `head` may end that
         record(session, i, text, ids)
+    for ids in samples:
+        print(session.tokenizer.decode(prompt + ids))
+        print("---------------", flush=True)
 
 
 def draw_batch(session, prompt):
@@ -355,7 +362,9 @@ def converse(session, history):
     room = max(block_size - max_new_tokens, block_size // 2)  # older tokens are forgotten, for speed
     print("this is a base model: it continues your text, and does not answer", file=sys.stderr)
     print("Enter alone writes more; Ctrl-C interrupts, Ctrl-D ends", file=sys.stderr)
-    sign = "> " if sys.stdin.isatty() else ""
+    sign = ""
+    if sys.stdin.isatty() and sys.stdout.isatty():  # input() writes it to stdout
+        sign = "> "
     for turn in itertools.count():
         try:
             line = input(sign)
@@ -415,13 +424,13 @@ def prompt_ids(cfg, tokenizer):
 
 
 def open_output(path):
-    """Returns the --out file, empty, open for writing line by line. Raises UserError if another kind of file
-    is there: out_dir is easily mistyped."""
+    """Returns the --out file, open for appending line by line: what is there stays until the first sample.
+    Raises UserError if that is not of samples: out_dir is easily mistyped."""
     if os.path.isfile(path) and os.path.getsize(path):
         with open(path, "rb") as f:
             if not f.read(16).startswith(b'{"sample": '):
                 raise UserError(f"--out={path} is a file already, and not of samples; name another one")
-    return open(path or os.devnull, "w", encoding="utf-8", buffering=1)
+    return open(path or os.devnull, "a", encoding="utf-8", buffering=1)
 
 
 def main(argv):

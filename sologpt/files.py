@@ -83,15 +83,17 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def newest(name, hint):
-    """Returns the path of the youngest file of that name where configs put their runs: out/, out-mine/ or
-    out/mine/. Raises FileNotFoundError if there is none."""
-    found = [*glob.glob(f"out*/{name}"), *glob.glob(f"out*/*/{name}")]
+def newest(names, hint):
+    """Returns the path of the youngest file of one of the names where configs put their runs: out/, out-mine/
+    or out/mine/. Raises FileNotFoundError if there is none."""
+    paths = []
+    for name in names:
+        paths += [*glob.glob(f"out*/{name}"), *glob.glob(f"out*/*/{name}")]
     # runs that a later one has moved aside
-    found = [path for path in found if not re.fullmatch(r"earlier-\d+", path.split(os.sep)[-2])]
-    if not found:
-        raise FileNotFoundError(f"no {name} in out*/ or out*/*/: train a model, or {hint}")
-    return max(found, key=os.path.getmtime)
+    paths = [path for path in paths if not re.fullmatch(r"earlier-\d+", path.split(os.sep)[-2])]
+    if not paths:
+        raise FileNotFoundError(f"no {names[0]} in out*/ or out*/*/: train a model, or {hint}")
+    return max(paths, key=os.path.getmtime)
 
 
 def make_folder(folder):

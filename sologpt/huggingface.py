@@ -6,6 +6,7 @@ GPT.from_pretrained and GPT.save_pretrained (model.py) read and write them; samp
 tokenizer and the card. Needs safetensors, and huggingface_hub for OpenAI's models: pip install '.[hf]'.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -14,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 
 import torch
 
@@ -237,23 +239,35 @@ def read_json(path):
 
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md")
 WRITTEN += ("tokenizer.json", "tokenizer_config.json", "meta.json", remote_code.FILE)
+UNFINISHED = "unfinished"
 METADATA = dict(format="pt", writer="soloGPT")  # of the weights' file
 
 
-def make_room(folder):
-    """Makes a folder ready for an export: new, or without what an earlier export has written. Raises
-    UserError if it has files that no export of ours writes, or is somebody else's model, or if safetensors,
-    which writes the weights, is not installed."""
+@contextlib.contextmanager
+def replacing_export(folder):
+    """Yields a folder in `folder` to write an export into. Then its files take the place of an earlier
+    export's; after an error or Ctrl-C that one stays. Raises UserError if there are files that no export of
+    ours writes, or somebody else's model, or if safetensors, which writes the weights, is not installed."""
     require("safetensors.torch")
     make_folder(folder)
-    names = sorted(os.listdir(folder))
-    others = [name for name in names if name not in WRITTEN]
-    if names and not is_export(folder):
-        others = others or names
+    unfinished = os.path.join(folder, UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    earlier = sorted(os.listdir(folder))
+    others = [name for name in earlier if name not in WRITTEN]
+    if earlier and not is_export(folder):
+        others = others or earlier
     if others:
         raise UserError(f"{folder} holds {others[0]}, not written by an export; choose a new or empty folder")
-    for name in names:
-        os.remove(os.path.join(folder, name))
+    os.mkdir(unfinished)
+    try:
+        yield unfinished
+        written = os.listdir(unfinished)
+        for name in written:
+            os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
+        for name in set(earlier) - set(written):
+            os.remove(os.path.join(folder, name))
+    finally:
+        shutil.rmtree(unfinished)
 
 
 def is_export(folder):
@@ -319,12 +333,16 @@ def named_tensors(model):
 
 
 def write_files(folder, config, tokens, weights):
-    """Writes config.json, generation_config.json and model.safetensors."""
+    """Writes config.json, generation_config.json and model.safetensors. Raises OSError if it cannot."""
     save_file = require("safetensors.torch").save_file
     make_folder(folder)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", tokens)
-    save_file(weights, os.path.join(folder, "model.safetensors"), metadata=METADATA)
+    path = os.path.join(folder, "model.safetensors")
+    try:
+        save_file(weights, path, metadata=METADATA)
+    except require("safetensors").SafetensorError as e:
+        raise OSError(f"{path} could not be written: {e}") from None
 
 
 def byte_alphabet():
@@ -412,6 +430,9 @@ def write_tokenizer(folder, tokenizer, block_size):
     content = tokenizer_json(tokenizer)
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size)
     settings["clean_up_tokenization_spaces"] = False
+    # transformers 4 adds token_type_ids if it is not told, and a GPT-2 then adds the embeddings of those ids
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    settings["padding_side"] = "left"  # generate() goes on from the last position
     if tokenizer.eot_token is not None:
         settings |= dict(bos_token=EOT, eos_token=EOT)
     write_json(folder, "tokenizer.json", content)

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import huggingface_hub
 import pytest
 import tiktoken
 import torch
+from conftest import ENV, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -149,8 +151,23 @@ def test_an_earlier_export_stays_if_a_new_one_cannot_be_written(tmp_path, monkey
     (tmp_path / "README.md").write_text("trained with soloGPT")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match="safetensors, which Hugging Face's format needs, is not installed"):
-        huggingface.make_room(tmp_path)
+        with huggingface.replacing_export(tmp_path):
+            pass
     assert (tmp_path / "README.md").exists()
+
+
+def test_an_earlier_export_stays_if_the_disk_is_full(trained, tmp_path):
+    trained("sample.py", "--export=hf", "--device=cpu")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    command = f"ulimit -f 8; exec {sys.executable} {ROOT / 'sample.py'} --export=hf --device=cpu"  # 8 KB
+    for _ in range(2):
+        outcome = subprocess.run(command, shell=True, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        assert outcome.returncode == 1 and outcome.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in outcome.stderr
+        assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    (tmp_path / "hf/unfinished").mkdir()  # of an export that was killed
+    trained("sample.py", "--export=hf", "--device=cpu", "--init_from=best")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == set(before)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +305,14 @@ def test_a_checkpoint_is_exported_and_loads_without_our_code(run, byte_data, tin
     prompt = tokenizer("pack my", return_tensors="pt")
     text = tokenizer.decode(loaded.generate(**prompt, max_new_tokens=9)[0])
     assert text == "pack my box with"
+    # in a batch the shorter ones are padded on the left
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(["my", "pack my"], padding=True, return_tensors="pt")
+    for continued in tokenizer.decode(loaded.generate(**batch, max_new_tokens=9)):
+        assert continued.endswith("my box with")
+    # transformers 4 would add token_type_ids, which are embeddings to a GPT-2
+    written = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
     argv = ["--init_from=hf", "--temperature=0", "--num_samples=1", "--max_new_tokens=9", "--start=pack my"]
     assert run("sample.py", *argv).stdout == text + "\n---------------\n"
     card = (tmp_path / "hf/README.md").read_text()

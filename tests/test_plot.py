@@ -476,7 +476,7 @@ def test_the_newest_run_is_drawn_into_its_folder(run, tmp_path, monkeypatch):
         write(tmp_path / name, falling(20))
         os.utime(tmp_path / name / "metrics.jsonl", (10**9 - age, 10**9 - age))
     monkeypatch.chdir(tmp_path)
-    assert newest("metrics.jsonl", "") == os.path.join("out", "a", "metrics.jsonl")
+    assert newest(["metrics.jsonl"], "") == os.path.join("out", "a", "metrics.jsonl")
     done = run("plot.py")
     assert done.stderr == f"drawing {os.path.join('out', 'a')}\n"
     assert (

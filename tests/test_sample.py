@@ -4,14 +4,17 @@ Run: pytest tests/test_sample.py
 """
 
 import json
+import math
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
+from conftest import ENV, ROOT
 from test_model import without_a_cache
 
 import sample
@@ -242,6 +245,28 @@ def test_out_replaces_samples_and_nothing_else(trained, tmp_path):
         assert json.loads(line)["prompt"] == "a"
 
 
+def test_earlier_samples_stay_until_there_is_a_new_one(trained, tmp_path):
+    argv = ["sample.py", *GREEDY, "--start=a", "--max_new_tokens=4", "--out=o"]
+    trained(*argv)
+    samples = (tmp_path / "o").read_text()
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["model"]["transformer.wte.weight"].fill_(math.nan)
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    assert trained(*argv, status=1).stderr.count("error: ") == 1
+    assert samples and (tmp_path / "o").read_text() == samples
+
+
+def test_all_samples_are_recorded_even_if_nobody_reads_them(trained, tmp_path):
+    argv = ["--device=cpu", "--num_samples=3", "--max_new_tokens=4", f"--out_dir={tmp_path / 'out'}"]
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does when it has had enough
+    command = [sys.executable, "sample.py", *argv, f"--out={tmp_path / 'o'}"]
+    outcome = subprocess.run(command, cwd=ROOT, env=ENV, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert outcome.returncode == 1 and "Traceback" not in outcome.stderr
+    assert len((tmp_path / "o").read_text().splitlines()) == 3
+
+
 def test_a_character_that_the_model_never_saw_is_named(trained, tmp_path):
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     state["tokenizer"] = dict(encoding="characters", vocab_size=2, eot_token=None, itos={0: "a", 1: "b"})
@@ -301,10 +326,24 @@ def test_without_out_dir_it_takes_the_newest_run(trained, tmp_path):
     shutil.copytree(tmp_path / "out", tmp_path / "out-new")
     shutil.copytree(tmp_path / "out-new", tmp_path / "out/sub")
     for age, folder in enumerate(("out-new", "out/sub", "out")):
-        os.utime(tmp_path / folder / "ckpt.pt", (10**9 - age, 10**9 - age))
+        for path in (tmp_path / folder).glob("*.pt"):
+            os.utime(path, (10**9 - age, 10**9 - age))
     short = ["--num_samples=1", "--max_new_tokens=1"]
     assert trained("sample.py", *short).stderr.startswith("out-new/ckpt.pt: iteration 150")
-    (tmp_path / "out-new/ckpt.pt").unlink()
+    # an older run whose best.pt is younger than that of the newest run, which was resumed
+    os.utime(tmp_path / "out-new/best.pt", (10**9 - 9, 10**9 - 9))
+    assert trained("sample.py", *short, "--init_from=best").stderr.startswith(
+        "out-new/best.pt: iteration 150"
+    )
+    (tmp_path / "out-new/best.pt").unlink()
+    error = trained("sample.py", *short, "--init_from=best", status=1).stderr
+    assert error.startswith("error: there is no out-new/best.pt: ")
+    # a run that has saved nothing but its best weights so far
+    (tmp_path / "out-new/ckpt.pt").rename(tmp_path / "out-new/best.pt")
+    (tmp_path / "out-new/ckpt_prev.pt").unlink(missing_ok=True)
+    error = trained("sample.py", *short, status=1).stderr
+    assert error == "error: there is no out-new/ckpt.pt yet; --init_from=best takes out-new/best.pt\n"
+    (tmp_path / "out-new/best.pt").unlink()
     assert trained("sample.py", *short).stderr.startswith("out/sub/ckpt.pt: iteration 150")
     (tmp_path / "out/sub").rename(tmp_path / "out/earlier-1")  # moved aside by the run in out
     assert trained("sample.py", *short).stderr.startswith("out/ckpt.pt: iteration 150")
