@@ -503,7 +503,12 @@ def what_can_be_trained(cfg, argv, tell):
         best.keys["beta2"] = budget.BETA2
     with tempfile.TemporaryDirectory() as scratch:
         dataset = folder or random_dataset(scratch, cfg.block_size, tokenizer)
-        trial = run_trial(argv, best, dataset, scratch)
+        try:
+            trial = run_trial(argv, best, dataset, scratch)
+        except UserError:
+            print(f"in {cfg.hours:g} hours, by the sum of their parts, as the trial failed:")
+            print("\n".join(budget.table(plans, best, train_tokens)))
+            raise
     if trial:
         as_tried = budget.as_tried(best, trial, seconds)
         plans[plans.index(best)] = as_tried

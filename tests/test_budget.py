@@ -141,6 +141,19 @@ def test_a_trial_that_the_system_kills_says_so(tmp_path, monkeypatch):
         bench.run_trial([], plan, "data/toy", str(tmp_path))
 
 
+def test_what_was_measured_is_printed_though_the_trial_fails(tmp_path, monkeypatch, capsys):
+    killed = subprocess.CompletedProcess([], 1, stdout="", stderr="error: no space left")
+    monkeypatch.setattr("subprocess.run", lambda *args, **options: killed)
+    monkeypatch.setattr("bench.measure_around_optimum", lambda *args: ({64: FAST, 128: FAST}, [64, 128]))
+    cfg = configure(bench.BenchConfig, ["--hours=300", "--device=cpu"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train.py ended with exit status 1: no space left"):
+        bench.what_can_be_trained(cfg, [], print)
+    out = capsys.readouterr().out
+    assert "in 300 hours, by the sum of their parts, as the trial failed:\n" in out
+    assert out.count("nearest to 20 tokens per parameter") == 1
+
+
 def test_the_command_for_the_recommended_recipe_is_one_that_train_takes():
     cfg = configure(TrainConfig, [str(ROOT / "config/fineweb_125m_fast.py")])
     plan = budget.plan(SMALL, FAST, 3600, cfg.block_size, cfg.sequences_per_iter, cfg.eval_iters)
