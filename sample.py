@@ -143,7 +143,7 @@ def build(state, path):
     tokenizer = checkpoint_tokenizer(state, path)
     config = GPTConfig(**checkpoint.model_fields(state, path, GPTConfig), n_ids=tokenizer.vocab_size)
     from_nothing = state.get("config", {}).get("init_from") in ("scratch", "auto")
-    if from_nothing and state.get("iter_num") == 0:
+    if not state.get("pretrained", not from_nothing) and state.get("iter_num") == 0:
         raise UserError(f"{path} is of iteration 0, before anything was learned; train on from it first")
     check_size(config)
     model = make_gpt(config)

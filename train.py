@@ -283,6 +283,8 @@ class Progress:
     bad_steps: int = 0  # skipped updates, in total
     bad_in_row: int = 0
     resumed: int = 0  # how many times
+    pretrained: bool = False  # at iteration 0 already
+    other_tokens: int = 0  # seen of other data
     eval_seconds: float = 0.0  # of the last evaluation
 
 
@@ -560,6 +562,7 @@ def set_up(cfg, machine):
     optimizers = optim.make_optimizers(model, cfg, machine.device)
     run = Run(cfg, machine, folder, tokenizer, train_data, val_data, fingerprint, model, optimizers, files)
     run.started = started
+    run.progress.pretrained = pretrained is not None
     run.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if state:
         resume.restore(run, state, data_changed)  # weights, moments, progress

@@ -44,7 +44,8 @@ WRONG += [
     torch.ones(1),
 ]
 # parts that say what a run was like, and do not decide how it goes on: numbers of the right type
-FREE = {"config", "best_val_loss", "tokens_seen", "seconds", "bad_steps", "bad_in_row", "iter_num"}
+FREE = {"config", "best_val_loss", "tokens_seen", "other_tokens", "pretrained", "seconds", "bad_steps"}
+FREE |= {"bad_in_row", "iter_num"}
 
 
 def places(state, path=()):

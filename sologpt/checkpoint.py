@@ -52,9 +52,13 @@ TYPES = dict(
     bad_in_row=int,
     resumed=int,
     eval_seconds=NUMBER,
+    pretrained=bool,
+    other_tokens=int,
     shifting=bool,
     steps=list,
 )
+# those that are never negative
+COUNTS = "iter_num tokens_seen other_tokens seconds bad_steps bad_in_row resumed eval_seconds".split()
 # and of its model_args: the fields of GPTConfig that nanoGPT has too
 MODEL_ARGS = dict(
     n_layer=int, n_head=int, n_embd=int, block_size=int, bias=bool, vocab_size=int, dropout=NUMBER
@@ -183,7 +187,7 @@ def check_types(state, path):
     for name, text in state.get("data", {}).items():
         if type(name) is not str or type(text) is not str:
             raise UserError(f"{path} is damaged: its data holds {name!r}, which is not a named text")
-    for name in ("iter_num", "tokens_seen", "seconds", "bad_steps", "bad_in_row", "resumed", "eval_seconds"):
+    for name in COUNTS:
         if not 0 <= state.get(name, 0) < math.inf:
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
     for name in state.get("more_args", {}):
@@ -422,8 +426,9 @@ def set_rng(rng, device):
 class RunFiles:
     """The files in out_dir that hold a run's state.
 
-    ckpt.pt, ckpt_prev.pt (the state before it), best.pt, and before_cooldown.pt (a state to branch from).
-    saved_iter is the iteration that ckpt.pt holds; None unless it is whole and of this run.
+    ckpt.pt, ckpt_prev.pt (the state before it), best.pt, best_before.pt (what that was before its losses were
+    no longer comparable), and before_cooldown.pt (a state to branch from). saved_iter is the iteration that
+    ckpt.pt holds; None unless it is whole and of this run.
     """
 
     def __init__(self, out_dir):
@@ -431,10 +436,12 @@ class RunFiles:
         self.ckpt = os.path.join(out_dir, "ckpt.pt")
         self.previous = os.path.join(out_dir, "ckpt_prev.pt")
         self.best = os.path.join(out_dir, "best.pt")
+        self.best_before = os.path.join(out_dir, "best_before.pt")
         self.before_cooldown = os.path.join(out_dir, "before_cooldown.pt")
         self.metrics = os.path.join(out_dir, "metrics.jsonl")
         self.saved_iter = None
         self.newest = None  # path of the newest whole state of this run
+        self.best_anew = False  # whether the next best.pt does not compare to the one that is there
         self.saved_text = "nothing of this run is saved yet"  # what the newest state is, in words
 
     def exist(self):
@@ -479,19 +486,23 @@ class RunFiles:
         self.saved_text = f"{self.ckpt} holds iteration {self.saved_iter}"
         return True
 
-    def write(self, path, state, previous=None):
+    def write(self, path, state, previous=None, make_room=True):
         """Writes a state to path. Returns whether that was possible; if not, for example on a full disk, it
-        warns, and the file that was there stays: the run can continue and try again. Of several processes the
-        first one writes."""
+        warns, and the file that was there stays: the run can continue and try again. make_room: whether
+        previous may be deleted for it. Of several processes the first one writes."""
         if parallel.rank():
             return True
         try:
+            if not os.path.isdir(self.out_dir):
+                warn(f"{self.out_dir} is no longer there; it is made anew")
+                os.makedirs(self.out_dir)
             save(path, state, previous)
         except OSError as e:
-            if e.errno in NO_ROOM and previous and os.path.exists(previous):
+            two = previous and os.path.exists(previous) and os.path.exists(path)
+            if make_room and e.errno in NO_ROOM and two:
                 warn(f"deleting {previous} to save iteration {state['iter_num']}: {e.strerror}")
                 remove(previous)  # ckpt.pt is whole, and a new state is worth more than a second old one
-                return self.write(path, state, previous)
+                return self.write(path, state, previous, make_room=False)
             reason = f"cannot write {path}: {e.strerror or e}"
             warn(f"cannot save iteration {state['iter_num']}: {reason}; {self.saved_text}")
             return False
@@ -509,7 +520,8 @@ class RunFiles:
     def all(self):
         """Returns the paths of a run's files, ckpt.pt last: while it is there, a run can be resumed."""
         drawn = [os.path.join(self.out_dir, name) for name in ("run.html", "run.png", "tensorboard")]
-        return [*drawn, self.metrics, self.best, self.before_cooldown, self.previous, self.ckpt]
+        best = [self.best_before, self.best]
+        return [*drawn, self.metrics, *best, self.before_cooldown, self.previous, self.ckpt]
 
     def set_aside(self):
         """Moves the files of an earlier run to earlier-1/, earlier-2/, ... in out_dir. Returns that folder,
@@ -540,10 +552,14 @@ def save_checkpoint(run):
 def save_best(run, val_loss):
     """Writes best.pt, but not of random weights, unless they are all that a run is to have. Returns False if
     it could not be written."""
-    from_nothing = run.cfg.init_from in ("scratch", "auto")
-    if from_nothing and run.progress.iter_num == 0 and run.cfg.max_iters > 0:
+    at, files = run.progress, run.files
+    if not at.pretrained and at.iter_num == 0 and run.cfg.max_iters > 0:
         return True
-    return run.files.write(run.files.best, weights_state(run) | dict(best_val_loss=val_loss))
+    previous = files.best_before if files.best_anew else None
+    written = files.write(files.best, weights_state(run) | dict(best_val_loss=val_loss), previous)
+    if written:
+        files.best_anew = False
+    return written
 
 
 def save_before_cooldown(run):

@@ -22,7 +22,8 @@ except ImportError:  # Windows
 def atomic_file(path, previous=None):
     """Opens a temporary file to write bytes to; on success it is synced and renamed to path, else removed.
 
-    What was at path becomes previous, if that is given: at every moment one of the two is there, and whole.
+    What was at path becomes previous, if that is given: at every moment one of the two is there, and whole;
+    where there are hard links, path always is.
     """
     partial = temporary_name(path)
     try:
@@ -51,9 +52,23 @@ def sync_and_rename(f, path, previous=None):
     os.fsync(f.fileno())
     f.close()
     if previous and os.path.exists(path):
-        os.replace(path, previous)
+        keep_as(path, previous)
     os.replace(f.name, path)
     sync_folder(os.path.dirname(path) or ".")
+
+
+def keep_as(path, previous):
+    """Gives the file at path the name previous, too, or only that one where there are no hard links."""
+    second_name = temporary_name(previous)
+    try:
+        os.link(path, second_name)
+    except OSError:
+        os.replace(path, previous)
+        return
+    try:
+        os.replace(second_name, previous)
+    finally:
+        remove(second_name)  # still there if previous is that very file already
 
 
 def sync_folder(folder):

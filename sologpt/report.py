@@ -131,7 +131,7 @@ def whole_run(cfg, at, windows):
     if at.tokens_seen:
         text = f"{at.tokens_seen:,} + {text}"
     tokens = at.tokens_seen + (cfg.max_iters - at.iter_num) * cfg.tokens_per_iter
-    text += f" = {tokens:,} tokens, {tokens / cfg.block_size / windows:.3g} epochs"
+    text += f" = {tokens:,} tokens, {epochs_of(at, tokens, cfg, windows)}"
     # with a longer warmup there is nothing constant, as notes() says
     if cfg.decay_lr and cfg.schedule == "wsd" and cfg.warmup_iters <= cfg.cooldown_start:
         constant = cfg.cooldown_start - cfg.warmup_iters
@@ -140,6 +140,14 @@ def whole_run(cfg, at, windows):
             f"; {cfg.warmup_iters:,} iterations of warmup, {constant:,} constant, {cooldown:,} of cooldown"
         )
     return text
+
+
+def epochs_of(at, tokens, cfg, windows):
+    """Returns how many epochs of that many windows so many tokens are, as text; those of other data, which
+    Progress at knows, do not count."""
+    epochs = (tokens - at.other_tokens) / cfg.block_size / windows
+    since = " since the data changed" if at.other_tokens else ""
+    return f"{epochs:.3g} epochs{since}"
 
 
 def data_notes(run):
@@ -153,7 +161,9 @@ def data_notes(run):
             found.append(f"{split} has only {len(windows):,} windows; all of them are evaluated")
     if cfg.eval_only:
         return found
-    epochs = cfg.max_iters * cfg.sequences_per_iter / len(run.train_data)
+    at = run.progress
+    tokens = at.tokens_seen - at.other_tokens + (cfg.max_iters - at.iter_num) * cfg.tokens_per_iter
+    epochs = tokens / cfg.block_size / len(run.train_data)
     if epochs > 20 and cfg.dropout == 0 and not cfg.max_minutes:
         found.append(
             f"{epochs:,.0f} epochs without dropout will memorise the text; watch the val loss, and try "
@@ -270,13 +280,13 @@ def sum_up(run):
 def final_lines(run, figures):
     """Returns the lines of a summary."""
     cfg, tokens = run.cfg, figures["tokens"]
-    epochs = tokens / cfg.block_size / len(run.train_data)
+    epochs = epochs_of(run.progress, tokens, cfg, len(run.train_data))
     last = f"val loss {figures['val_loss']:.4f}, train loss {figures['train_loss']:.4f}"
     if figures["val_bpb"]:
         last += f", {figures['val_bpb']:.4f} bits/byte"
     lines = [
         f"model: {parameters(run.model)}, arch={cfg.arch}, optimizer={cfg.optimizer}",
-        f"data: {run.folder}, {epochs:.3g} epochs",
+        f"data: {run.folder}, {epochs}",
         f"at the end: {last}",
     ]
     if figures["tokens_per_s"]:
@@ -291,6 +301,8 @@ def final_lines(run, figures):
     by_the_clock = cfg.max_minutes > 0
     if cfg.keep_before_cooldown and not by_the_clock and not os.path.exists(run.files.before_cooldown):
         lines.append(f"missing: {run.files.before_cooldown} could not be saved, or this run began after it")
+    if not run.progress.iter_num and cfg.max_iters:
+        lines.append(f"trouble: max_minutes={cfg.max_minutes:g} were over before the first iteration")
     if figures["bad_steps"] or figures["resumed"]:
         lines.append(f"trouble: updates skipped: {figures['bad_steps']}, times resumed: {figures['resumed']}")
     return lines

@@ -138,6 +138,9 @@ def check_alike(run):
         raise UserError("the processes differ in command, data or out_dir; start all with the same ones")
 
 
+FROM_NOTHING = ("scratch", "auto")
+
+
 def restore(run, state, data_changed):
     """Loads all of a state into a new Run of train.py. Its best loss is kept if later ones compare to it."""
     path = run.files.newest
@@ -149,60 +152,84 @@ def restore(run, state, data_changed):
     restore_scaler_and_rng(run, state, path)
     run.train_data.shifting = state.get("shifting", "data" not in state)  # nanoGPT's has no order to keep
     at.iter_num = run.first_iter = iter_num
-    at.best_val_loss = lowest_loss(run.files.best, state)
+    at.best_val_loss, best_note = lowest_loss(run.files.best, state)
     at.tokens_seen = state.get("tokens_seen", iter_num * settings_before(run.cfg, state).tokens_per_iter)
+    at.other_tokens = state.get("other_tokens", 0)
+    if data_changed:
+        at.other_tokens = at.tokens_seen
+    at.pretrained = state.get("pretrained", state.get("config", {}).get("init_from") not in FROM_NOTHING)
     at.bad_steps = state.get("bad_steps", 0)
     at.bad_in_row = state.get("bad_in_row", 0)
     at.resumed = state.get("resumed", 0) + 1
     at.eval_seconds = float(state.get("eval_seconds", 0.0))
     run.started -= state.get("seconds", 0.0)
     print(f"resuming from {path} at iteration {iter_num}, best val loss {at.best_val_loss:.4f}")
+    if reason := other_evaluations(run, state, data_changed):
+        at.best_val_loss = math.inf
+        best_note = f"{reason}: the best val loss, and best.pt, start anew"
+    if run.cfg.eval_only:
+        return
+    if math.isinf(at.best_val_loss) and checkpoint.summary(run.files.best):
+        run.files.best_anew = True
+        best_note += f"; the one that is there becomes {run.files.best_before}"
+    for note in [best_note, *notes_on_the_end(run, state)]:
+        if note:
+            print(f"note: {note}")
+
+
+def notes_on_the_end(run, state):
+    """Returns notes if a resumed Run of train.py has nothing left to do, or nothing constant to keep."""
+    cfg = run.cfg
+    notes = []
     absent = not os.path.exists(run.files.before_cooldown)
-    if run.cfg.keep_before_cooldown and absent and iter_num > run.cfg.cooldown_start:
-        print(f"note: no {run.files.before_cooldown}: this run is past iteration {run.cfg.cooldown_start}")
-    if iter_num == run.cfg.max_iters:
-        print(f"note: that is all of max_iters={iter_num}; to train on, raise --max_iters (docs/recipe.md)")
+    if cfg.keep_before_cooldown and absent and state["iter_num"] > cfg.cooldown_start:
+        notes.append(f"no {run.files.before_cooldown}: this run is past iteration {cfg.cooldown_start}")
+    if state["iter_num"] == cfg.max_iters:
+        notes.append(
+            f"that is all of max_iters={cfg.max_iters}; to train on, raise --max_iters (docs/recipe.md)"
+        )
     seconds = state.get("seconds", 0.0)
-    if share_of(run.cfg, seconds) == 1:
-        used = f"this run has taken {seconds / 60:.1f} minutes, all of max_minutes={run.cfg.max_minutes:g}"
-        print(f"note: {used}; to train on, raise --max_minutes")
+    if share_of(cfg, seconds) == 1:
+        used = f"this run has taken {seconds / 60:.1f} minutes, all of max_minutes={cfg.max_minutes:g}"
+        notes.append(f"{used}; to train on, raise --max_minutes")
+    return notes
+
+
+def other_evaluations(run, state, data_changed):
+    """Returns why the validation losses of a state do not compare to those of a Run of train.py that resumes
+    from it, or None if they do."""
     saved = state.get("config", {})
-    reason = None
     if data_changed:
-        reason = "the data has changed"
-    elif "data" not in state:
-        reason = "nanoGPT evaluates random batches"
+        return "the data has changed"
+    if "data" not in state:
         trained_on = os.path.basename(os.path.normpath(str(saved.get("dataset", run.folder))))
         if trained_on != os.path.basename(os.path.normpath(run.folder)):
-            warn(f"{path} was trained on {trained_on}, from here on it is {run.folder}")
-    elif saved.get("eval_iters", run.cfg.eval_iters) != run.cfg.eval_iters:
-        reason = "eval_iters has changed"
-    if reason:
-        at.best_val_loss = math.inf
-        print(f"{reason}: the best val loss, and best.pt, start anew")
+            warn(f"{run.files.newest} was trained on {trained_on}, from here on it is {run.folder}")
+        return "nanoGPT evaluates random batches"
+    if saved.get("eval_iters", run.cfg.eval_iters) != run.cfg.eval_iters:
+        return "eval_iters has changed"
+    return None
 
 
 def lowest_loss(best, state):
-    """Returns the lowest validation loss that a state or best.pt, at this path, knows of: a killed run may
-    have saved best.pt later than the state. Infinite if that run had other data or another eval_iters, or if
-    best.pt cannot be read."""
+    """Returns the lowest validation loss that a state or best.pt, at this path, knows of, and what is to be
+    said: a killed run may have saved best.pt later than the state. Infinite if that run had other data or
+    another eval_iters, or if best.pt cannot be read."""
     loss = float(state["best_val_loss"])
     newest_best = checkpoint.summary(best)
     if newest_best is None and os.path.exists(best):
-        print(f"note: {best} cannot be read; the next evaluation writes it anew")
-        return math.inf
+        return math.inf, f"{best} cannot be read; the next evaluation writes it anew"
     if newest_best is None:  # as where only ckpt.pt was copied, or before there was one
-        return math.nextafter(loss, math.inf)  # so that the same weights, evaluated again, are written
+        return math.nextafter(loss, math.inf), ""  # so that the same weights, evaluated again, are written
     eval_iters = newest_best["config"].get("eval_iters")
     other_data = data_changes(state, newest_best.get("data", state.get("data", {})))
     if other_data or eval_iters != state.get("config", {}).get("eval_iters"):
-        print(f"note: {best} is of other data or another eval_iters; it starts anew")
-        return math.inf
+        return math.inf, f"{best} is of other data or another eval_iters; it starts anew"
     best_iter, best_loss = newest_best["iter_num"], newest_best["best_val_loss"]
     if best_iter <= state["iter_num"] or not best_loss < loss:
-        return loss
-    print(f"note: {best}, of iteration {best_iter} and val loss {best_loss:.4f}, is kept until a lower one")
-    return math.nextafter(best_loss, math.inf)  # the same evaluation, if reached again, is an improvement
+        return loss, ""
+    kept = f"{best}, of iteration {best_iter} and val loss {best_loss:.4f}, is kept until a lower one"
+    return math.nextafter(best_loss, math.inf), kept  # reached again, the same loss is an improvement
 
 
 def restore_scaler_and_rng(run, state, path):

@@ -98,7 +98,9 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def spell(self, i):
-        return EOT.encode() if i == self.eot_token else bytes([i])
+        if i == self.eot_token:
+            return EOT.encode()
+        return bytes([i]) if i < 256 else "\ufffd".encode()  # a 257th id that is no end of text
 
     def ranks(self):
         """Returns {bytes: id} of all tokens but the end of text."""

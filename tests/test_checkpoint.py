@@ -191,6 +191,42 @@ def test_a_disk_that_fills_while_torch_writes_gives_the_room_of_the_older_state(
     assert checkpoint.load(files.ckpt)["iter_num"] == 15 and checkpoint.load(files.previous)["iter_num"] == 10
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_no_state_is_deleted_if_the_new_one_cannot_be_renamed(tmp_path, monkeypatch, links):
+    """On some file systems a rename needs room, too."""
+    files = checkpoint.RunFiles(str(tmp_path))
+    files.save(state(5))
+    files.save(state(10))
+    replace = os.replace
+
+    def without_room(source, target):
+        if target == files.ckpt:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    def without_links(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "replace", without_room)
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
+    assert not files.save(state(15))
+    assert resumed(tmp_path)[0] == 10
+    monkeypatch.setattr(os, "replace", replace)
+    assert files.save(state(20)) and resumed(tmp_path)[0] == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_prev.pt"]
+    assert checkpoint.load(files.previous)["iter_num"] == 10
+
+
+def test_a_folder_that_is_deleted_during_a_run_is_made_anew(tmp_path, capsys):
+    files = checkpoint.RunFiles(str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    files.save(state(5))
+    shutil.rmtree(tmp_path / "out")
+    assert files.save(state(10)) and resumed(tmp_path / "out")[0] == 10
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'out'} is no longer there; it is made anew\n"
+
+
 def test_a_disk_without_room_is_noticed_before_writing(tmp_path, monkeypatch, capsys):
     files, size = checkpoint.RunFiles(str(tmp_path)), sum(t.nbytes for t in checkpoint.tensors(state(1)))
     disk = dict(free=size)

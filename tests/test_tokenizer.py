@@ -155,6 +155,10 @@ def test_ids_that_an_encoding_leaves_out_are_spelt_as_unknown(monkeypatch):
     assert [tokenizer.spell(i) for i in range(6)] == [b"a", b"b", unknown, unknown, unknown, b"<|endoftext|>"]
 
 
+def test_a_byte_that_is_none_is_spelt_as_unknown():
+    assert ByteTokenizer("bytes", 257, None).decode([97, 256, 98]) == "a\ufffdb"
+
+
 def test_a_new_model_has_rows_for_all_ids_in_a_multiple_of_64():
     assert BPETokenizer("gpt2", 50257, 50256).embedding_rows() == 50304
     assert ByteTokenizer("bytes", 257, 256).embedding_rows() == 320

@@ -445,7 +445,16 @@ def test_finetuning_that_only_makes_a_model_worse_keeps_it_as_the_best(trained, 
     old = weights(tmp_path / "out")
     name = "transformer.h.1.mlp.c_fc.weight"
     assert torch.equal(best["model"][name], old[name])
+    # also if it was stopped before its first evaluation, and goes on by itself
+    trained("train.py", *flags, "--init_from=hf", "--out_dir=auto", "--max_iters=0")
+    (tmp_path / "auto/best.pt").unlink()
+    trained("train.py", *flags, "--init_from=auto", "--out_dir=auto")
+    assert same(weights(tmp_path / "auto", "best.pt"), weights(tmp_path / "tuned", "best.pt"))
     # but random weights are no model to keep
+    trained("train.py", *flags, "--out_dir=random", "--max_iters=0")
+    (tmp_path / "random/best.pt").unlink()
+    trained("train.py", *flags, "--init_from=resume", "--out_dir=random", "--learning_rate=30.0")
+    assert not (tmp_path / "random/best.pt").exists()
     out = trained("train.py", *flags, "--out_dir=anew", "--learning_rate=30.0")
     assert min(float(val) for *_, val in STEP.findall(out.stdout)[1:]) > float(STEP.findall(out.stdout)[0][2])
     error = trained("sample.py", "--out_dir=anew", "--init_from=best", status=1).stderr
@@ -613,7 +622,10 @@ def run_with(fault, argv, cwd, status):
 # where the process kills itself
 KILLS = {
     "while the file is half written": "os.fsync = lambda f: kill('ckpt.pt.*.tmp')",
-    "when ckpt.pt has become ckpt_prev.pt": "os.replace = lambda a, b: (replace(a, b), kill('ckpt_prev.pt'))",
+    "when ckpt.pt is ckpt_prev.pt, too": "os.replace = lambda a, b: (replace(a, b), kill('ckpt_prev.pt'))",
+    "between the names, where there are no hard links": """
+os.link = lambda *paths: os.open("nowhere/x", os.O_RDONLY)
+os.replace = lambda a, b: (replace(a, b), kill('ckpt_prev.pt'))""",
     "when the new ckpt.pt is there": "files.sync_folder = lambda folder: kill('ckpt_prev.pt', 'ckpt.pt')",
 }
 
@@ -633,7 +645,7 @@ def kill(*there):  # in the save of iteration 6, when that of iteration 3 is the
         folder, argv[-1] = tmp_path / moment, f"--out_dir={moment}"
         run_with(fault, [*argv, "--init_from=auto"], tmp_path, status=-signal.SIGKILL)
         names = {path.name for path in folder.iterdir()}
-        between, over = moment.startswith("when ckpt.pt has"), moment.startswith("when the new")
+        between, over = moment.startswith("between"), moment.startswith("when the new")
         partial = [name for name in names if name.startswith("ckpt.pt.")]
         assert ("ckpt.pt" in names, bool(partial)) == (not between, not over)
         second = run("train.py", *argv, "--init_from=auto")
@@ -877,6 +889,34 @@ def test_a_loss_on_other_windows_is_no_best_one(run, byte_data, tiny, tmp_path):
     assert "eval_iters has changed: the best val loss, and best.pt, start anew" in out
     after = torch.load(tmp_path / "out/best.pt", weights_only=True)
     assert before["config"]["eval_iters"] != after["config"]["eval_iters"] == 2
+    assert "start anew; the one that is there becomes out/best_before.pt\n" in out
+    assert same(weights(tmp_path / "out", "best_before.pt"), before["model"])
+    # a lower loss on the same windows takes its place, and an evaluation by itself writes nothing
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.pt")}
+    out = run("train.py", *argv, "--max_iters=5", "--eval_iters=3", "--eval_only=True").stdout
+    assert "anew" not in out and "to train on" not in out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.pt")} == kept
+
+
+def test_epochs_are_counted_from_a_change_of_data_on(run, byte_data, tiny, tmp_path):
+    run("train.py", *tiny, "--max_iters=9", "--eval_interval=9")
+    shutil.copytree(byte_data, tmp_path / "data/other")
+    for shard in (tmp_path / "data/other").glob("*.bin"):
+        shards.write_shard(shard, np.full(1601, 7, dtype=np.uint16))
+    windows = 3 * 100  # of 16 tokens, in three shards
+    argv = [*tiny, "--init_from=resume", "--allow_data_change=True", "--dataset=other"]
+    out = run("train.py", *argv).stdout
+    share = f"{3 * 4 * 2 / windows:.3g} epochs since the data changed"  # 3 iterations of 4 * 2 sequences
+    assert f"1,152 + 3 * 128 = 1,536 tokens, {share}\n" in out
+    assert re.search(rf"^data: +data/other, {share}$", out, re.M)
+    # nor are they forgotten when that run is resumed
+    out = run("train.py", *argv, "--max_iters=15").stdout
+    assert f"1,920 tokens, {6 * 4 * 2 / windows:.3g} epochs since the data changed" in out
+
+
+def test_minutes_that_are_over_before_the_first_iteration_are_pointed_out(run, byte_data, tiny):
+    out = run("train.py", *tiny, "--max_minutes=0.0001").stdout
+    assert re.search(r"^trouble: +max_minutes=0.0001 were over before the first iteration$", out, re.M)
 
 
 def test_a_run_that_has_used_its_minutes_says_so(run, byte_data, tiny):
