@@ -491,13 +491,7 @@ def what_can_be_trained(cfg, argv, tell):
         return budget.Size(**sizes, params=model.get_num_params(), flops_per_token=model.flops_per_token())
 
     measured, widths = measure_around_optimum(cfg, seconds, size_of, tell)
-    plans = []
-    for width in widths:
-        size = size_of(width)
-        speed = measured.get(width) or budget.interpolate(size, [(size_of(w), measured[w]) for w in measured])
-        plans.append(
-            budget.plan(size, speed, seconds, cfg.block_size, cfg.sequences_per_iter, cfg.eval_iters)
-        )
+    plans = make_plans(cfg, seconds, size_of, measured, widths)
     best = budget.nearest_to_optimal(plans)
     if best.tokens // best.iters <= budget.FEW_TOKENS and "beta2" not in cfg.given:
         best.keys["beta2"] = budget.BETA2
@@ -573,6 +567,19 @@ def speed_of(cfg, size, tell):
             )
         batch_size //= 2
     return None
+
+
+def make_plans(cfg, seconds, size_of, measured, widths):
+    """Returns a Plan for each width; measured is {width: Speed} of some."""
+    known = [(size_of(width), speed) for width, speed in measured.items()]
+    plans = []
+    for width in widths:
+        size = size_of(width)
+        speed = measured.get(width) or budget.interpolate(size, known)
+        plans.append(
+            budget.plan(size, speed, seconds, cfg.block_size, cfg.sequences_per_iter, cfg.eval_iters)
+        )
+    return plans
 
 
 def recipe():
