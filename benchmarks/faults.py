@@ -37,9 +37,10 @@ from sologpt import checkpoint, shards
 
 ROOT = Path(__file__).parent.parent
 
-RUN = """--dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16
+EVAL_INTERVAL = 40
+RUN = f"""--dataset=toy --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16
 --batch_size=4 --gradient_accumulation_steps=2 --dropout=0.2 --learning_rate=1e-2 --warmup_iters=5
---lr_decay_iters=200 --max_iters=200 --eval_interval=40 --eval_iters=1 --checkpoint_interval=5
+--lr_decay_iters=200 --max_iters=200 --eval_interval={EVAL_INTERVAL} --eval_iters=1 --checkpoint_interval=5
 --init_from=auto""".split()
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -280,7 +281,8 @@ def file_limits(folder, reference, times, rng):
     lost, size = 0, 0
     for i in range(times):
         out = f"limit{i}"
-        stop = finish(folder, out, f"--max_iters={rng.randrange(6, 150)}")
+        # where the reference is evaluated, too
+        stop = finish(folder, out, f"--max_iters={EVAL_INTERVAL * rng.randrange(1, 4)}")
         size = size or (folder / out / "ckpt.pt").stat().st_size
         limit = rng.randrange(size // 3, size - 1000) if i % 2 else rng.randrange(50_000, size // 3)
         before = (folder / out / "ckpt.pt").read_bytes()
@@ -374,7 +376,7 @@ def read_only(folder, reference, times, rng):
 def damaged(folder, reference, times, rng, damage):
     """Whatever is done to ckpt.pt, the state that is read is its own or that of ckpt_prev.pt; one case in
     twenty is resumed to its end by train.py."""
-    finish(folder, "whole", "--max_iters=150")
+    finish(folder, "whole", f"--max_iters={3 * EVAL_INTERVAL}")
     files = checkpoint.RunFiles(folder / "whole")
     raw, lost, fell_back = Path(files.ckpt).read_bytes(), 0, 0
     both = checkpoint.load(files.ckpt), checkpoint.load(files.previous)
@@ -428,7 +430,7 @@ def changed_data(folder, reference, times, rng):
     lost = 0
     for i in range(times):
         out = f"changed{i}"
-        finish(folder, out, f"--max_iters={rng.randrange(6, 150)}")
+        finish(folder, out, f"--max_iters={EVAL_INTERVAL * rng.randrange(1, 4)}")
         before = (folder / out / "ckpt.pt").read_bytes()
         path = rng.choice(sorted((folder / "data/toy").glob("*.bin")))
         raw = path.read_bytes()

@@ -442,6 +442,7 @@ class RunFiles:
         self.saved_iter = None
         self.newest = None  # path of the newest whole state of this run
         self.best_anew = False  # whether the next best.pt does not compare to the one that is there
+        self.nanogpts = False  # whether ckpt.pt is nanoGPT's, which may be the best of its run
         self.saved_text = "nothing of this run is saved yet"  # what the newest state is, in words
 
     def exist(self):
@@ -477,10 +478,14 @@ class RunFiles:
             raise UserError(f"{reason}; and {e}") from None
 
     def save(self, state):
-        """Writes ckpt.pt; the one before becomes ckpt_prev.pt if whole and of this run. Returns as write."""
+        """Writes ckpt.pt; the one before becomes ckpt_prev.pt if whole and of this run, or, if nanoGPT's,
+        best_before.pt. Returns as write."""
         previous = None if self.saved_iter is None else self.previous
+        if self.nanogpts:
+            previous = self.best_before
         if not self.write(self.ckpt, state, previous):
             return False
+        self.nanogpts = False
         self.newest = self.ckpt
         self.saved_iter = state["iter_num"]
         self.saved_text = f"{self.ckpt} holds iteration {self.saved_iter}"

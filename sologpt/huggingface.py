@@ -70,6 +70,12 @@ def find_folder(name):
         )
     hub = require("huggingface_hub")
     try:
+        earlier = hub.snapshot_download(name, local_files_only=True)  # as nanoGPT has downloaded it
+        if os.path.exists(os.path.join(earlier, "model.safetensors")):
+            return earlier
+    except OSError:  # it is not there
+        pass
+    try:
         return hub.snapshot_download(
             f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]
         )

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sologpt.errors import UserError, out_of_memory
+from sologpt.errors import UserError, first_line, out_of_memory
 from sologpt.stop import Stopped
 
 TIMEOUT = timedelta(minutes=30)  # for a process that does not answer; it may be saving, or compiling
@@ -125,5 +125,8 @@ def combine(tensors, op):
         reduce_op = getattr(dist.ReduceOp, op)
         for work in [dist.all_reduce(tensor, reduce_op, async_op=True) for tensor in tensors]:
             work.wait()
-    except RuntimeError:
-        raise Lost(f"another process has ended, or not answered for {TIMEOUT.seconds} s") from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:
+        text = f"another process has ended, or not answered for {TIMEOUT.seconds} s, or cannot be reached"
+        raise Lost(f"{text}: {first_line(e)}") from None

@@ -303,6 +303,8 @@ def final_lines(run, figures):
         lines.append(f"missing: {run.files.before_cooldown} could not be saved, or this run began after it")
     if not run.progress.iter_num and cfg.max_iters:
         lines.append(f"trouble: max_minutes={cfg.max_minutes:g} were over before the first iteration")
-    if figures["bad_steps"] or figures["resumed"]:
-        lines.append(f"trouble: updates skipped: {figures['bad_steps']}, times resumed: {figures['resumed']}")
+    if figures["bad_steps"]:
+        lines.append(f"trouble: {figures['bad_steps']} updates were not finite, and skipped")
+    if figures["resumed"]:
+        lines.append(f"sessions: {figures['resumed'] + 1}")
     return lines

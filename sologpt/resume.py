@@ -169,8 +169,11 @@ def restore(run, state, data_changed):
         best_note = f"{reason}: the best val loss, and best.pt, start anew"
     if run.cfg.eval_only:
         return
-    if math.isinf(at.best_val_loss) and checkpoint.summary(run.files.best):
-        run.files.best_anew = True
+    run.files.nanogpts = "data" not in state and path == run.files.ckpt
+    run.files.best_anew = math.isinf(at.best_val_loss) and checkpoint.summary(run.files.best) is not None
+    if run.files.nanogpts:
+        best_note += f"; nanoGPT's checkpoint becomes {run.files.best_before}"
+    elif run.files.best_anew:
         best_note += f"; the one that is there becomes {run.files.best_before}"
     for note in [best_note, *notes_on_the_end(run, state)]:
         if note:

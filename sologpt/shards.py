@@ -190,7 +190,9 @@ def read_raw(path):
 def find_data(dataset):
     """Returns the folder of a dataset: data/<dataset>, or dataset as a path. Raises FileNotFoundError."""
     places = [os.path.join("data", dataset), dataset]
-    if dataset.startswith("."):  # ./books is never data/books
+    if dataset.startswith(".."):  # nanoGPT looks in data/.. only
+        places.reverse()
+    elif dataset.startswith("."):  # ./books is never data/books
         places = [dataset]
     for folder in places:
         if dataset and os.path.isdir(folder):
@@ -198,7 +200,7 @@ def find_data(dataset):
     names = [name for name in sorted(os.listdir("data")) if is_data(name)] if os.path.isdir("data") else []
     holds = f"data/ holds {', '.join(names[:5])}; " if names else ""
     raise FileNotFoundError(
-        f"there is no folder {os.path.join('data', dataset)} for dataset={dataset!r}; {holds}write one with "
+        f"there is no folder {' or '.join(places)} for dataset={dataset!r}; {holds}write one with "
         f"python prepare_fineweb.py (FineWeb-Edu) or python prepare_fineweb.py --input=FOLDER (your own text)"
     )
 
@@ -506,5 +508,6 @@ class Windows:
         raise DataError(
             f"{shard.path} has the token id {tokens[row, column]} at position {position:,}, but "
             f"its tokenizer has only the ids below {self.n_ids}: it was made with another one than its "
-            f"meta.json or meta.pkl (none: GPT-2) says; correct that file or prepare the data again"
+            f"meta.json or meta.pkl says (without either: GPT-2's); correct or add that file, or prepare the "
+            f"data again"
         )

@@ -13,7 +13,9 @@ def check(config):
     if not 0 <= config.dropout < 1:
         raise UserError(f"dropout={config.dropout} must be at least 0 and below 1")
     if config.n_ids > config.vocab_size:
-        raise UserError(f"n_ids={config.n_ids} is more than vocab_size={config.vocab_size}")
+        raise UserError(
+            f"n_ids={config.n_ids} is more than vocab_size={config.vocab_size}; n_ids=0 means all of them"
+        )
     if config.gelu not in ("none", "tanh"):
         raise UserError(f"gelu={config.gelu!r} must be 'none' (exact) or 'tanh'")
     if config.arch not in ("gpt2", "modern"):

@@ -44,8 +44,7 @@ class TensorBoard:
         if "val/loss" in figures:  # an iteration after it has these two
             figures = {name: value for name, value in figures.items() if name not in ("tokens", "elapsed")}
         for name, value in figures.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, iter_num)
+            self.writer.add_scalar(name, value, iter_num)
 
     def close(self):
         self.writer.close()
@@ -72,7 +71,7 @@ class Tracker:
     def send(self, iter_num, figures):
         """Sends {name: number} of an iteration; train_loss is called train/loss there, as in nanoGPT."""
         if self.sink:
-            named = {NAMES.get(name, name): value for name, value in figures.items()}
+            named = {NAMES.get(name, name): value for name, value in figures.items() if value is not None}
             with self.guarded("reached"):
                 self.sink.send(iter_num, named)
 

@@ -205,7 +205,7 @@ def test_missing_data_is_an_error_only_if_it_is_to_be_read(run):
     process = run(
         "bench.py", *SMALL, "--batch_size=1", "--gradient_accumulation_steps=1", "--real_data=True", status=1
     )
-    assert process.stderr.startswith("error: there is no folder data/none for dataset='none'")
+    assert process.stderr.startswith("error: there is no folder data/none or none for dataset='none'")
 
 
 def test_a_profile_without_kernels_says_why():

@@ -131,7 +131,9 @@ def test_fp8_is_near_bf16(arch):
 
 
 @ARCHS
-def test_an_update_of_the_recipe_is_that_of_the_cpu(arch):
+def test_an_update_of_the_recipe_is_that_of_the_cpu(arch, monkeypatch):
+    # fp32 on both, as either may lack bf16
+    monkeypatch.setattr(optim, "has_bf16", lambda device: False)
     weights = []
     for model in pair(arch):
         device = next(model.parameters()).device
@@ -148,7 +150,7 @@ def test_an_update_of_the_recipe_is_that_of_the_cpu(arch):
     (norm, cpu), (found, gpu) = weights
     assert found == pytest.approx(norm, rel=1e-4)
     for a, b in zip(cpu, gpu, strict=True):
-        assert (a - b).norm() < 0.05 * a.norm()  # Muon multiplies in bf16
+        assert (a - b).norm() < 0.01 * a.norm()
 
 
 def static_cache(model, B):

@@ -347,8 +347,8 @@ def test_finetuning_drops_out_as_asked(trained, tiny, tmp_path, monkeypatch):
 def cached(tmp_path, monkeypatch):
     """cached(name, **sizes) puts a tiny model where the hub's cache keeps OpenAI's of that name, offline."""
 
-    def cached(name, **sizes):
-        repo = tmp_path / f"hub/models--openai-community--{name}"
+    def cached(name, owner="openai-community--", **sizes):
+        repo = tmp_path / f"hub/models--{owner}{name}"
         (repo / "refs").mkdir(parents=True)
         (repo / "refs/main").write_text("0" * 40)
         theirs(**sizes).save_pretrained(repo / "snapshots" / ("0" * 40))
@@ -426,7 +426,7 @@ def test_training_goes_on_from_openais_weights_and_keeps_their_gelu(run, cached,
 def test_nanogpts_configs_that_start_from_openais_weights_run(run, cached, tmp_path):
     gpt2_data(tmp_path, "shakespeare")
     shutil.copytree(tmp_path / "data/shakespeare", tmp_path / "data/openwebtext")
-    cached("gpt2-xl", **TINY_GPT2)
+    cached("gpt2-xl", owner="", **TINY_GPT2)  # as nanoGPT has downloaded it
     fewer = ["--gradient_accumulation_steps=1", "--max_iters=1"]  # its 32 * 20 take too long here
     for name, arguments in (("finetune_shakespeare", fewer), ("eval_gpt2_xl", [])):
         out = run("train.py", f"{NANOGPT}/config/{name}.py", "--compile=False", "--device=cpu", *arguments)

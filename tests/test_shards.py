@@ -157,6 +157,9 @@ def test_a_path_that_begins_with_a_dot_is_no_name_in_data(tmp_path, monkeypatch)
         os.makedirs(folder)
     assert find_data("books") == os.path.join("data", "books") and find_data("./books") == "./books"
     assert find_data(".") == "." and find_data("data/books") == "data/books"
+    # nanoGPT looks in data/.. only
+    os.mkdir("beside")
+    assert find_data("../beside") == os.path.join("data", "../beside")
 
 
 def test_an_npy_file_must_hold_a_row_of_tokens(tmp_path):
