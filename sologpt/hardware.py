@@ -244,6 +244,9 @@ def connect_processes(cfg, machine):
         raise UserError(f"several processes on {machine.device.type} need --device=cpu and --backend=gloo")
     if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise UserError(f"WORLD_SIZE={count} is set: start that many processes with torchrun")
+    # its functions keep the group of the time of their import as a default: it would never be freed, and its
+    # threads can then abort a process that ends
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         torch.distributed.init_process_group(backend, timeout=parallel.TIMEOUT)
     except RuntimeError as e:

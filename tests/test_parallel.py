@@ -88,7 +88,10 @@ for argv, name, at in json.loads(sys.argv[1]):
     GPT.forward = faulty
     parallel.TIMEOUT = timedelta(seconds=8 if name == "hangs" else 60)
     run_script(train.main, argv)
-destroy_process_group()  # its threads would sometimes abort the process at its end
+group = dist.distributed_c10d._get_default_group()
+destroy_process_group()
+# or else its threads would sometimes abort the process at its end
+assert sys.getrefcount(group) == 2, "something keeps the group of the processes"
 """
 
 
