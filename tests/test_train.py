@@ -914,13 +914,13 @@ def test_epochs_are_counted_from_a_change_of_data_on(run, byte_data, tiny, tmp_p
 
 
 def test_minutes_that_are_over_before_the_first_iteration_are_pointed_out(run, byte_data, tiny):
-    out = run("train.py", *tiny, "--max_minutes=0.0001").stdout
-    assert re.search(r"^trouble: +max_minutes=0.0001 were over before the first iteration$", out, re.M)
+    out = run("train.py", *tiny, "--max_minutes=1e-9").stdout
+    assert re.search(r"^trouble: +max_minutes=1e-09 were over before the first iteration$", out, re.M)
 
 
 def test_a_run_that_has_used_its_minutes_says_so(run, byte_data, tiny):
     run("train.py", *tiny, "--max_iters=3")
-    out = run("train.py", *tiny, "--init_from=resume", "--max_minutes=0.0001").stdout
+    out = run("train.py", *tiny, "--init_from=resume", "--max_minutes=1e-9").stdout
     assert "minutes, all of max_minutes=0.0001; to train on, raise --max_minutes" in out
 
 
