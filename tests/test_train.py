@@ -921,7 +921,7 @@ def test_minutes_that_are_over_before_the_first_iteration_are_pointed_out(run, b
 def test_a_run_that_has_used_its_minutes_says_so(run, byte_data, tiny):
     run("train.py", *tiny, "--max_iters=3")
     out = run("train.py", *tiny, "--init_from=resume", "--max_minutes=1e-9").stdout
-    assert "minutes, all of max_minutes=0.0001; to train on, raise --max_minutes" in out
+    assert "minutes, all of max_minutes=1e-09; to train on, raise --max_minutes" in out
 
 
 def test_data_with_more_ids_than_the_model_has_rows_are_refused(run, byte_data, tiny):
