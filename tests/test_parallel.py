@@ -92,6 +92,7 @@ group = dist.distributed_c10d._get_default_group()
 destroy_process_group()
 # or else its threads would sometimes abort the process at its end
 assert sys.getrefcount(group) == 2, "something keeps the group of the processes"
+del group
 """
 
 
