@@ -142,8 +142,7 @@ def build(state, path):
     """Returns what load_checkpoint does, of a state that is loaded already."""
     tokenizer = checkpoint_tokenizer(state, path)
     config = GPTConfig(**checkpoint.model_fields(state, path, GPTConfig), n_ids=tokenizer.vocab_size)
-    from_nothing = state.get("config", {}).get("init_from") in ("scratch", "auto")
-    if not state.get("pretrained", not from_nothing) and state.get("iter_num") == 0:
+    if state.get("iter_num") == 0 and not checkpoint.began_trained(state):
         raise UserError(f"{path} is of iteration 0, before anything was learned; train on from it first")
     check_size(config)
     model = make_gpt(config)

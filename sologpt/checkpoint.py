@@ -289,6 +289,13 @@ def steps_of(saved):
     return steps
 
 
+def began_trained(state):
+    """Whether the weights were trained at iteration 0 already, as a finetuned model's are. Earlier versions
+    recorded only how the last process began."""
+    init_from = state.get("config", {}).get("init_from")
+    return state.get("pretrained", init_from not in ("scratch", "auto"))
+
+
 def model_fields(state, path, config_class):
     """Returns the fields of config_class, GPTConfig, but n_ids, for the model in a state from load(path).
     Raises UserError if it was trained where GPTConfig has fields that this one lacks."""

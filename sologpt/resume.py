@@ -138,9 +138,6 @@ def check_alike(run):
         raise UserError("the processes differ in command, data or out_dir; start all with the same ones")
 
 
-FROM_NOTHING = ("scratch", "auto")
-
-
 def restore(run, state, data_changed):
     """Loads all of a state into a new Run of train.py. Its best loss is kept if later ones compare to it."""
     path = run.files.newest
@@ -157,7 +154,7 @@ def restore(run, state, data_changed):
     at.other_tokens = state.get("other_tokens", 0)
     if data_changed:
         at.other_tokens = at.tokens_seen
-    at.pretrained = state.get("pretrained", state.get("config", {}).get("init_from") not in FROM_NOTHING)
+    at.pretrained = checkpoint.began_trained(state)
     at.bad_steps = state.get("bad_steps", 0)
     at.bad_in_row = state.get("bad_in_row", 0)
     at.resumed = state.get("resumed", 0) + 1
