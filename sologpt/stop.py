@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 SIGPIPE = 13  # which Windows does not have
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -28,9 +29,12 @@ class StopRequest:
         self.number = 0  # of the signal; 0: nobody has asked
         self.interrupting = False
         self.agreed = False  # whether all processes of a run know why they leave; parallel.py
+        self.second_try = None  # a timer, once Python has dropped a Stopped
 
     def __enter__(self):
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.hook_before = sys.unraisablehook
+        sys.unraisablehook = self.dropped
         for number, handler in self.before.items():
             if number in (signal.SIGINT, signal.SIGTERM) or handler != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.ask)
@@ -39,18 +43,32 @@ class StopRequest:
 
     def __exit__(self, *error):
         StopRequest.in_force = None
+        sys.unraisablehook = self.hook_before
+        if self.second_try:
+            self.second_try.cancel()
+            self.second_try.join()  # its signal would end the process below
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def ask(self, number, frame):
-        if self.number:
-            if number == signal.SIGINT:
-                os._exit(128 + number)
+        if not self.number:
+            self.number = number
+            self.write(self.text)
+        elif number == signal.SIGINT:
+            os._exit(128 + number)
+        elif not self.second_try:
             return  # a terminal that closes and the end of a session send two, 0 to 200 ms apart
-        self.number = number
-        self.write(self.text)
         if self.interrupting:
             raise Stopped
+
+    def dropped(self, error):
+        """Python's hook for errors in a weakref's callback or a __del__, of which compiling has many: there
+        a Stopped would be printed and forgotten. It is raised again, a little later."""
+        if not isinstance(error.exc_value, Stopped):
+            self.hook_before(error)
+            return
+        self.second_try = threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM])
+        self.second_try.start()
 
     def write(self, text):
         # a log may be on a full disk; not print(), which the signal may have interrupted

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 
 import numpy as np
@@ -25,7 +26,7 @@ from sologpt import checkpoint, files, fit, huggingface, shards
 from sologpt.errors import UserError
 from sologpt.files import sole_use
 from sologpt.source import find_files
-from sologpt.stop import StopRequest
+from sologpt.stop import Stopped, StopRequest
 from sologpt.tokenizer import read_tokenizer
 from train import TrainConfig
 
@@ -760,6 +761,26 @@ def test_a_stop_request_may_come_from_a_terminal_that_is_closed_unless_nohup_has
             assert stop.number == signal.SIGTERM
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_a_place_where_python_drops_exceptions_interrupts_a_little_later(capfd):
+    """As in a callback of the compiler's weak references."""
+
+    class Value:
+        pass
+
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    value = Value()
+    reference = weakref.ref(value, lambda _: signal.raise_signal(signal.SIGTERM))
+    with StopRequest("stopping") as stop:
+        with pytest.raises(Stopped), stop.interrupts():
+            del value
+            assert reference() is None and stop.number == signal.SIGTERM
+            end = time.perf_counter() + 20
+            while time.perf_counter() < end:
+                pass
+    assert capfd.readouterr().err == "\nstopping\n"
+    assert before == (signal.getsignal(signal.SIGTERM), sys.unraisablehook)
 
 
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
