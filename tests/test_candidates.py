@@ -1,10 +1,13 @@
 """
 benchmarks/candidates.py: its design against the algebra that it is chosen for, and without any candidate the
-recipe itself. benchmarks/recipe.py: a ladder from GPT-2 to the recipe. Run: pytest tests/test_candidates.py
+recipe itself. benchmarks/recipe.py: a ladder from GPT-2 to the recipe. benchmarks/repeated.py against
+train.py. Run: pytest tests/test_candidates.py
 """
 
 import dataclasses
 import itertools
+import json
+import re
 import sys
 
 import numpy as np
@@ -21,7 +24,7 @@ from candidates import CANDIDATES, Run, all_runs, effects, orthogonalized, signs
 from compare_modded import Ours as Recipe
 from compare_modded import keys_of
 
-from sologpt import hardware
+from sologpt import hardware, shards
 
 CPU = hardware.Machine(torch.device("cpu"), "float32", None, "")
 
@@ -169,3 +172,16 @@ def test_tokens_to_a_loss_are_those_of_the_mean_curve():
     curves = [[(0, 6.0), (100, 4.0), (200, 3.0)], [(0, 6.0), (100, 4.0), (200, 1.0)]]
     assert recipe.tokens_to(3.0, curves) == 150
     assert recipe.tokens_to(1.9, curves) is None
+
+
+def test_repeated_data_is_read_shifted_or_the_same(byte_data, tiny, tmp_path, run, spawn, monkeypatch):
+    argv = [*tiny, "--schedule=wsd", "--block_size=128"]  # an epoch is 10 iterations and a half
+    spawn("benchmarks/repeated.py", *argv, "--epochs=2", "--seeds=7", "--json=found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["runs"]
+    losses = []
+    for kind in ("shifted", "same"):
+        monkeypatch.setattr(shards.Windows, "shifting", kind == "shifted")
+        out = run("train.py", *argv, "--seed=7", "--max_iters=21", f"--out_dir={kind}").stdout
+        losses += re.findall(r"^step 21: train loss ([\d.]+), val loss ([\d.]+)", out, re.M)
+    assert losses == [(f"{entry['train_loss']:.4f}", f"{entry['val_loss']:.4f}") for entry in found]
+    assert losses[0] != losses[1]
