@@ -56,6 +56,7 @@ from sologpt.source import (
     contents_of,
     find_files,
     find_hub_files,
+    is_address,
     name_of,
     size_of,
     text_bytes,
@@ -562,6 +563,8 @@ def plan(cfg):
     if cfg.input:
         files = find_and_say(cfg)
     elif os.path.isdir(cfg.repo):
+        if os.path.realpath(cfg.repo) == os.path.realpath(out_dir):
+            raise UserError(f"{out_dir} is the source (--repo); name another --out_dir for its tokens")
         files = find_hub_files(cfg.repo, cfg.subset, cfg.split)
     else:
         return Job(cfg, out_dir, settings, [], 0, "")
@@ -678,14 +681,9 @@ def write_val(job, progress, train, val):
     n_val["bytes"] = sum(held.n_bytes for held in documents)
     n_train = {name: count - n_val[name] for name, count in progress.counts.items()}
     if not documents or n_train["tokens"] <= n_val["tokens"]:
-        advice = f"separate them by {EOT}"
-        if job.cfg.txt_documents == "file":
-            advice += ", or use --txt_documents=blank_line"
-        if shards_in(job.out_dir):
-            advice += f"; first delete {job.progress_path} and the shards beside it"
         raise UserError(
-            f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: validation takes "
-            f"whole documents, all copies of one together, and these are too few, or one is huge: {advice}"
+            f"{n_train['tokens']:,} tokens to train on and {n_val['tokens']:,} to validate: "
+            f"{why_too_few(job, progress)}"
         )
     for held in documents:
         val.write(held.tokens)
@@ -694,14 +692,41 @@ def write_val(job, progress, train, val):
     return dict(train=n_train, val=n_val)
 
 
+def why_too_few(job, progress):
+    """Returns why the documents do not make two splits, and what helps."""
+    cfg, position, tokens = job.cfg, progress.position, progress.counts["tokens"]
+    if not tokens:
+        return (
+            f"no text was read: {position.empty:,} empty documents, {position.bad_files:,} files that could "
+            f"not be read to their end"
+        )
+    advice = []
+    if cfg.max_tokens and tokens >= cfg.max_tokens:
+        advice.append(f"raise --max_tokens={cfg.max_tokens}")
+    if any(".txt" in path.lower() for path in job.files):
+        advice.append(f"separate them by {EOT}")
+        if cfg.txt_documents == "file":
+            advice.append("use --txt_documents=blank_line")
+    if not advice:
+        advice.append("prepare more of them")
+    text = "validation takes whole documents, all copies of one together, and these are too few, or one is "
+    text += f"huge: {', or '.join(advice)}"
+    if shards_in(job.out_dir):
+        text += f"; first delete {job.progress_path} and the shards beside it"
+    return text
+
+
 def write_meta(job, progress, counts, files):
     """Writes meta.json, last: with it the folder is complete."""
     if job.source_times and times_of(job.files) != job.source_times:
         # not to be continued even if they are as before again: what was read may be neither
         never = job.settings | dict(source="files that changed while they were read")
         progress.save(job.progress_path, never)
+        server = ""
+        if any(map(is_address, job.files)):
+            server = ", or their server says so at each request (then download them first)"
         raise UserError(
-            f"the files of {job.cfg.input or job.cfg.repo} were changed while they were read; "
+            f"the files of {job.cfg.input or job.cfg.repo} were changed while they were read{server}; "
             f"delete {job.progress_path} and the shards beside it, and prepare them again"
         )
     position = progress.position

@@ -10,6 +10,7 @@ import numpy as np
 
 from sologpt.errors import UserError
 from sologpt.files import atomic_file
+from sologpt.tokenizer import PlainUnpickler
 
 MOST = 2**16  # characters that uint16 can number
 
@@ -37,7 +38,8 @@ def files_of(texts, max_tokens):
     n_train = int(len(ids) * 0.9)
     # train.bin is written last: without meta.pkl the others would be taken for GPT-2's tokens
     return {
-        "meta.pkl": pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi)),
+        # protocol 4 as Python 3.8 to 3.13 write for nanoGPT
+        "meta.pkl": pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi=stoi), protocol=4),
         "val.bin": ids[n_train:].tobytes(),
         "train.bin": ids[:n_train].tobytes(),
     }
@@ -71,6 +73,14 @@ def write(folder, files):
 
 
 def holds(path, content):
-    """Whether the file at path has this content, bytes."""
+    """Whether the file at path has this content, bytes. A meta.pkl may have been written by another Python,
+    and so with other bytes."""
     with open(path, "rb") as f:
-        return f.read(len(content) + 1) == content
+        found = f.read(len(content) + 1)
+    if not path.endswith(".pkl"):
+        return found == content
+    with open(path, "rb") as f:
+        try:
+            return PlainUnpickler(f).load() == pickle.loads(content)
+        except Exception:  # of many kinds, for what is no pickle
+            return False

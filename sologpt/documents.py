@@ -68,6 +68,8 @@ def read_text(path, divide):
             block = f.read(CHUNK)
             if block.count(0) > 10 + len(block) // 100:
                 raise UserError("not text: it has many NUL bytes, as an archive or UTF-16 has")
+            if block.startswith(b"version https://git-lfs.github.com/spec/"):
+                raise UserError("only names the file that Git LFS keeps elsewhere; get it with: git lfs pull")
             try:
                 held += newlines.decode(utf8.decode(block, final=not block), final=not block)
             except UnicodeDecodeError as e:
@@ -220,7 +222,7 @@ def read_parquet(path, text_key):
     import pyarrow.parquet
 
     with open_file(path) as f:
-        table = pyarrow.parquet.ParquetFile(f, buffer_size=2**20)
+        table = pyarrow.parquet.ParquetFile(f, buffer_size=2**20, page_checksum_verification=True)
         check_column(table.schema_arrow.names, text_key)
         for rows in table.iter_batches(16, columns=[text_key]):
             yield from texts_of(rows[text_key], text_key)
@@ -302,7 +304,7 @@ class Part(NamedTuple):
 
 def retrying(rows, temporary=Exception):
     """Yields what rows() yields. After a failure that may be temporary, pauses, calls it again and skips what
-    has been yielded already. Raises ConnectionError after the last pause."""
+    has been yielded already. After the last pause raises ConnectionError, or the error of a damaged file."""
     done, pauses = 0, iter(PAUSES)
     while True:
         try:
@@ -315,12 +317,20 @@ def retrying(rows, temporary=Exception):
         except temporary as e:
             reason = first_line(e)
             pause = next(pauses, None)
+            if pause is None and is_damage(e):
+                raise
             if pause is None:
                 raise ConnectionError(
                     f"the source cannot be reached ({reason}); the same command continues later"
                 ) from e
             print(f"the source cannot be reached ({reason}); trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
+
+
+def is_damage(error):
+    """Whether an error that does not go away is one of the file and not of the network: of all OSErrors,
+    pyarrow's for damaged bytes alone have no number and no kind."""
+    return isinstance(error, RecursionError) or (type(error) is OSError and error.errno is None)
 
 
 def read_parts(path, cfg):

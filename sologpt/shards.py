@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import string
 import zlib
 from dataclasses import dataclass
 
@@ -164,21 +165,27 @@ def read_npy(path):
 
 def read_raw(path):
     """Returns the Shard at path, nanoGPT's headerless uint16 tokens. Raises UserError at an odd size, and for
-    a header of llm.c's or larger numbers, which would be taken for tokens."""
+    what would be taken for tokens: text, larger numbers, a header of llm.c's or NumPy's."""
     size = os.path.getsize(path)
-    start = np.fromfile(path, dtype="<i4", count=1).tolist()
-    if start and start[0] in FORMATS:
-        split = os.path.basename(path).removesuffix(".bin")
+    split = os.path.basename(path).removesuffix(".bin")
+    with open(path, "rb") as f:
+        start = f.read(8192)
+    if len(start) >= 4 and int.from_bytes(start[:4], "little") in FORMATS:
         raise UserError(f"{path} starts with llm.c's shard header; rename it to NAME_{split}_000001.bin")
+    if start.startswith(b"\x93NUMPY"):
+        raise UserError(f"{path} is a .npy file; rename it to NAME_{split}_000001.npy")
+    has_tokenizer = os.path.exists(os.path.join(os.path.dirname(path), "meta.pkl"))
+    if len(start) >= 64 and not has_tokenizer and not start.translate(None, string.printable.encode()):
+        raise UserError(f"{path} is text, or a web page, and no tokens; write them with prepare_fineweb.py")
     if size % 2:
         raise UserError(
             f"{path} has an odd number of bytes ({size:,}), so it is not uint16 tokens or was cut short; "
             f"copy or prepare it again"
         )
-    first = np.fromfile(path, dtype="<u2", count=4096)
+    first = np.frombuffer(start, dtype="<u2")
     lower, upper = first[::2], first[1::2]
     # characters of one a line have a 0, its end, at each odd place, but none at an even one
-    one_a_line = lower.all() and os.path.exists(os.path.join(os.path.dirname(path), "meta.pkl"))
+    one_a_line = lower.all() and has_tokenizer
     if len(first) >= 64 and lower.any() and not upper.any() and not one_a_line:
         raise UserError(
             f"{path} has 0 for every other token, as numbers of 32 or 64 bits have; write it again with "
@@ -239,8 +246,11 @@ def find_shards(folder, split):
 
 
 def split_of(name):
-    """Returns a token file's split, the word that comes last in its name: medieval_train_000001.bin."""
-    return "train" if name.rfind("train") > name.rfind("val") else "val"
+    """Returns a token file's split, train or val: which comes last in its name, as in val_train_000001.bin.
+    Whole words count before parts of one: train_medieval_000001.bin is for training."""
+    whole_words = re.findall(r"(?<![^_.-])(?:train|val)(?![^_.-])", name)
+    parts_of_words = re.findall("train|val", name)
+    return (whole_words or parts_of_words)[-1]
 
 
 def fingerprint(shards, tokenizer):

@@ -54,7 +54,7 @@ def find_files(source, endings=ENDINGS):
         elif os.path.isfile(part):
             matching = [part]
         else:
-            matching = matches(part)
+            matching = matches(part, passed_over)
         if not matching:
             raise FileNotFoundError(f"--input={part}: {nothing_found(part, endings)}")
         found += sorted(matching)
@@ -178,19 +178,19 @@ def is_left_over(folder, name):
     return name not in listed
 
 
-def matches(pattern):
+def matches(pattern, passed_over):
     """Returns the files that match a pattern like `texts/*.txt`; `**` stands for folders at any depth, and
     does not follow links. As in a shell, what is in folders that may not be read does not match. Names that
-    begin with a dot match only if the pattern has such a name."""
+    begin with a dot match only if the pattern has such a name. Folders are passed over."""
     start = pathlib.Path(pattern).anchor
     try:
-        found = pathlib.Path(start).glob(pattern[len(start) :].lstrip("/"))
-        found = [path for path in found if path.is_file()]
+        found = list(pathlib.Path(start).glob(pattern[len(start) :].lstrip("/")))
     except ValueError:  # an empty pattern, or a** for example
         return []
-    if any(is_hidden(name) for name in pathlib.Path(pattern).parts):
-        return [str(path) for path in found]
-    return [str(path) for path in found if not any(is_hidden(name) for name in path.parts)]
+    if not any(is_hidden(name) for name in pathlib.Path(pattern).parts):
+        found = [path for path in found if not any(is_hidden(name) for name in path.parts)]
+    passed_over["folders"] += sum(path.is_dir() for path in found)
+    return [str(path) for path in found if path.is_file()]
 
 
 def is_hidden(name):
@@ -212,7 +212,8 @@ def raise_error(error):
 
 def status_of(path):
     """Returns (path, bytes, time of change): what tells cheaply whether a file has changed. The server of an
-    address is asked; what it does not tell is 0 or empty. Raises UserError if it cannot be reached."""
+    address is asked; what it does not tell is 0 or empty. Raises UserError if it cannot be reached, or sends
+    a web page where a file was asked for."""
     if not is_address(path):
         status = os.stat(path)
         return path, status.st_size, status.st_mtime_ns
@@ -221,6 +222,11 @@ def status_of(path):
             about = response.headers
     except (OSError, ValueError, http.client.HTTPException) as e:  # no network, no such file or protocol
         raise UserError(f"--input={path} cannot be reached: {getattr(e, 'reason', e)}") from None
+    if about.get_content_type() == "text/html" and not name_in(path).lower().endswith((".html", ".htm")):
+        raise UserError(
+            f"--input={path} is a web page; give the link to the file itself: on GitHub it has raw in it, on "
+            f"the hub resolve"
+        )
     return path, length_told(about), about.get("ETag") or about.get("Last-Modified", "")
 
 

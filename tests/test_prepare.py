@@ -547,8 +547,22 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
             ["--input=a.txt"],
             "0 tokens to train on and 13 to validate: validation takes whole documents",
         ),
-        (b"one", ["--input=a.txt", "--max_tokens=1"], "tokens to train on and "),
-        (b"  \n", ["--input=a.txt"], "0 tokens to train on and 0 to validate"),
+        (
+            b"one",
+            ["--input=a.txt", "--max_tokens=1"],
+            "or one is huge: raise --max_tokens=1, or separate them by <|endoftext|>, or use --txt",
+        ),
+        (b'{"text": "one"}', ["--input=a.jsonl"], "or one is huge: prepare more of them\n"),
+        (
+            b"  \n",
+            ["--input=a.txt"],
+            "0 tokens to train on and 0 to validate: no text was read: 1 empty documents, 0 files",
+        ),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            ["--input=a.txt"],
+            "only names the file that Git LFS keeps elsewhere; get it with: git lfs pull",
+        ),
         (b'{"text": "x"}\n{"text": ', ["--input=a.jsonl"], "a.jsonl after 1 documents: line 2 is not JSON"),
         (b"[" * 10**5, ["--input=a.jsonl"], "cannot read a.jsonl after 0 documents: "),
         (
@@ -728,6 +742,20 @@ def test_characters_without_their_alphabet_are_not_taken_for_gpt2s_tokens(run, t
     assert last[0] == "train.bin" and read_tokenizer(tmp_path).vocab_size == 10
 
 
+def test_an_alphabet_that_another_python_has_pickled_is_the_same(run, tmp_path):
+    (tmp_path / "a.txt").write_text("To be, or not to be. " * 9)
+    flags = ["--input=a.txt", "--encoding=characters"]
+    prepare(run, *flags)
+    path = tmp_path / "out/meta.pkl"
+    meta = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(meta, protocol=5))
+    assert "is prepared already" in prepare(run, *flags).stdout
+    meta["itos"][0] = "x"
+    for other in (pickle.dumps(meta), b"no pickle"):
+        path.write_bytes(other)
+        assert "out holds other data (meta.pkl)" in prepare(run, *flags, status=1).stderr
+
+
 def test_line_ends_by_characters_are_as_python_reads_a_text_file(run, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n" * 9)
     prepare(run, "--input=a.txt", "--encoding=characters")
@@ -856,6 +884,7 @@ class Files(http.server.BaseHTTPRequestHandler):
 
     content, cut = b"", 0
     told = "{}"  # as the length of content; empty: nothing
+    kind = "text/plain"
 
     def log_message(self, *args):
         pass
@@ -867,6 +896,7 @@ class Files(http.server.BaseHTTPRequestHandler):
         if self.told:
             self.send_header("Content-Length", self.told.format(len(self.content)))
         self.send_header("ETag", str(zlib.crc32(self.content)))
+        self.send_header("Content-Type", self.kind)
         self.end_headers()
         end = len(self.content)
         if Files.cut:
@@ -932,6 +962,16 @@ def test_an_address_that_is_wrong_is_one_line(run, address):
     for name in (f"{address}/missing.txt", "http://127.0.0.1:9/a.txt", "ftps://example.org/a.txt", odd):
         error = prepare(run, f"--input={name}", status=1).stderr
         assert f"error: --input={name} cannot be reached: " in error and error.count("\n") == 1
+
+
+def test_a_web_page_is_no_file(run, address, monkeypatch):
+    monkeypatch.setattr(Files, "kind", "text/html; charset=utf-8")
+    Files.content = b"<html>" + b"some text " * 1000
+    error = prepare(run, f"--input={address}/blob/main/a.txt", "--encoding=characters", status=1).stderr
+    assert error.startswith(
+        f"error: --input={address}/blob/main/a.txt is a web page; give the link to the file"
+    )
+    prepare(run, f"--input={address}/a.html", "--encoding=characters")
 
 
 # -----------------------------------------------------------------------------
@@ -1118,6 +1158,40 @@ def test_a_local_dataset_that_has_changed_is_not_taken_for_prepared(run, tmp_pat
     assert "out was prepared with other settings (source: 'rows  train: 1 files, " in error
 
 
+def test_if_no_file_could_be_read_that_is_said(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}')
+    error = prepare(run, "--input=a.jsonl", "--skip_bad_files=True", status=1).stderr
+    assert "no text was read: 0 empty documents, 1 files that could not be read to their end\n" in error
+
+
+def test_a_local_dataset_is_not_prepared_into_its_own_folder(run, tmp_path):
+    (tmp_path / "data/rows").mkdir(parents=True)
+    write_jsonl(tmp_path / "data/rows/train.jsonl", TEXTS)
+    error = run("prepare_fineweb.py", "--repo=data/rows", "--subset=", "--encoding=bytes", status=1).stderr
+    assert error == "error: data/rows is the source (--repo); name another --out_dir for its tokens\n"
+    assert os.listdir(tmp_path / "data/rows") == ["train.jsonl"]
+
+
+def test_damaged_bytes_of_a_parquet_file_with_checksums_are_an_error(run, tmp_path):
+    table = pyarrow.table({"text": TEXTS})
+    path = tmp_path / "a.parquet"
+    flags = dict(use_dictionary=False, compression="none", write_page_checksum=True)
+    pyarrow.parquet.write_table(table, path, **flags)
+    prepare(run, "--input=a.parquet", "--out_dir=whole")
+    raw = path.read_bytes()
+    first = TEXTS[7].encode()
+    path.write_bytes(raw.replace(first, first[:-1] + b"!"))
+    assert "CRC checksum" in prepare(run, "--input=a.parquet", status=1).stderr
+
+
+def test_folders_that_match_a_pattern_are_counted(run, tmp_path):
+    for folder in ("b.jsonl", "c.jsonl", ".d.jsonl"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "part.jsonl", TEXTS[:50])
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert "source: 1 files; passed over: 2 folders\n" in prepare(run, "--input=*.jsonl").stdout
+
+
 def test_null_where_a_document_belongs_is_called_null(run, tmp_path):
     (tmp_path / "a.json").write_text('["a", null]')
     assert "item 2 is null, not an object" in prepare(run, "--input=a.json", status=1).stderr
@@ -1143,6 +1217,15 @@ def test_a_network_that_fails_for_a_while_is_asked_again(spawn, tmp_path, hub):
         not Hub.failures and "trying again in 1 s" in again.stderr and "trying again in 2 s" in again.stderr
     )
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_a_damaged_file_of_the_hub_is_no_failure_of_the_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "PAUSES", (0, 0))
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(9999))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-9000])
+    with pytest.raises(OSError, match="runcated") as e:
+        list(retrying(lambda: documents.read_jsonl(str(tmp_path / "a.jsonl.gz"), "text")))
+    assert not isinstance(e.value, ConnectionError) and capsys.readouterr().err.count("trying again") == 2
 
 
 def test_trying_again_ends_and_leaves_nothing_out(monkeypatch, capsys):

@@ -81,14 +81,14 @@ def test_headered_shards_come_before_npy_before_raw(tmp_path):
 
 
 def test_a_split_is_recognised_whatever_else_is_in_the_name(tmp_path):
-    for name in ("medieval_train_000001.bin", "pretrain_val_000000.bin"):
+    names = dict(
+        train=["medieval_train_000001.bin", "train_medieval_000001.bin", "val_train-medieval_000001.bin"],
+        val=["pretrain_val_000000.bin", "pretrained_medieval_000000.bin", "train_val_trained_000000.bin"],
+    )
+    for name in names["train"] + names["val"]:
         write_shard(tmp_path / name, IDS)
-    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "train")] == [
-        "medieval_train_000001.bin"
-    ]
-    assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, "val")] == [
-        "pretrain_val_000000.bin"
-    ]
+    for split, expected in names.items():
+        assert [os.path.basename(shard.path) for shard in find_shards(tmp_path, split)] == expected
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,8 @@ def test_a_split_is_recognised_whatever_else_is_in_the_name(tmp_path):
             struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + b"12345678",
             "llm.c's shard header; rename it to NAME_train_000001.bin",
         ),
+        ("train.bin", b"\x93NUMPY\1\0" + b"12" * 99, "is a .npy file; rename it to NAME_train_000001.npy"),
+        ("train.bin", b"<!DOCTYPE html>\n" * 9, "is text, or a web page, and no tokens"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, message):
