@@ -13,7 +13,7 @@ from sologpt.checkpoint import save_progress, set_rng
 from sologpt.display import warn
 from sologpt.errors import UserError, out_of_memory
 from sologpt.hardware import available_memory, forget_compiled, total_memory
-from sologpt.memory import block_params, memory_estimate, memory_needed
+from sologpt.memory import block_params, keeps_scores, memory_estimate, memory_needed
 
 
 def fit_batch_size(model, optimizers, cfg, machine):
@@ -38,7 +38,7 @@ def fit_batch_size(model, optimizers, cfg, machine):
         needed = memory_estimate(model, optimizers, cfg, machine.dtype)
     if on_cpu and sum(needed.values()) > limit:
         params = model.get_num_params(non_embedding=False)
-        raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine.dtype, limit))
+        raise UserError(no_room(params, needed["optimizer"], model.config, cfg, machine, limit))
     if cfg.batch_size < asked:
         warn(
             f"batch_size={asked} would take about {first_estimate / 1e9:,.1f} GB, more than the "
@@ -60,7 +60,7 @@ def use_smaller_batch(run):
     if cfg.batch_size == 1 or not cfg.auto_fit:
         params = run.model.get_num_params(non_embedding=False)
         available = available_memory(device)
-        advice = no_room(params, run.memory["optimizer"], run.model.config, cfg, run.machine.dtype, available)
+        advice = no_room(params, run.memory["optimizer"], run.model.config, cfg, run.machine, available)
         raise UserError(f"{advice} ({run.files.saved_text}, this is iteration {at.iter_num})")
     text = f"out of memory with batch_size={cfg.batch_size}; from iteration {at.iter_num} on"
     lower_batch_size(cfg)
@@ -82,13 +82,12 @@ def smaller_batch(batch_size, sequences):
     return smaller, sequences // smaller
 
 
-def no_room(params, optimizer, config, cfg, dtype, available):
+def no_room(params, optimizer, config, cfg, machine, available):
     """Returns what to tell train.py's user if memory runs out and batch_size may not or cannot be lowered.
 
     params, optimizer, config: as in memory_needed. cfg: train.py's keys. available: bytes; None: unknown.
     """
-    if cfg.matmul == "fp8":
-        dtype = "fp8"
+    dtype = "fp8" if cfg.matmul == "fp8" else machine.dtype
     text = f"out of memory with batch_size={cfg.batch_size}"
     if cfg.batch_size > 1:
         batch_size, accumulation = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
@@ -98,6 +97,7 @@ def no_room(params, optimizer, config, cfg, dtype, available):
     def total(block_size=config.block_size, **changes):
         shorter = dataclasses.replace(config, block_size=block_size)
         levers = dict(activation_memory=cfg.activation_memory, loss_chunks=cfg.loss_chunks) | changes
+        levers["scores"] = keeps_scores(config, machine.device)
         return sum(memory_needed(params, optimizer, shorter, 1, dtype, cfg.compile, **levers).values())
 
     needed = total()

@@ -12,21 +12,35 @@ def memory_estimate(model, optimizers, cfg, dtype):
     states = [state for optimizer in optimizers.values() for state in optimizer.state.values()]
     optimizer_bytes = sum(moment.nbytes for state in states for moment in state.values())
     levers = (cfg.compile, cfg.activation_memory, cfg.loss_chunks)
+    scores = keeps_scores(model.config, model.transformer.wte.weight.device)
     if cfg.matmul == "fp8":
         dtype = "fp8"
-    return memory_needed(params, optimizer_bytes, model.config, cfg.batch_size, dtype, *levers)
+    return memory_needed(params, optimizer_bytes, model.config, cfg.batch_size, dtype, *levers, scores)
+
+
+def keeps_scores(config, device):
+    """Whether attention keeps its scores for the backward pass: on a CPU no fused kernel has dropout."""
+    return device.type == "cpu" and config.dropout > 0
 
 
 def memory_needed(
-    params, optimizer, config, batch_size, dtype, compile, activation_memory=1.0, loss_chunks=0
+    params,
+    optimizer,
+    config,
+    batch_size,
+    dtype,
+    compile,
+    activation_memory=1.0,
+    loss_chunks=0,
+    scores=False,
 ):
     """Returns an estimate of training's peak: bytes of weights, gradients, optimizer, activations and loss.
     Weights in 16 bits count as activations.
 
     params: number of parameters, all in fp32. optimizer: bytes of the optimizer's state. config: a GPTConfig.
-    dtype: "fp8" for matmul="fp8". The rest is as in train.py. Left out: dropout's masks, and what the CUDA
-    context and the libraries take. The numbers here and below are fitted to what torch 2.11 asks of CUDA's
-    allocator (docs/memory.md).
+    dtype: "fp8" for matmul="fp8". scores: see keeps_scores. The rest is as in train.py. Left out: dropout's
+    other masks, and what the CUDA context and the libraries take. The numbers here and below are fitted to
+    what torch 2.11 asks of CUDA's allocator (docs/memory.md).
     """
     tokens = batch_size * config.block_size
     of_blocks = block_params(config)
@@ -45,6 +59,8 @@ def memory_needed(
         later = max(later, bytes_of(dtype) * of_blocks + 12 * of_head)
     gradients += max(later - activations - loss, 0)
     activations += casts_bytes(config, dtype)  # there all the time
+    if scores:  # 13 bytes for each, with dropout's mask and what it leaves; compiled 9
+        activations += 13 * tokens * config.block_size * config.n_head * config.n_layer
     sizes = dict(
         weights=4 * params, gradients=gradients, optimizer=optimizer, activations=activations, loss=loss
     )
@@ -64,14 +80,17 @@ def block_params(config):
     return 12 * config.n_layer * config.n_embd**2
 
 
-def checkpoint_bytes(memory, keep_before_cooldown):
+def checkpoint_bytes(memory, keep_before_cooldown, resumed=False):
     """Returns the most bytes of checkpoints of a run with this memory_estimate: ckpt.pt, ckpt_prev.pt, a
-    third one that is being written, best.pt, and before_cooldown.pt."""
+    third one that is being written, best.pt, before_cooldown.pt and, in a resumed run, best_before.pt."""
     state = memory["weights"] + memory["optimizer"]
     states = 3
     if keep_before_cooldown:
         states += 1
-    return states * state + memory["weights"]
+    models = 1
+    if resumed:
+        models += 1
+    return states * state + models * memory["weights"]
 
 
 # numbers, times n_embd, that the blocks keep for each token and layer until the backward pass

@@ -193,7 +193,8 @@ def print_dry_run(run):
     if cfg.max_minutes:
         minutes = max(0.0, cfg.max_minutes - elapsed(run) / 60)
         time_text = f"about {minutes:.3g} minutes at most, evaluations included"
-    written = checkpoint_bytes(run.memory, cfg.keep_before_cooldown) / 1e9
+    resumed = run.progress.iter_num > 0
+    written = checkpoint_bytes(run.memory, cfg.keep_before_cooldown, resumed) / 1e9
     free = free_bytes(cfg.out_dir) / 1e9
     print_aligned(
         [

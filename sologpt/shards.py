@@ -247,10 +247,13 @@ def find_shards(folder, split):
 
 def split_of(name):
     """Returns a token file's split, train or val: which comes last in its name, as in val_train_000001.bin.
-    Whole words count before parts of one: train_medieval_000001.bin is for training."""
+    Whole words count before parts of one: train_medieval_000001.bin is for training. None for other names."""
     whole_words = re.findall(r"(?<![^_.-])(?:train|val)(?![^_.-])", name)
     parts_of_words = re.findall("train|val", name)
-    return (whole_words or parts_of_words)[-1]
+    found = whole_words or parts_of_words
+    if not found:
+        return None
+    return found[-1]
 
 
 def fingerprint(shards, tokenizer):

@@ -393,6 +393,7 @@ def test_the_room_for_checkpoints_by_hand():
     sizes = dict(weights=4, gradients=100, optimizer=8)
     assert memory.checkpoint_bytes(sizes, False) == 3 * (4 + 8) + 4
     assert memory.checkpoint_bytes(sizes, True) == 4 * (4 + 8) + 4
+    assert memory.checkpoint_bytes(sizes, True, resumed=True) == 4 * (4 + 8) + 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -435,8 +436,9 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
     config = GPTConfig(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
     cfg = TrainConfig(batch_size=1, compile=False)
 
-    def advice(available, cfg=cfg, dtype="bfloat16"):
-        return fit.no_room(124_400_000, 8 * 124_400_000, config, cfg, dtype, available)
+    def advice(available, cfg=cfg, config=config, device="cuda"):
+        machine = SimpleNamespace(device=torch.device(device), dtype="bfloat16")
+        return fit.no_room(124_400_000, 8 * 124_400_000, config, cfg, machine, available)
 
     # 16 * 124.4e6 = 1,990e6; copies of 12 * 12 * 768^2 + 50,304 * 768 weights in bf16: 247e6; and 1,024 times
     # 2 * 768 * (18 * 12 + 2) = 335e3 and 10 * 50,304 = 503e3
@@ -459,6 +461,10 @@ def test_what_to_do_without_memory_for_one_sequence_by_hand():
     assert "need 2.87 GB" in advice(None, TrainConfig(batch_size=1))
     most = re.search("not enough for more than ([0-9]+)M", advice(2.5e9, TrainConfig(batch_size=1)))[1]
     assert 100 < int(most) < 124
+    # 13 bytes for each of 1,024 * 1,024 scores of 144 heads: 1.96e9 more
+    dropout = dataclasses.replace(config, dropout=0.1)
+    assert "need 5.06 GB" in advice(None, config=dropout, device="cpu")
+    assert "need 3.10 GB" in advice(None, config=dropout)
 
 
 # -----------------------------------------------------------------------------

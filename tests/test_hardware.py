@@ -319,6 +319,19 @@ def kept_by_the_compiler(model, dtype):
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_estimate_has_the_scores_that_autograd_keeps_for_dropout_on_a_cpu(arch, dtype):
+    kept, estimates = [], []
+    for dropout in (0.0, 0.1):
+        model = make_gpt(GPTConfig(**SIZES | dict(n_head=8, dropout=dropout), arch=arch)).train()
+        cast_weights(model, dtype)
+        cfg = TrainConfig(batch_size=BATCH, compile=False)
+        estimates.append(memory.memory_estimate(model, {}, cfg, dtype)["activations"])
+        kept.append(kept_by_autograd(model, dtype))
+    assert estimates[1] - estimates[0] == pytest.approx(kept[1] - kept[0], rel=0.2)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
 @pytest.mark.parametrize("loss_chunks", [0, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_estimate_of_activations_is_what_autograd_keeps(arch, dtype, loss_chunks):
