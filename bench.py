@@ -55,6 +55,7 @@ from configurator import ConfigError, configure, convert, from_command_line, key
 from model import make_gpt
 from sologpt import budget, hardware, shards
 from sologpt.errors import UserError, out_of_memory
+from sologpt.files import unwritable
 from sologpt.memory import memory_estimate
 from sologpt.optim import allocate_moments, make_optimizers
 from sologpt.report import parameters
@@ -100,12 +101,7 @@ class BenchConfig(TrainConfig):
         for name in ("json", *(f"sweep_{name}" for name in SWEPT)):
             if self.profile and getattr(self, name):
                 found.append(f"profile lists operations at one batch_size: leave {name} out")
-        if os.path.isdir(self.json):
-            found.append(f"json={self.json!r} is a folder; give a file in it, such as bench.json")
-        folder = os.path.dirname(self.json)
-        if folder and not os.path.isdir(folder):
-            found.append(f"json is to be written into {folder}, and there is no such folder")
-        return found
+        return found + unwritable("json", self.json)
 
     def sweep(self, name):
         """Returns the values of a key to try, ascending. Raises UserError for an invalid one."""
@@ -155,6 +151,15 @@ def find_data(cfg):
     return folder, tokenizer, f"{tokenizer.encoding}, of {folder}"
 
 
+def fill_zeros(model):
+    """Gives matrices that start at zero random weights. With zeros most gradients would be zero, too, and a
+    GPU multiplies zeros faster, as it needs less power: https://www.thonking.ai/p/strangely-matrix-multiplications
+    """
+    for weight in model.parameters():
+        if weight.dim() == 2 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+
+
 class Timed:
     """The model and optimizers of a run, whose micro-step and update, train.py's, are to be timed."""
 
@@ -164,8 +169,9 @@ class Timed:
         folder, tokenizer, self.vocabulary = find_data(cfg)
         self.n_ids, vocab_size = tokenizer.vocab_size, tokenizer.embedding_rows()
         self.model = make_gpt(model_config(cfg, dict(vocab_size=vocab_size, n_ids=self.n_ids)))
+        fill_zeros(self.model)
         prepare_model(self.model, cfg, machine)
-        # learning_rate=0: the same work, but weights stay finite after any number of updates
+        # learning_rate=0: weights stay finite after any number of updates
         self.optimizers = make_optimizers(
             self.model, dataclasses.replace(cfg, learning_rate=0.0), machine.device
         )
@@ -496,7 +502,7 @@ def what_can_be_trained(cfg, argv, tell):
     if best.tokens // best.iters <= budget.FEW_TOKENS and "beta2" not in cfg.given:
         best.keys["beta2"] = budget.BETA2
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = folder or random_dataset(scratch, cfg.block_size, tokenizer)
+        dataset = folder or random_dataset(scratch, cfg, tokenizer)
         try:
             trial = run_trial(argv, best, dataset, scratch)
         except UserError:
@@ -606,13 +612,14 @@ def run_trial(argv, plan, dataset, scratch):
     print(f"n_embd={plan.size.n_embd}: train.py itself, for {60 * minutes:.0f} s")
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-    if done.returncode:
+    rows = read_metrics(out_dir)
+    iters = [row for row in rows if row["kind"] == "iter"]
+    # if only the end could not be saved, as in a small TMPDIR, all figures are there
+    ended = iters and rows[-1]["kind"] == "eval"
+    if done.returncode and not ended:
         lines = done.stderr.strip() or done.stdout.strip() or "no output"
         last = lines.splitlines()[-1].removeprefix("error: ")
         raise UserError(f"train.py ended with exit status {done.returncode}: {last}")
-    with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    iters = [row for row in rows if row["kind"] == "iter"]
     if not iters:
         print("that was too short for an iteration: its row is the sum of its parts")
         return None
@@ -625,13 +632,24 @@ def run_trial(argv, plan, dataset, scratch):
     )
 
 
-def random_dataset(scratch, block_size, tokenizer):
-    """Writes a dataset of random tokens, with GPT-2's ids, into scratch. Returns its folder."""
+def read_metrics(out_dir):
+    """Returns the lines of a run's metrics.jsonl, dicts; none if there is no file."""
+    path = os.path.join(out_dir, "metrics.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def random_dataset(scratch, cfg, tokenizer):
+    """Writes a dataset of random tokens into scratch, with as many windows in each split as an evaluation
+    takes. Returns its folder."""
     folder = os.path.join(scratch, "data")
     os.mkdir(folder)
-    ids = np.random.RandomState(0).randint(tokenizer.vocab_size, size=1000 * block_size).astype(np.uint16)
-    shards.write_shard(os.path.join(folder, "random_train_000001.bin"), ids)
-    shards.write_shard(os.path.join(folder, "random_val_000000.bin"), ids[: 100 * block_size + 1])
+    count = max(1000, cfg.eval_windows) * cfg.block_size + 1
+    ids = np.random.RandomState(0).randint(tokenizer.vocab_size, size=count).astype(np.uint16)
+    for name in ("random_train_000001.bin", "random_val_000000.bin"):
+        shards.write_shard(os.path.join(folder, name), ids)
     return folder
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from configurator import Config, from_command_line, key, run_script
 from sologpt.figures import FORMATS, terminal_text, write_picture
-from sologpt.files import newest
+from sologpt.files import newest, unwritable
 from sologpt.history import NothingYet, find_metrics, read_history
 from sologpt.page import write_page
 
@@ -44,9 +44,7 @@ class PlotConfig(Config):
         if self.html and not self.html.endswith(".html"):
             found.append(f"html is the page to write, as in --html=run.html, not {self.html!r}")
         for name in ("out", "html"):
-            folder = os.path.dirname(getattr(self, name))
-            if folder and not os.path.isdir(folder):
-                found.append(f"{name} is to be written into {folder}, and there is no such folder")
+            found += unwritable(name, getattr(self, name))
         if self.reference and self.over != "tokens":
             found.append(
                 f"reference needs over='tokens', not {self.over!r}: the published runs had other batches"

@@ -46,6 +46,16 @@ def remove_temporary(path):
         remove(partial)
 
 
+def unwritable(key, path):
+    """Returns messages, none or one, if the file that a key names cannot be written."""
+    if os.path.isdir(path):
+        return [f"{key}={path!r} is a folder; give a file in it"]
+    folder = os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        return [f"{key} is to be written into {folder}, and there is no such folder"]
+    return []
+
+
 def sync_and_rename(f, path, previous=None):
     """Syncs the open file f, which has a temporary name, to disk, then closes it and renames it to path."""
     f.flush()

@@ -242,6 +242,17 @@ def test_a_row_of_nonsense_leaves_the_others(monkeypatch, tmp_path, capsys):
         bench_main([*SMALL, "--hours=1"])
 
 
+def test_no_matrix_is_timed_with_gradients_of_zeros(tmp_path, monkeypatch):
+    """As a new modern model would be, whose blocks and head give zeros at first."""
+    monkeypatch.chdir(tmp_path)
+    cfg = configure(BenchConfig, [*SMALL, "--arch=modern", "--optimizer=muon", "--n_head=1"])
+    timed = Timed(cfg, hardware.find_machine(cfg))
+    timed.warm_up()
+    timed.one_micro_step()
+    still = [name for name, p in timed.model.named_parameters() if p.dim() == 2 and not p.grad.any()]
+    assert not still
+
+
 def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byte_data):
     argv = ["--batch_size=1", "--gradient_accumulation_steps=1", "--profile=True", "--real_data=True"]
     argv += ["--n_embd=256"]

@@ -16,8 +16,9 @@ from conftest import ROOT
 
 import bench
 from configurator import ConfigError, configure
-from sologpt import budget
+from sologpt import budget, shards
 from sologpt.errors import UserError
+from sologpt.tokenizer import gpt2_tokenizer
 from train import TrainConfig
 
 SMALL = budget.Size(2, 2, 128, params=1_000_000, flops_per_token=6e6)
@@ -175,7 +176,8 @@ def test_widths_that_do_not_fit_leave_those_that_do(monkeypatch):
         configure(bench.BenchConfig, wrong)
 
 
-def test_a_trial_is_what_its_metrics_say(tmp_path, monkeypatch):
+@pytest.mark.parametrize("status", [0, 1])  # 1: as if there were no room for its last checkpoint
+def test_a_trial_is_what_its_metrics_say(tmp_path, monkeypatch, status):
     """10 s until the first iteration, of 5 s; three of 2 s; and an evaluation of 3 s."""
     rows = [dict(kind="eval", iter=0, elapsed=9.0), dict(kind="iter", iter=0, dt=5.0, elapsed=15.0)]
     rows += [dict(kind="iter", iter=i, dt=2.0, elapsed=15.0 + 2 * i) for i in (1, 2, 3)]
@@ -184,11 +186,18 @@ def test_a_trial_is_what_its_metrics_say(tmp_path, monkeypatch):
     def trained(command, **options):
         (tmp_path / "out").mkdir()
         (tmp_path / "out/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, status, "", "")
 
     monkeypatch.setattr("subprocess.run", trained)
     plan = budget.plan(SMALL, FAST, 3600, 64, 8, 1)
     assert bench.run_trial([], plan, "data/toy", str(tmp_path)) == budget.Trial(10.0, 2.0, 3.0)
+
+
+def test_random_data_has_the_windows_of_an_evaluation(tmp_path):
+    cfg = configure(TrainConfig, ["--block_size=16", "--eval_iters=100"])
+    folder = bench.random_dataset(str(tmp_path), cfg, gpt2_tokenizer())
+    for windows in shards.open_splits(folder, 16, 50257):
+        assert len(windows) == 1200
 
 
 def test_the_plan_nearest_to_twenty_tokens_for_each_parameter_is_chosen():
