@@ -34,6 +34,7 @@ from configurator import Config, from_command_line, key, run_script
 from model import GATE_WIDTH, GPTConfig, ModernAttention, ModernGPT, rms_norm, rotate
 from sologpt import loss, optim
 from sologpt.errors import UserError
+from sologpt.files import unwritable
 from train import micro_step, set_learning_rate, update
 
 CANDIDATES = dict(
@@ -87,7 +88,7 @@ class CandidatesConfig(Config):
         unknown = sorted(set(self.names) - set(CANDIDATES))
         if unknown:
             return [f"only has {', '.join(unknown)}; there are {', '.join(CANDIDATES)}"]
-        return []
+        return unwritable("json", self.json)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,11 @@ def signs(count):
 
 
 def all_runs(names, iters):
-    """Returns the runs of the design. Four have the same seed, among them two opposites of two others."""
+    """Returns the runs of the design. Four have the same seed, among them two opposites of two others. Of one
+    or two candidates, whose design would have few runs, every combination has several seeds."""
+    if len(names) < 3:
+        some = sorted({"", *names, " ".join(names)})
+        return [Run(parts, seed, iters) for seed in range(8 // len(some)) for parts in some]
     design = signs(len(names))
     runs = []
     for number, row in enumerate(design):

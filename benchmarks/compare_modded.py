@@ -39,7 +39,7 @@ from configurator import Config, from_command_line, key, run_script
 from model import GPTConfig, make_gpt
 from sologpt import hardware, shards
 from sologpt.errors import UserError
-from sologpt.files import atomic_file
+from sologpt.files import atomic_file, unwritable
 from sologpt.optim import make_optimizers
 from sologpt.tokenizer import read_tokenizer
 from train import (
@@ -108,8 +108,13 @@ class CompareConfig(Config):
             try:
                 numbers(getattr(self, name))
             except ValueError:
-                found.append(f"{name}={getattr(self, name)!r} must be numbers with commas between them")
-        return found
+                return [f"{name}={getattr(self, name)!r} must be numbers with commas between them"]
+            if not getattr(self, name) and name != "parts":
+                found.append(f"{name} is empty: give one or more, with commas between them")
+        for part in numbers(self.parts):
+            if round(part * self.iters) <= WARMUP:
+                found.append(f"parts={part:g} of {self.iters} iterations are {WARMUP} at most: none is timed")
+        return found + unwritable("json", self.json) + unwritable("plot", self.plot)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ this project's evaluator.
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -39,6 +40,7 @@ from configurator import from_command_line, key, run_script
 from model import GPT, GPTConfig
 from sologpt import checkpoint, hardware, shards
 from sologpt.errors import UserError
+from sologpt.files import unwritable
 from sologpt.tokenizer import read_tokenizer
 from train import TrainConfig, estimate_loss
 
@@ -60,7 +62,9 @@ def report():
         import resource
         unit = 1 if sys.platform == "darwin" else 1024
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print("peak", torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else resident, flush=True)
+    if torch.cuda.is_initialized():
+        resident = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    print("peak", resident, flush=True)
 
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
@@ -94,11 +98,12 @@ class CompareConfig(TrainConfig):
             found.append(
                 f"nanogpt_batch_size={self.nanogpt_batch_size} does not divide {S} sequences an iteration"
             )
-        if self.max_iters <= WARMUP + self.log_interval:
+        first_timed = math.ceil(WARMUP / self.log_interval) * self.log_interval
+        if self.max_iters <= first_timed + self.log_interval:  # nanoGPT logs multiples of log_interval
             found.append(
                 f"max_iters={self.max_iters} leaves nothing to time with log_interval={self.log_interval}"
             )
-        return found
+        return found + unwritable("json", self.json)
 
 
 def write_data(cfg, folder):

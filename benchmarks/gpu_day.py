@@ -43,7 +43,7 @@ from configurator import Config, from_command_line, key, run_script
 from model import GPT, GPTConfig
 from sologpt import hardware
 from sologpt.errors import UserError
-from sologpt.files import atomic_file
+from sologpt.files import atomic_file, unwritable
 from sologpt.fp8 import has_fp8
 from sologpt.memory import memory_needed
 from sologpt.tokenizer import read_tokenizer
@@ -122,8 +122,7 @@ class DayConfig(Config):
             found.append(f"stages has {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
         if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.batch_sizes):
             found.append(f"batch_sizes={self.batch_sizes!r} must be positive numbers with commas between")
-        if not os.path.isdir(os.path.dirname(self.json) or "."):
-            found.append(f"json={self.json!r}: there is no such folder")
+        found += unwritable("json", self.json)
         for name, file in (("nanogpt", "model.py"), ("modded", "records")):
             folder = getattr(self, name)
             if folder and not os.path.exists(os.path.join(folder, file)):

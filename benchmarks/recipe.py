@@ -25,6 +25,7 @@ from compare_modded import Results, keys_of, numbers, train_as
 
 from configurator import Config, from_command_line, key, run_script
 from sologpt import optim
+from sologpt.files import unwritable
 
 PARTS = dict(
     cooldown="constant learning rate, then a cooldown over the last 0.7, instead of a cosine",
@@ -61,11 +62,12 @@ class RecipeConfig(Config):
     plot: str = key("", "PNG file to draw the curves to (pip install matplotlib)")
 
     def problems(self):
+        found = unwritable("json", self.json) + unwritable("plot", self.plot)
         try:
             numbers(self.seeds)
         except ValueError:
-            return [f"seeds={self.seeds!r} must be numbers with commas between them"]
-        return []
+            found.append(f"seeds={self.seeds!r} must be numbers with commas between them")
+        return found
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def main(argv):
     rungs = [[results.of(run) for run in runs] for runs in ladder]
     names = ["GPT-2, AdamW, cosine", *[f"+ {about}" for about in PARTS.values()]]
     losses = np.array([[entry["loss"] for entry in rung] for rung in rungs])
-    goal = losses[0].mean()
+    goal = statistics.mean(losses[0])  # as tokens_to takes the mean
     print(
         "| rung, each with those above it | validation loss: mean, each seed | change: mean, each seed "
         "| tokens to the first one's loss | ms an iteration |\n|---|---|---|---|---|"

@@ -27,6 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import from_command_line, key, run_script
 from sologpt import shards
 from sologpt.errors import UserError
+from sologpt.files import unwritable
 from sologpt.tokenizer import read_tokenizer
 from train import TrainConfig
 
@@ -55,7 +56,7 @@ class RepeatedConfig(TrainConfig):
             found.append(f"seeds={self.seeds!r} must be numbers with commas between them")
         if self.schedule != "wsd":
             found.append("a cosine has a length of its own; give --schedule=wsd")
-        return found
+        return found + unwritable("json", self.json)
 
 
 def iterations(cfg):

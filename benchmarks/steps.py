@@ -28,6 +28,7 @@ from bench import driver_version
 from configurator import from_command_line, key, run_script
 from model import GPTConfig, make_gpt
 from sologpt import hardware, shards
+from sologpt.files import unwritable
 from sologpt.optim import make_optimizers
 from sologpt.tokenizer import read_tokenizer
 from train import TrainConfig, inputs_and_targets, micro_batches, micro_step, prepare_model, update
@@ -53,7 +54,7 @@ class StepsConfig(TrainConfig):
             )
         if (self.arch, self.optimizer) != ("gpt2", "adamw"):
             found.append("leave arch and optimizer out: GPT-2 with AdamW and the recipe are both measured")
-        return found
+        return found + unwritable("json", self.json)
 
 
 class NanoGPT:

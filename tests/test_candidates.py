@@ -58,6 +58,20 @@ def test_effects_are_found_again():
             assert abs(found[name][0] - effect) < 3 * found[name][1] < 0.004
 
 
+@pytest.mark.parametrize("names", [["no_head_decay"], ["gate", "no_smear"], ["gate", "no_smear", "scale"]])
+def test_effects_of_few_candidates_are_found_too(names):
+    runs = all_runs(names, 400)
+    assert len(set(runs)) == len(runs) == 8 and len({run.seed for run in runs}) >= 2
+    effect = dict(zip(names, (-0.02, 0.05, 0.0), strict=False))
+    entries = []
+    for run in runs:
+        loss = 3 + 0.1 * run.seed + sum(effect[part] for part in run.parts.split())
+        entries.append(dict(parts=run.parts, seed=run.seed, loss=loss))
+    found = effects(names, entries)
+    for name in names:
+        assert found[name][0] == pytest.approx(effect[name], abs=1e-9)
+
+
 class Small:
     size, compile, dtype, gpt2_learning_rate = "tiny", False, "float32", 2e-3
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare_modded
 from compare_modded import CompareConfig, Peer, Run, keys_of, new_ids, open_data, read_peer
 
-from configurator import configure
+from configurator import ConfigError, configure
 from sologpt import hardware
 from sologpt.errors import UserError
 
@@ -75,6 +75,20 @@ def test_the_peer_is_what_its_file_says_in_our_number_of_iterations(modded, tmp_
     # two sequences, and half of the twofold rate: the gradient of a row is its probabilities less the target
     assert weight[1, 2].item() == pytest.approx(0.5 * 2 * (1 - 1 / 320))
     assert weight[1, 3].item() == pytest.approx(-0.5 * 2 / 320) and weight[3].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rates="], "rates is empty"),
+        (["--seeds=1,x"], "seeds='1,x' must be numbers"),
+        (["--iters=10", "--parts=0.5"], "parts=0.5 of 10 iterations are 5 at most: none is timed"),
+        (["--json=nowhere/x.json"], "json is to be written into nowhere, and there is no such folder"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(modded, tmp_path, monkeypatch, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, monkeypatch, [*modded, *flags])
 
 
 def test_a_file_of_another_layout_is_refused(tmp_path):

@@ -275,7 +275,7 @@ def test_losses_that_do_not_fall_fail():
     "flags, message",
     [
         (["--batch_sizes=0"], "batch_sizes='0' must be positive numbers"),
-        (["--json=nowhere/x.json"], "json='nowhere/x.json': there is no such folder"),
+        (["--json=nowhere/x.json"], "json is to be written into nowhere, and there is no such folder"),
         (["--nanogpt=nowhere"], "nanogpt='nowhere' has no model.py; give a checkout"),
         (["--stages=smoke,speeed"], "stages has speeed; there are smoke, "),
     ],
