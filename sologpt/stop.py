@@ -29,7 +29,9 @@ class StopRequest:
         self.number = 0  # of the signal; 0: nobody has asked
         self.interrupting = False
         self.agreed = False  # whether all processes of a run know why they leave; parallel.py
-        self.second_try = None  # a timer, once Python has dropped a Stopped
+        self.raised = False  # whether a Stopped is on its way
+        self.repeating = None  # a thread, once Python has dropped a Stopped
+        self.left = threading.Event()
 
     def __enter__(self):
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -44,9 +46,9 @@ class StopRequest:
     def __exit__(self, *error):
         StopRequest.in_force = None
         sys.unraisablehook = self.hook_before
-        if self.second_try:
-            self.second_try.cancel()
-            self.second_try.join()  # its signal would end the process below
+        self.left.set()
+        if self.repeating:
+            self.repeating.join()  # its signal would end the process below
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -56,9 +58,10 @@ class StopRequest:
             self.write(self.text)
         elif number == signal.SIGINT:
             os._exit(128 + number)
-        elif not self.second_try:
+        elif not self.repeating:
             return  # a terminal that closes and the end of a session send two, 0 to 200 ms apart
-        if self.interrupting:
+        if self.interrupting and not self.raised:
+            self.raised = True
             raise Stopped
 
     def dropped(self, error):
@@ -67,8 +70,14 @@ class StopRequest:
         if not isinstance(error.exc_value, Stopped):
             self.hook_before(error)
             return
-        self.second_try = threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM])
-        self.second_try.start()
+        if not self.repeating:
+            self.repeating = threading.Thread(target=self.repeat, daemon=True)
+            self.repeating.start()
+        self.raised = False  # last, so that the next one is not raised here
+
+    def repeat(self):
+        while self.interrupting and not self.left.wait(0.1):
+            signal.raise_signal(signal.SIGTERM)
 
     def write(self, text):
         # a log may be on a full disk; not print(), which the signal may have interrupted

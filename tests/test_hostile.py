@@ -769,16 +769,25 @@ def test_a_signal_in_a_place_where_python_drops_exceptions_interrupts_a_little_l
     class Value:
         pass
 
+    def wait():
+        end = time.perf_counter() + 60
+        while time.perf_counter() < end:
+            pass
+
     before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
-    value = Value()
-    reference = weakref.ref(value, lambda _: signal.raise_signal(signal.SIGTERM))
+    first, second = Value(), Value()
+    references = [
+        weakref.ref(first, lambda _: signal.raise_signal(signal.SIGTERM)),
+        weakref.ref(second, lambda _: wait()),  # in which the next one is raised, and dropped, too
+    ]
     with StopRequest("stopping") as stop:
         with pytest.raises(Stopped), stop.interrupts():
-            del value
-            assert reference() is None and stop.number == signal.SIGTERM
-            end = time.perf_counter() + 20
-            while time.perf_counter() < end:
-                pass
+            del first
+            del second
+            assert not any(reference() for reference in references)
+            wait()
+        assert stop.number == signal.SIGTERM
+        time.sleep(0.3)  # with nothing to interrupt, no further one comes
     assert capfd.readouterr().err == "\nstopping\n"
     assert before == (signal.getsignal(signal.SIGTERM), sys.unraisablehook)
 
