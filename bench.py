@@ -633,12 +633,12 @@ def run_trial(argv, plan, dataset, scratch):
 
 
 def read_metrics(out_dir):
-    """Returns the lines of a run's metrics.jsonl, dicts; none if there is no file."""
+    """Returns the whole lines of a run's metrics.jsonl, dicts; none if there is no file."""
     path = os.path.join(out_dir, "metrics.jsonl")
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def random_dataset(scratch, cfg, tokenizer):

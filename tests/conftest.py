@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ from sologpt import hardware, shards
 
 ROOT = Path(__file__).parent.parent
 os.environ["no_proxy"] = "127.0.0.1"  # the tests' own servers
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's `&`, and then in all processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # enough for models of this size, and the sums are the same each time
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
@@ -45,8 +48,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def from_the_project_root(monkeypatch):
+def the_same_start_for_all(monkeypatch):
+    """Whatever tests came before."""
     monkeypatch.chdir(ROOT)
+    torch.manual_seed(1)
 
 
 class Outcome(NamedTuple):

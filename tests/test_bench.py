@@ -256,7 +256,7 @@ def test_no_matrix_is_timed_with_gradients_of_zeros(tmp_path, monkeypatch):
 def test_a_profile_of_real_data_names_the_operations_that_take_the_time(run, byte_data):
     argv = ["--batch_size=1", "--gradient_accumulation_steps=1", "--profile=True", "--real_data=True"]
     argv += ["--n_embd=256"]
-    out = run("bench.py", *SMALL, "--dataset=toy", *argv).stdout
+    out = run("bench.py", *SMALL, "--dataset=toy", *argv, OMP_NUM_THREADS="1").stdout
     assert "bytes, of data/toy" in out and "random" not in out
     listed = [line.split() for line in out.splitlines() if line.split()[-1].startswith("aten::")]
     assert listed[0][-1] == "aten::mm"  # half of the time at this width

@@ -137,6 +137,8 @@ def test_keys_that_would_end_train_at_once_do_not_reach_the_trial(tmp_path, monk
 def test_a_trial_that_the_system_kills_says_so(tmp_path, monkeypatch):
     killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr("subprocess.run", lambda *args, **options: killed)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/metrics.jsonl").write_text('{"kind": "iter"}\n{"kin')
     plan = budget.plan(SMALL, FAST, 3600, 64, 8, 1)
     with pytest.raises(UserError, match="train.py ended with exit status -9: no output"):
         bench.run_trial([], plan, "data/toy", str(tmp_path))

@@ -51,8 +51,7 @@ def test_an_out_dir_belongs_to_one_run_until_that_ends_or_dies(run, byte_data, t
     argv = [*tiny, "--max_iters=100000", "--checkpoint_interval=1"]
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ENV) as first:
-        while not first.stdout.readline().startswith("saving checkpoint"):
-            pass
+        next(line for line in first.stdout if line.startswith("saving checkpoint"))
         refused = one_line(run("train.py", *argv, status=1))
         assert (
             f"out is in use by process {first.pid} on " in refused and "choose another --out_dir" in refused
@@ -799,6 +798,7 @@ def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
         )
         maps = pathlib.Path(f"/proc/{process.pid}/maps")
         while b"libtorch" not in maps.read_bytes():  # its import has begun
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
@@ -853,7 +853,7 @@ def test_a_bad_line_in_a_conversation_is_named_and_the_rest_goes_on(trained, tmp
 def test_more_samples_than_fit_into_memory_are_refused_at_once(trained, argv, message):
     start = time.perf_counter()
     out = trained("sample.py", "--device=cpu", *argv, status=2 if "temperature" in argv[0] else 1)
-    assert message in out.stderr and time.perf_counter() - start < 10
+    assert message in out.stderr and time.perf_counter() - start < 60
 
 
 def test_a_model_that_no_computer_holds_is_refused_at_once(run, byte_data, tiny):

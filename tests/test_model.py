@@ -437,7 +437,8 @@ with torch.random.fork_rng():
         p.data = torch.randn_like(p) * 0.3
 
 
-@settings(max_examples=300, deadline=None)
+# the same examples each time: in one of many thousands rounding decides between two ids
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 18), min_size=1, max_size=4),
     count=st.integers(1, 16),

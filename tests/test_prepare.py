@@ -1483,9 +1483,10 @@ def test_a_full_disk_ends_it_cleanly_and_with_more_room_the_same_command_goes_on
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_a_source_that_cannot_fit_on_the_disk_is_refused_at_the_start(run, tmp_path):
+def test_a_source_that_cannot_fit_on_the_disk_is_refused_at_the_start(run, tmp_path, monkeypatch):
     with open(tmp_path / "a.txt", "wb") as f:
         f.truncate(10**13)  # takes no room itself
+    monkeypatch.setattr("prepare_fineweb.free_bytes", lambda folder: 10**12)
     err = prepare(run, "--input=a.txt", status=1).stderr
     assert "about 20,000.000 GB are still to be written, and out has " in err and "--max_tokens" in err
 
@@ -1493,10 +1494,12 @@ def test_a_source_that_cannot_fit_on_the_disk_is_refused_at_the_start(run, tmp_p
 def test_a_worker_that_is_killed_ends_it_with_one_line(run, tmp_path, big_source):
     process = start(tmp_path, *big_source, "--out_dir=out")
     wait_for_two_shards(process, tmp_path / "out")
+    process.send_signal(signal.SIGSTOP)  # or it might have ended before pgrep
     workers = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
     ).stdout
     os.kill(int(workers.split()[0]), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     out, err = process.communicate()
     assert (
         process.returncode == 1

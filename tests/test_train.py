@@ -109,7 +109,7 @@ def test_bf16_trains_too(run, byte_data, tiny):
     assert float(losses(out)[11]) < 4
 
 
-def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, monkeypatch):
+def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, tmp_path, monkeypatch):
     eager = losses(run("train.py", *tiny, "--out_dir=eager"))
     estimate_loss = train.estimate_loss
     graphs = []  # compiled before each call of it
@@ -128,7 +128,8 @@ def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, monkeypatch)
         [float(x) for x in eager.values()], abs=2e-3
     )
     times = [float(time) for _, _, time, _ in ITER.findall(out.stdout)]
-    assert times[0] < 1000  # ms: compiling takes many seconds, and is not in it
+    compiling = metrics(tmp_path / "out", "compiled")[0]["seconds"]
+    assert times[0] < 1e3 * compiling / 2  # ms: it is not in it
     # at most eight lines, aligned, come before the first evaluation
     lines = out.stdout.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("step 0:"))
@@ -372,32 +373,30 @@ def test_a_second_signal_of_a_session_that_ends_does_not_break_off_the_save(
 
 
 @pytest.mark.parametrize(
-    "flags, line, seconds",
+    "flags, line, seconds, never",
     [
-        (
-            ["--eval_interval=1", "--eval_iters=50", "--n_embd=512", "--n_layer=12"],
-            "evaluation:",
-            1.0,
-        ),  # in an evaluation
-        (["--gradient_accumulation_steps=1000000"], "step 0:", 1.0),  # in an iteration of hours
-        (["--compile=True", "--n_layer=12"], "compiling the model", 3.0),  # in the compiler
+        # in an evaluation
+        (["--eval_iters=50", "--n_embd=512", "--n_layer=12"], "evaluation:", 1.0, "step 0:"),
+        # in an iteration of hours
+        (["--gradient_accumulation_steps=1000000"], "step 0:", 1.0, "iter 0:"),
+        # in the compiler
+        (["--compile=True", "--n_layer=12"], "compiling the model", 3.0, "step 0:"),
     ],
 )
-def test_it_stops_soon_wherever_it_is(byte_data, tiny, tmp_path, flags, line, seconds):
+def test_it_stops_soon_wherever_it_is(byte_data, tiny, tmp_path, flags, line, seconds, never):
     """The signal goes to all processes, as a terminal sends Ctrl-C; the compiler is one of them."""
     command = [sys.executable, str(ROOT / "train.py"), *tiny, *flags]
+    env = ENV | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))  # empty, so that it compiles for long
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(
-        command, cwd=tmp_path, text=True, env=ENV, start_new_session=True, **pipes
+        command, cwd=tmp_path, text=True, env=env, start_new_session=True, **pipes
     ) as process:
         next(text for text in process.stdout if text.startswith(line))
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
-        asked = time.perf_counter()
-        out, errors = process.communicate(timeout=60)
-        assert time.perf_counter() - asked < 20
+        out, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in errors and "failed" not in errors
-    assert "stopped at iteration 0; continue with: python" in out
+    assert "stopped at iteration 0; continue with: python" in out and never not in out
     assert checkpoint.load(tmp_path / "out/ckpt.pt")["iter_num"] == 0
 
 
@@ -415,6 +414,7 @@ def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves_and_says_so(byte_data,
     argv = [*tiny, "--max_iters=1000000", "--eval_interval=1000000", "--n_embd=512"]
     with piped(argv, "tee log", tmp_path) as process:
         while not (tmp_path / "log").exists() or "iter 20:" not in (tmp_path / "log").read_text():
+            assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
