@@ -708,7 +708,7 @@ def why_too_few(job, progress):
         if cfg.txt_documents == "file":
             advice.append("use --txt_documents=blank_line")
     if not advice:
-        advice.append("prepare more of them")
+        advice.append("add some")
     text = "validation takes whole documents, all copies of one together, and these are too few, or one is "
     text += f"huge: {', or '.join(advice)}"
     if shards_in(job.out_dir):

@@ -104,16 +104,12 @@ class CompareConfig(Config):
         unknown = set(self.models.split(",")) - {"peer", *CONFIGS}
         if unknown:
             found.append(f"models has {', '.join(sorted(unknown))}; there are peer, {', '.join(CONFIGS)}")
-        for name in ("rates", "parts", "seeds"):
-            try:
-                numbers(getattr(self, name))
-            except ValueError:
-                return [f"{name}={getattr(self, name)!r} must be numbers with commas between them"]
-            if not getattr(self, name) and name != "parts":
-                found.append(f"{name} is empty: give one or more, with commas between them")
-        for part in numbers(self.parts):
-            if round(part * self.iters) <= WARMUP:
-                found.append(f"parts={part:g} of {self.iters} iterations are {WARMUP} at most: none is timed")
+        found += not_numbers("rates", self.rates) + not_numbers("seeds", self.seeds)
+        if self.parts:
+            found += not_numbers("parts", self.parts)
+        if not found:
+            few = [part for part in numbers(self.parts) if round(part * self.iters) <= WARMUP]
+            found += [f"parts={part:g} of {self.iters} iterations are too few to time" for part in few]
         return found + unwritable("json", self.json) + unwritable("plot", self.plot)
 
 
@@ -127,6 +123,16 @@ class Run:
 
 def numbers(text):
     return [float(x) for x in text.split(",") if x]
+
+
+def not_numbers(key, text):
+    """Returns messages, none or one, if the text of a key is not one or more numbers."""
+    try:
+        if numbers(text):
+            return []
+    except ValueError:
+        pass
+    return [f"{key}={text!r} must be one or more numbers with commas between them"]
 
 
 # -----------------------------------------------------------------------------

@@ -62,9 +62,10 @@ def report():
         import resource
         unit = 1 if sys.platform == "darwin" else 1024
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resident
     if torch.cuda.is_initialized():
-        resident = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    print("peak", resident, flush=True)
+        peak = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    print("peak", peak, flush=True)
 
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")

@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import candidates
 import compare_modded
-from compare_modded import Results, keys_of, numbers, train_as
+from compare_modded import Results, keys_of, not_numbers, numbers, train_as
 
 from configurator import Config, from_command_line, key, run_script
 from sologpt import optim
@@ -62,12 +62,8 @@ class RecipeConfig(Config):
     plot: str = key("", "PNG file to draw the curves to (pip install matplotlib)")
 
     def problems(self):
-        found = unwritable("json", self.json) + unwritable("plot", self.plot)
-        try:
-            numbers(self.seeds)
-        except ValueError:
-            found.append(f"seeds={self.seeds!r} must be numbers with commas between them")
-        return found
+        found = not_numbers("seeds", self.seeds)
+        return found + unwritable("json", self.json) + unwritable("plot", self.plot)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from compare_modded import numbers
+from compare_modded import not_numbers, numbers
 from sampling import processor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from bench import read_metrics
 from configurator import from_command_line, key, run_script
 from sologpt import shards
 from sologpt.errors import UserError
@@ -49,11 +50,7 @@ class RepeatedConfig(TrainConfig):
     json: str = key("", "file to write the figures to")
 
     def problems(self):
-        found = super().problems()
-        try:
-            numbers(self.seeds)
-        except ValueError:
-            found.append(f"seeds={self.seeds!r} must be numbers with commas between them")
+        found = super().problems() + not_numbers("seeds", self.seeds)
         if self.schedule != "wsd":
             found.append("a cosine has a length of its own; give --schedule=wsd")
         return found + unwritable("json", self.json)
@@ -77,9 +74,7 @@ def train(kind, cfg, iters, seed):
         process = subprocess.run(command, env=env, capture_output=True, text=True)
         if process.returncode:
             raise UserError(f"train.py failed: {process.stderr.strip()}")
-        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f]
-    evaluations = [line for line in lines if line["kind"] == "eval"]
+        evaluations = [line for line in read_metrics(folder) if line["kind"] == "eval"]
     return evaluations[-1]
 
 

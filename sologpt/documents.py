@@ -68,7 +68,7 @@ def read_text(path, divide):
             block = f.read(CHUNK)
             if block.count(0) > 10 + len(block) // 100:
                 raise UserError("not text: it has many NUL bytes, as an archive or UTF-16 has")
-            if block.startswith(b"version https://git-lfs.github.com/spec/"):
+            if len(block) < 1024 and block.startswith(b"version https://git-lfs.github.com/spec/"):
                 raise UserError("only names the file that Git LFS keeps elsewhere; get it with: git lfs pull")
             try:
                 held += newlines.decode(utf8.decode(block, final=not block), final=not block)

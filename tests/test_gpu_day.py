@@ -141,7 +141,7 @@ def test_ctrl_c_stops_the_process_that_runs(tmp_path):
             break
     time.sleep(1)  # its train.py is starting
     process.send_signal(signal.SIGINT)
-    assert "interrupted" in process.communicate(timeout=300)[1]
+    assert "interrupted" in process.communicate(timeout=20)[1]
     others = subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path}"], capture_output=True, text=True)
     assert process.returncode and not others.stdout
 

@@ -853,7 +853,7 @@ def test_a_bad_line_in_a_conversation_is_named_and_the_rest_goes_on(trained, tmp
 def test_more_samples_than_fit_into_memory_are_refused_at_once(trained, argv, message):
     start = time.perf_counter()
     out = trained("sample.py", "--device=cpu", *argv, status=2 if "temperature" in argv[0] else 1)
-    assert message in out.stderr and time.perf_counter() - start < 60
+    assert message in out.stderr and time.perf_counter() - start < 10
 
 
 def test_a_model_that_no_computer_holds_is_refused_at_once(run, byte_data, tiny):

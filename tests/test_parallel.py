@@ -232,7 +232,7 @@ def test_a_signal_ends_all_and_the_run_resumes(folder):
         process.send_signal(signal.SIGTERM)
         asked = time.monotonic()
         out, errors = process.communicate(timeout=600)
-    assert time.monotonic() - asked < 50 and process.returncode != 0
+    assert time.monotonic() - asked < 25 and process.returncode != 0
     assert "stopping; Ctrl-C again leaves without saving" in errors and "error:" not in errors
     at, command = re.search(r"stopped at iteration (\d+); continue with: (.*)", out).groups()
     assert command.startswith("torchrun --standalone --nproc_per_node=2 ")
@@ -246,7 +246,7 @@ def test_kill_9_of_one_process_ends_the_others_within_seconds_and_loses_nothing(
         next(line for line in process.stdout if line.startswith("iter 11:"))
         start_of_end = time.monotonic()
         out, errors = process.communicate(timeout=600)
-    assert time.monotonic() - start_of_end < 50 and process.returncode == 1
+    assert time.monotonic() - start_of_end < 20 and process.returncode == 1
     lines = [line for line in errors.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "another process has ended, or not answered for 60 s" in lines[0]
     assert "(killed/ckpt.pt holds iteration 12)" in lines[0]

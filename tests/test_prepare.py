@@ -552,7 +552,7 @@ def test_gpt2_tokens_are_tiktokens_and_a_separator_inside_a_text_is_text(run, tm
             ["--input=a.txt", "--max_tokens=1"],
             "or one is huge: raise --max_tokens=1, or separate them by <|endoftext|>, or use --txt",
         ),
-        (b'{"text": "one"}', ["--input=a.jsonl"], "or one is huge: prepare more of them\n"),
+        (b'{"text": "one"}', ["--input=a.jsonl"], "or one is huge: add some\n"),
         (
             b"  \n",
             ["--input=a.txt"],
@@ -885,6 +885,7 @@ class Files(http.server.BaseHTTPRequestHandler):
     content, cut = b"", 0
     told = "{}"  # as the length of content; empty: nothing
     kind = "text/plain"
+    etag = ""  # else another one at each request
 
     def log_message(self, *args):
         pass
@@ -895,7 +896,9 @@ class Files(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         if self.told:
             self.send_header("Content-Length", self.told.format(len(self.content)))
-        self.send_header("ETag", str(zlib.crc32(self.content)))
+        self.send_header("ETag", self.etag or str(zlib.crc32(self.content)))
+        if self.etag:
+            Files.etag += "x"
         self.send_header("Content-Type", self.kind)
         self.end_headers()
         end = len(self.content)
@@ -962,6 +965,13 @@ def test_an_address_that_is_wrong_is_one_line(run, address):
     for name in (f"{address}/missing.txt", "http://127.0.0.1:9/a.txt", "ftps://example.org/a.txt", odd):
         error = prepare(run, f"--input={name}", status=1).stderr
         assert f"error: --input={name} cannot be reached: " in error and error.count("\n") == 1
+
+
+def test_a_server_that_names_another_version_at_each_request_is_pointed_out(run, address, monkeypatch):
+    Files.content = b"".join(b'{"text": "some words, %d"}\n' % i for i in range(100))
+    monkeypatch.setattr(Files, "etag", "1")
+    error = prepare(run, f"--input={address}/a.jsonl", status=1).stderr
+    assert "were changed while they were read, or their server says so at each request" in error
 
 
 def test_a_web_page_is_no_file(run, address, monkeypatch):

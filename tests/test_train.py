@@ -109,7 +109,7 @@ def test_bf16_trains_too(run, byte_data, tiny):
     assert float(losses(out)[11]) < 4
 
 
-def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, tmp_path, monkeypatch):
+def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, monkeypatch):
     eager = losses(run("train.py", *tiny, "--out_dir=eager"))
     estimate_loss = train.estimate_loss
     graphs = []  # compiled before each call of it
@@ -128,8 +128,7 @@ def test_a_compiled_run_gives_the_same_losses(run, byte_data, tiny, tmp_path, mo
         [float(x) for x in eager.values()], abs=2e-3
     )
     times = [float(time) for _, _, time, _ in ITER.findall(out.stdout)]
-    compiling = metrics(tmp_path / "out", "compiled")[0]["seconds"]
-    assert times[0] < 1e3 * compiling / 2  # ms: it is not in it
+    assert times[0] < 1000  # ms: compiling takes many seconds, and is not in it
     # at most eight lines, aligned, come before the first evaluation
     lines = out.stdout.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("step 0:"))
@@ -397,6 +396,7 @@ def test_it_stops_soon_wherever_it_is(byte_data, tiny, tmp_path, flags, line, se
         out, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in errors and "failed" not in errors
     assert "stopped at iteration 0; continue with: python" in out and never not in out
+    assert not metrics(tmp_path / "out", "compiled")  # broken off in the middle
     assert checkpoint.load(tmp_path / "out/ckpt.pt")["iter_num"] == 0
 
 
