@@ -159,7 +159,7 @@ class GPT(nn.Module):
         if self.loss_chunks or torch.compiler.is_compiling():
             x = x.view(B * T, -1).to(self.matmul_dtype())
             return None, chunked_cross_entropy(x, self.lm_head, targets, self.loss_chunks, self.softcap)
-        # faster if not compiled; a change of the loss belongs in chunk_loss too
+        # faster if not compiled; what changes logits or loss belongs in chunk_loss too
         logits = self.logits(x)
         loss = F.cross_entropy(logits.view(B * T, -1), targets, ignore_index=-1)
         return logits, loss
@@ -177,7 +177,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x):
-        """Returns the logits (..., V) for lm_head's input x (..., C)."""
+        """Returns logits (..., V) for x (..., C). Compiled training computes them in chunk_loss."""
         return capped(self.lm_head(x), self.softcap)
 
     def matmul_dtype(self):
@@ -217,7 +217,7 @@ class GPT(nn.Module):
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """Returns AdamW for all parameters; biases and LayerNorms do not decay. Muon: in sologpt/optim.py."""
+        """Returns AdamW for all parameters; vectors do not decay. optimizer="muon" is in sologpt/optim.py."""
         return optim.adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
 
     # -------------------------------------------------------------------------

@@ -55,7 +55,9 @@ class SampleConfig(Config):
     start: str = key(
         "\n", "prompt; FILE:prompt.txt reads it from a file, - from stdin; may hold <|endoftext|>"
     )
-    interactive: bool = key(False, "read prompts line by line; the conversation so far is the context")
+    interactive: bool = key(
+        False, "read prompts line by line, each after the latest part of the conversation"
+    )
     num_samples: int = key(10, "samples to draw, in one batch", low=1)
     max_new_tokens: int = key(500, "longest sample, in tokens", low=1)
     temperature: float = key(0.8, "below 1: safer, above 1: wilder; 0: always the likeliest token", low=0)
@@ -458,6 +460,9 @@ def main(argv):
     if cfg.stop_at_eot and tokenizer.eot_token is None:
         raise UserError(f"stop_at_eot=True, but the encoding {tokenizer.encoding!r} has no end-of-text token")
     check_room(cfg, model, prompt)
+    block_size = model.config.block_size
+    if len(prompt) > block_size and not cfg.interactive:
+        print(f"note: of the prompt's {len(prompt)} tokens the last {block_size} count", file=sys.stderr)
     with open_output(cfg.out) as out:
         session = Session(cfg, model, tokenizer, device, out)
         if cfg.compile:

@@ -116,8 +116,8 @@ class TrainConfig(Config):
     activation_memory: float = key(
         1.0, "0.8 recomputes cheap activations of a compiled model instead of keeping them", low=0.8, high=1
     )
-    loss_chunks: int = key(0, "chunks of the loss: less memory; 0: chosen if compiled, else none", low=0)
-    auto_fit: bool = key(True, "if memory runs out, halve batch_size and double gradient_accumulation_steps")
+    loss_chunks: int = key(0, "chunks of the loss, saving memory; 0: automatic if compiled, else none", low=0)
+    auto_fit: bool = key(True, "if memory is short, halve batch_size and double gradient_accumulation_steps")
     peak_flops: float = key(0.0, "FLOP/s that mfu is measured against; 0: this GPU's dense peak", low=0)
     backend: str = key("nccl", "how several GPUs communicate; CPUs use gloo", choices=("nccl", "gloo"))
 
@@ -183,7 +183,7 @@ def get_lr(it, cfg, time_used=0.0):
         if cfg.cooldown_frac:
             cooldown_left = min(cooldown_left, (1 - time_used) / cfg.cooldown_frac)
         return cfg.min_lr + min(1, cooldown_left) * (cfg.learning_rate - cfg.min_lr)
-    # cosine
+    assert cfg.schedule == "cosine"
     if it >= cfg.lr_decay_iters:
         return cfg.min_lr
     progress = (it - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
@@ -244,7 +244,7 @@ def micro_step(model, tokens, scaler, machine, accumulation):
     loss, a tensor on the device: reading it here would wait for the GPU."""
     x, y = inputs_and_targets(tokens, machine.device)
     with machine.autocast():
-        loss = model(x, y)[1]  # giving the logits a name would keep them in memory
+        loss = model(x, y)[1]  # naming the logits would keep them in memory
     loss = loss / accumulation  # micro-batches have as many targets each: the shares add up to the mean
     scaler.scale(loss).backward()
     return loss.detach()
@@ -285,7 +285,7 @@ class Progress:
     resumed: int = 0  # how many times
     pretrained: bool = False  # at iteration 0 already
     other_tokens: int = 0  # seen of other data
-    eval_seconds: float = 0.0  # of the last evaluation
+    eval_seconds: float = 0.0  # last evaluation, with samples
 
 
 @dataclasses.dataclass
@@ -325,8 +325,8 @@ class Run:
 def train(run):
     """Evaluates, saves, updates and logs until the run is done.
 
-    A request to stop, or running out of memory, leaves this function as an exception. That frees its frame,
-    and with it all activations; run.progress and run.rng say where to continue.
+    A request to stop, or running out of memory, leaves this function as an exception. That frees its frame
+    and all activations; run.progress and run.rng say where to continue.
     """
     cfg = run.cfg
     at = run.progress
@@ -383,7 +383,7 @@ def train(run):
                 step_loss += micro_step(run.model, next(batches), run.scaler, machine, accumulation)
         parallel.sum_gradients(run, step_loss)  # over all processes
         norm = update(run.model, run.optimizers, run.scaler, cfg.grad_clip)
-        health.watch_update(run, step_loss, norm)  # counts skipped ones; too many end the run
+        health.watch_update(run, step_loss, norm)  # counts skipped updates; too many end the run
         at.tokens_seen += cfg.tokens_per_iter
         clock.iters += 1
         run.bar.update()

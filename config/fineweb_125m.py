@@ -28,5 +28,5 @@ min_lr = 3e-5
 warmup_iters = 500
 max_iters = 10000
 lr_decay_iters = 10000
-beta2 = 0.99
+beta2 = 0.99  # not compared with the default, 0.95, at so many tokens per iteration
 weight_decay = 0.1

@@ -19,9 +19,9 @@ from sologpt.memory import block_params, keeps_scores, memory_estimate, memory_n
 def fit_batch_size(model, optimizers, cfg, machine):
     """Lowers cfg.batch_size until memory_estimate is within 1.1 times a GPU's free memory (more would fail at
     the first step, after compiling) or 0.8 times a computer's (the system kills a process that takes all of
-    it). Returns that estimate. An evaluation alone takes less, and is left to try.
+    it). Returns that estimate. An evaluation alone takes less, and is simply tried.
 
-    Raises UserError if what is left to try cannot fit into a computer's memory.
+    Raises UserError if even the smallest batch_size cannot fit into a computer's memory.
     """
     on_cpu = machine.device.type == "cpu"
     has = total_memory(machine.device) if on_cpu else available_memory(machine.device)
@@ -69,7 +69,7 @@ def use_smaller_batch(run):
 
 
 def lower_batch_size(cfg):
-    """Lowers the batch_size of train.py's cfg to smaller_batch's; the command that continues will have it."""
+    """Lowers the batch_size of train.py's cfg to smaller_batch's; the command that resumes will have it."""
     cfg.batch_size, cfg.gradient_accumulation_steps = smaller_batch(cfg.batch_size, cfg.sequences_per_iter)
     cfg.overruled = set(cfg.overruled) | {"batch_size", "gradient_accumulation_steps"}
 

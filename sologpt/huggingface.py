@@ -294,7 +294,10 @@ def write_json(folder, name, content):
 
 def write_folder(folder, fields, weights, eot_token):
     """Writes config.json, generation_config.json and model.safetensors for a GPT with these fields of
-    GPTConfig and these weights. eot_token: the id that starts and ends a text, or None."""
+    GPTConfig and these weights. eot_token: the id that starts and ends a text, or None.
+
+    Raises UserError for weights that are not GPT-2's: a changed model is not what transformers would compute.
+    """
     fields = fields | dict(vocab_size=fields["n_ids"])
     tokens = dict(bos_token_id=eot_token, eos_token_id=eot_token)
     config = dict(architectures=["GPT2LMHeadModel"]) | REST
@@ -313,7 +316,19 @@ def write_folder(folder, fields, weights, eot_token):
         theirs[name] = stored.detach().cpu().float().contiguous()
         if not fields["bias"] and name.startswith(("transformer.h.", "transformer.ln_f.")):
             theirs[name.removesuffix("weight") + "bias"] = torch.zeros(len(w))  # theirs has biases
+    if odd := sorted(gpt2_names(fields["n_layer"]) ^ theirs.keys()):
+        raise UserError(f"this model is not transformers' GPT-2, as only one of them has {odd[0]}")
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise UserError("this model is not transformers' GPT-2, whose head is the embedding's matrix")
     write_files(folder, config, tokens, theirs)
+
+
+def gpt2_names(n_layer):
+    """Returns the names of all weights of transformers' GPT-2, a set."""
+    parts = ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    modules = ["ln_f", *(f"h.{i}.{part}" for i in range(n_layer) for part in parts)]
+    names = {f"transformer.{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    return names | {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
 def write_modern_folder(folder, model, eot_token):

@@ -44,7 +44,7 @@ def shape_of_product(a, b):
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Adds product(a, b) to total.
 
-    An operation of its own, as torch.compile would put all chunks' sums off to the end, and keep every
+    An operation of its own, as torch.compile would postpone the sums of all chunks to the end, and keep every
     product until then.
     """
     if total.is_cuda:  # the matmul itself adds in fp32; elsewhere torch has no such matmul

@@ -9,8 +9,8 @@ import torch
 
 from sologpt.hardware import has_bf16
 
-# These learn faster under AdamW: a mixing weight (x_mix, v_mix, smear) has further to go than an entry of a
-# matrix, and a row of the table wve learns only where its token occurs.
+# Parameters whose names end so learn faster under AdamW: a mixing weight (x_mix, v_mix, smear) has further to
+# go than an entry of a matrix, and a row of the table wve learns only where its token occurs.
 FAST = ("x_mix", "v_mix", "smear", "wve.weight")
 FAST_RATE = 4.0  # times learning_rate; in modded-nanogpt it is about that between vectors and the head
 
@@ -52,6 +52,7 @@ def make_optimizers(model, cfg, device):
     settings = (cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type)
     if cfg.optimizer == "adamw":
         return dict(optimizer=model.configure_optimizers(*settings))
+    assert cfg.optimizer == "muon"
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     of_muon = set(matrices.values())
     groups = [
@@ -78,6 +79,8 @@ def allocate_moments(optimizers):
 def new_moments(optimizer, group, p):
     if isinstance(optimizer, Muon):
         return optimizer.new_moments(p)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise NotImplementedError(f"say here what {type(optimizer).__name__} keeps for a parameter")
     device = p.device if group["fused"] else "cpu"
     step = torch.zeros((), device=device)
     return dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -147,7 +150,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self):
-        """Updates all parameters. Each must have a gradient, which is overwritten."""
+        """Updates all parameters that have a gradient, which is overwritten."""
         same_shape = collections.defaultdict(list)
         for group in self.param_groups:
             settings = (group["lr"], group["weight_decay"])
@@ -168,7 +171,9 @@ class Muon(torch.optim.Muon):
     def momentum_updates(self, group):
         """Updates the momenta of a group. Returns its matrices, their updates, which take the place of the
         gradients, and their squares, in lists."""
-        params = group["params"]
+        params = [p for p in group["params"] if p.grad is not None]  # others are frozen
+        if not params:
+            return [], [], []
         grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:

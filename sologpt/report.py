@@ -303,7 +303,7 @@ def final_lines(run, figures):
     if cfg.keep_before_cooldown and not by_the_clock and not os.path.exists(run.files.before_cooldown):
         lines.append(f"missing: {run.files.before_cooldown} could not be saved, or this run began after it")
     if not run.progress.iter_num and cfg.max_iters:
-        lines.append(f"trouble: max_minutes={cfg.max_minutes:g} were over before the first iteration")
+        lines.append(f"trouble: max_minutes={cfg.max_minutes:g} ran out before the first iteration")
     if figures["bad_steps"]:
         lines.append(f"trouble: {figures['bad_steps']} updates were not finite, and skipped")
     if figures["resumed"]:

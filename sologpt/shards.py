@@ -29,8 +29,8 @@ FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # ma
 
 
 class DataError(UserError):
-    """Token files that cannot be read any more, or hold what they must not: noticed in the middle of a
-    run."""
+    """Token files that cannot be read any more, or contain ids that the tokenizer lacks: noticed in the
+    middle of a run."""
 
 
 @dataclass(frozen=True)
@@ -480,7 +480,7 @@ class Windows:
     def read(self, windows, shifts=0):
         """Returns the tokens, int64 (len(windows), block_size + 1), of the windows with these numbers, each
         beginning so many tokens later. One that would then leave its file goes on at the file's beginning,
-        where no other one is left: no two windows of an epoch have an input in common.
+        which a shift has freed: no two windows of an epoch share an input.
 
         Raises DataError for a file that has become shorter or is gone, and for an id that the tokenizer
         lacks: the model may have no row for it, and on a GPU that would be a device-side assert.

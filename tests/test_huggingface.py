@@ -5,6 +5,7 @@ Run: pytest tests/test_huggingface.py
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from configurator import from_command_line
 from model import GPT, GPTConfig
 from sologpt import hardware, huggingface, report, resume
+from sologpt.errors import UserError
 from sologpt.tokenizer import BPETokenizer, ByteTokenizer, CharacterTokenizer, read_tokenizer
 from train import TrainConfig, set_up
 
@@ -83,6 +85,34 @@ def test_transformers_computes_what_was_exported(tmp_path, bias, n_ids):
     idx = torch.randint(n_ids, (2, 32))
     assert torch.equal(again(idx, idx)[0], model(idx, idx)[0][..., :n_ids])
     assert again.config.gelu == model.config.gelu and again.lm_head.weight is again.transformer.wte.weight
+
+
+def without_positions(model):
+    del model.transformer["wpe"]
+
+
+def with_norm(model):
+    model.transformer.h[1].ln_3 = torch.nn.LayerNorm(48, bias=False)
+
+
+def with_own_head(model):
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (without_positions, "only one of them has transformer.wpe.weight"),
+        (with_norm, "only one of them has transformer.h.1.ln_3.bias"),
+        (with_own_head, "whose head is the embedding's matrix"),
+    ],
+)
+def test_a_changed_gpt2_is_not_exported_as_transformers_one(tmp_path, change, reason):
+    model = ours(bias=False)
+    change(model)
+    with pytest.raises(UserError, match=f"this model is not transformers' GPT-2, .*{re.escape(reason)}"):
+        model.save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 @settings(max_examples=100, deadline=None)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from configurator import ConfigError, configure
 from model import GPT, GPTConfig, make_gpt, rms_norm, rotate
 from sologpt import checkpoint
-from sologpt.optim import Muon, evened, make_optimizers, muon_momentum, orthogonalize
+from sologpt.optim import Muon, allocate_moments, evened, make_optimizers, muon_momentum, orthogonalize
 from sologpt.sizes import width_problem
 from train import TrainConfig, get_lr, set_learning_rate
 
@@ -88,6 +88,35 @@ def test_muon_is_torchs_muon_of_each_matrix_with_q_k_and_v_apart_and_even_rows()
         # on some CPUs bf16 products of a batch are summed in another order than single ones
         assert (p - w).square().mean().sqrt() < 0.03 * distance
     assert max(moved[:3]) < 1.2 * min(moved[:3])
+
+
+def test_muon_leaves_frozen_matrices_as_they_are():
+    weights = [torch.randn(144, 48), torch.randn(192, 48), torch.randn(48, 192)]
+    moved = []
+    for frozen in ([], [0], [0, 2]):  # [0]: all of its group
+        params = [torch.nn.Parameter(w.clone()) for w in weights]
+        muon = Muon([dict(params=params[:1], parts=3), dict(params=params[1:], parts=1)], lr=0.02)
+        for i, p in enumerate(params):
+            p.grad = None if i in frozen else torch.ones_like(p).cumsum(1).sin()
+        for group in muon.param_groups:
+            group["momentum"] = 0.9
+        muon.step()
+        assert [torch.equal(p, w) for p, w in zip(params, weights, strict=True)] == [
+            i in frozen for i in range(3)
+        ]
+        moved.append(params[1].detach())
+    assert torch.equal(moved[0], moved[1]) and torch.equal(moved[0], moved[2])
+
+
+def test_an_optimizer_or_schedule_that_is_half_added_is_not_another_one():
+    model = GPT(GPTConfig(**TINY))
+    cfg = TrainConfig(optimizer="muom")
+    with pytest.raises(AssertionError):
+        make_optimizers(model, cfg, torch.device("cpu"))
+    with pytest.raises(AssertionError):
+        get_lr(3000, TrainConfig(schedule="linear"))
+    with pytest.raises(NotImplementedError, match="say here what SGD keeps for a parameter"):
+        allocate_moments(dict(optimizer=torch.optim.SGD(model.parameters(), momentum=0.9)))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])

@@ -197,6 +197,15 @@ def test_a_folder_without_a_known_tokenizer_is_refused(run, tmp_path):
         assert "other does not say which tokenizer it has; name it, as in --encoding=gpt2" in out.stderr
 
 
+def test_a_prompt_longer_than_the_context_is_cut_with_a_note(untrained):
+    text = "".join(chr(97 + i * i % 26) for i in range(100))
+    argv = ["sample.py", *GREEDY, "--max_new_tokens=8"]
+    long = untrained(*argv, f"--start={text}")
+    short = untrained(*argv, f"--start={text[-64:]}")
+    assert "note: of the prompt's 100 tokens the last 64 count" in long.stderr and "note" not in short.stderr
+    assert long.stdout == text[:-64] + short.stdout
+
+
 def test_noise_is_a_function_of_seed_and_sample():
     first = sample.draw_noise(2**32 - 1, 3, 1000)
     assert np.array_equal(sample.draw_noise(2**32 - 1, 3, 10), first[:10]) and first.dtype == np.float32

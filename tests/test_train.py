@@ -915,7 +915,7 @@ def test_epochs_are_counted_from_a_change_of_data_on(run, byte_data, tiny, tmp_p
 
 def test_minutes_that_are_over_before_the_first_iteration_are_pointed_out(run, byte_data, tiny):
     out = run("train.py", *tiny, "--max_minutes=1e-9").stdout
-    assert re.search(r"^trouble: +max_minutes=1e-09 were over before the first iteration$", out, re.M)
+    assert re.search(r"^trouble: +max_minutes=1e-09 ran out before the first iteration$", out, re.M)
 
 
 def test_a_run_that_has_used_its_minutes_says_so(run, byte_data, tiny):
