@@ -182,7 +182,7 @@ class GPT(nn.Module):
 
     def matmul_dtype(self):
         """Returns the dtype of matmuls: autocast's if it is on, else that of the weights."""
-        weight = self.lm_head.weight
+        weight = self.transformer.wte.weight
         device_type = weight.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)

@@ -17,6 +17,7 @@ import shutil
 import sys
 import sysconfig
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -410,12 +411,39 @@ def available_memory(device):
 
 
 def total_memory(device):
-    """Returns the bytes of memory that a device has in all; None where that is unknown."""
+    """Returns the bytes of memory that a device has in all, of a computer those that this process may use;
+    None where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min([has, *group_limits()])
     return None
+
+
+def group_limits(root=""):
+    """Returns the limits, in bytes, that control groups set for the memory of this process: those of
+    containers and of SLURM (https://docs.kernel.org/admin-guide/cgroup-v2.html). root: of the file system."""
+    try:
+        with open(f"{root}/proc/self/cgroup", encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    except OSError:  # not Linux
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            file = f"{root}/sys/fs/cgroup{{}}/memory.max"
+        elif "memory" in controllers.split(","):  # version 1
+            file = f"{root}/sys/fs/cgroup/memory{{}}/memory.limit_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(path)
+        for part in (group, *group.parents):  # those above count too; in a container it may be the root
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max" is no limit
+                with open(file.format(part), encoding="utf-8") as f:
+                    limits.append(int(f.read()))
+    return limits
 
 
 def peak_memory(device):

@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 UserError = ValueError  # in soloGPT a class of its own
+Linear = nn.Linear  # there too; tools that quantize replace torch's own
 
 # [here an export has the classes of model.py]
 
@@ -75,27 +76,34 @@ class CachedLayer:
 
     def before(self, x):
         """Stores embeddings (B, T, C), as keys of one head without values. Returns those of the token before
-        each, padding left out; before the first one is anything."""
+        each that it sees; before the first one are zeros."""
         known, _ = self.extend(x.unsqueeze(1), x[:, None, :, :0])
         known = known[:, 0]
         if self.mask is None:
-            return known.roll(1, dims=1)
+            return F.pad(known[:, :-1], (0, 0, 1, 0))
         B, T, C = x.shape
         key = torch.arange(known.size(1), device=x.device)
         seen_before = self.mask[:, 0] & (key < key[-T:, None])  # (B or 1, T, L)
         last = (seen_before * key).amax(-1).expand(B, T)
-        return known.gather(1, last[..., None].expand(B, T, C))
+        before = known.gather(1, last[..., None].expand(B, T, C))
+        return before * seen_before.any(-1, keepdim=True)
 
 
 def make_room_for_embeddings(cache, n_layer):
     """Adds a layer to a cache that generate() made with one for each block; others grow by themselves. Raises
-    ValueError for a cache of a fixed length."""
+    ValueError for a cache of a fixed length, and for one that something else has filled."""
     layers = getattr(cache, "layers", [])
     if len(layers) != n_layer:
         return
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"this model needs a DynamicCache, not a {type(cache).__name__}")
+    if cache.get_seq_length():
+        raise ValueError("this cache lacks the embeddings, which this model keeps in a layer of their own")
     layers.append(type(layers[-1])())
+
+
+class Decoder(ModernGPT):
+    forward = ModernGPT.hidden  # called as a module, so that offloading finds the weights that it uses itself
 
 
 class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -103,17 +111,34 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "gpt"
     supports_gradient_checkpointing = False
     _supports_sdpa = True
-    _no_split_modules = ["ModernGPT"]  # the whole model on one device
+    _no_split_modules = ["Decoder"]  # the whole model on one device
 
     def __init__(self, config):
         super().__init__(config)
-        self.gpt = ModernGPT(config)
+        self.gpt = Decoder(config)
         # kept among the weights: computed in 16 bits, or not at all, it would be wrong
         self.gpt.register_buffer("rotary", self.gpt.rotary)
         self.post_init()
 
     def _init_weights(self, module):
         """Nothing: ModernGPT initialises itself."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """Returns what transformers does. Raises ValueError if the folder lacks a weight, or has it in
+        another size, which transformers can be told to ignore: it would be what the memory held before."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = set(info["missing_keys"])
+        for key in info["mismatched_keys"]:  # names; from transformers 5 on with both sizes
+            missing.add(key if isinstance(key, str) else key[0])
+        if missing:
+            raise ValueError(
+                f"the folder has no {min(missing)} of the size that this model needs; "
+                f"resize_token_embeddings changes the vocabulary"
+            )
+        if output_loading_info:
+            return model, info
+        return model
 
     def get_input_embeddings(self):
         return self.gpt.transformer.wte
@@ -143,13 +168,14 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        return_dict=None,
         **kwargs,
     ):
         """Returns the logits, fp32 (B, T, V), of the last logits_to_keep positions (0: of all; a tensor: of
@@ -158,15 +184,15 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: int64 (B, T), the new tokens. attention_mask: (B, L), 0 where there is padding. labels:
         int64 (B, T), the same ids, -100 where one does not count; the loss is the mean cross-entropy, in
         nats, of predicting each from those before it. position_ids: (B, T); None: padding is not counted.
-        Raises ValueError for more than block_size tokens, padding and cache included, and for what only
-        other models take or return.
+        Without mask and cache they may begin again: there another text begins, which sees nothing of the one
+        before. Raises ValueError for more than block_size tokens, padding and cache included, and for what
+        only other models take or return.
         """
-        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
-            if kwargs.pop(name, None) not in (None, False):
-                raise ValueError(f"this model does not serve {name}")
+        self.refuse_what_only_others_serve(input_ids, kwargs)
         B, T = input_ids.shape
         if use_cache is None:
-            use_cache = not self.training
+            use_cache = not self.training and getattr(self.config, "use_cache", True)
+        packed = position_ids is not None and attention_mask is None and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         make_room_for_embeddings(past_key_values, self.config.n_layer)
@@ -187,15 +213,31 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = self.positions(attention_mask, start, L)
         mask = self.visible(attention_mask, start, L)
+        if packed and not use_cache:
+            mask = self.visible_of_packed(position_ids)
         pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer + 1)]
-        x = self.gpt.hidden(input_ids, position_ids, pasts)
+        x = self.gpt(input_ids, position_ids, pasts)
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep, None)
         logits = self.gpt.logits(x[:, logits_to_keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        if return_dict is False:
+            return output.to_tuple()
+        return output
+
+    def refuse_what_only_others_serve(self, input_ids, kwargs):
+        """Raises ValueError for arguments, or flags of the config, that this model could only ignore."""
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = kwargs.pop(name, None)
+            if asked is None:
+                asked = getattr(self.config, name, False)
+            if asked:
+                raise ValueError(f"this model does not serve {name}")
+        if kwargs.pop("inputs_embeds", None) is not None or input_ids is None:
+            raise ValueError("this model does not serve inputs_embeds, it needs input_ids")
 
     def positions(self, attention_mask, start, L):
         """Returns the positions of tokens start to L - 1, (B or 1, T), counted without padding."""
@@ -214,3 +256,10 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
             mask = mask & attention_mask.bool()[:, None, None]
             mask = mask | (key == query)  # padding sees itself: of nothing, torch before 2.5 makes NaN
         return mask
+
+    def visible_of_packed(self, position_ids):
+        """Returns what the tokens of packed texts see, bool (B, 1, T, T): those of their own text so far."""
+        begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
+        text = begins.cumsum(1)
+        same = text[:, :, None] == text[:, None]
+        return same.tril()[:, None]

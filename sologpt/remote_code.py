@@ -24,7 +24,7 @@ CONFIG = dict(  # what config.json says besides the fields of GPTConfig
     tie_word_embeddings=False,
 )
 PLACE = "# [here an export has the classes of model.py]\n"
-NEEDED = (loss.capped, layers.Linear, layers.SquaredReLU, layers.squared_relu)
+NEEDED = (loss.capped, layers.SquaredReLU, layers.squared_relu)
 # of model.py: what only GPT-2 has, and what trains, samples, counts and saves
 LEFT_OUT = """
 GPTConfig Block make_gpt

@@ -21,8 +21,9 @@ import torch
 from conftest import ENV, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 
 from model import GPT, GPTConfig, make_gpt
 from sologpt import huggingface, remote_code
@@ -223,9 +224,22 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     other = exported(tmp_path, modern())
     idx = torch.randint(97, (2, 4))
     torch.testing.assert_close(other(idx, logits_to_keep=1).logits, other(idx).logits[:, -1:])
-    for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
+    for name in ("output_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match=f"does not serve {name}"):
             other(idx, **{name: True})
+    other.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="does not serve output_hidden_states"):
+        other(idx)
+    other.config.output_hidden_states = False
+    embeddings = other.get_input_embeddings()(idx)
+    for ids in (idx, None):
+        with pytest.raises(ValueError, match="does not serve inputs_embeds, it needs input_ids"):
+            other(ids, inputs_embeds=embeddings)
+    filled = DynamicCache()
+    for layer in range(3):
+        filled.update(torch.zeros(2, 4, 5, 12), torch.zeros(2, 4, 5, 12), layer)
+    with pytest.raises(ValueError, match="this cache lacks the embeddings"):
+        other(idx, past_key_values=filled)
     with pytest.raises(ValueError, match="needs a DynamicCache, not a StaticCache"):
         greedy(other, idx, torch.ones_like(idx), 2, cache_implementation="static")
     past = other(idx).past_key_values
@@ -235,6 +249,79 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     assert not other.supports_gradient_checkpointing
     with pytest.raises(ValueError, match="is an export of arch='modern'.*--init_from=resume"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_what_is_asked_for_in_other_ways_is_done(tmp_path):
+    other = exported(tmp_path, modern())
+    idx = torch.randint(97, (2, 4))
+    expected = other(idx, labels=idx)
+    loss, logits, cache = other(idx, labels=idx, return_dict=False)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+    assert cache.get_seq_length() == 4
+    other.config.use_cache = False
+    assert other(idx).past_key_values is None
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_no_token_sees_a_later_one_at_any_positions(tmp_path, use_cache):
+    other = exported(tmp_path, modern())
+    idx = torch.randint(97, (1, 12))
+    changed = torch.cat((idx[:, :-1], (idx[:, -1:] + 1) % 97), dim=1)
+    positions = torch.arange(5, 17)[None]  # none of them is 0
+    first, second = (other(ids, position_ids=positions, use_cache=use_cache).logits for ids in (idx, changed))
+    assert torch.equal(first[:, :-1], second[:, :-1]) and not torch.equal(first[:, -1], second[:, -1])
+    # rotary positions are relative, and the padding before a text is not part of it
+    padded = F.pad(idx, (3, 0), value=5)
+    mask = F.pad(torch.ones_like(idx), (3, 0))
+    counted = other(padded, mask, position_ids=torch.arange(15)[None], use_cache=use_cache).logits
+    for logits in (first, counted[:, 3:]):
+        torch.testing.assert_close(logits, other(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_texts_do_not_see_each_other(tmp_path):
+    """What transformers' DataCollatorWithFlattening makes of a batch."""
+    other = exported(tmp_path, modern())
+    texts = [torch.randint(97, (1, length)) for length in (9, 1, 14)]
+    positions = torch.cat([torch.arange(text.size(1)) for text in texts])[None]
+    packed = other(torch.cat(texts, dim=1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([other(text).logits for text in texts], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_what_replaces_torchs_linear_layers_finds_all_of_them(tmp_path):
+    """As bitsandbytes and torch's own quantization do, by their type."""
+    other = exported(tmp_path, modern())
+    linear = [module for module in other.modules() if type(module) is torch.nn.Linear]
+    assert len(linear) == 3 * 4 + 1
+    # a head of integers says nothing about the dtype of embeddings
+    other.gpt.lm_head.weight = torch.nn.Parameter(torch.zeros(97, 48, dtype=torch.int8), requires_grad=False)
+    assert other.gpt.matmul_dtype() == torch.float32
+
+
+def test_every_part_is_called_as_a_module(tmp_path):
+    """accelerate loads what was offloaded when a module is called, before its forward."""
+    other = exported(tmp_path, modern())
+    called = set()
+    for module in other.modules():
+        module.register_forward_pre_hook(lambda module, inputs: called.add(module))
+    other(torch.randint(97, (2, 4)))
+    with_weights = {module for module in other.modules() if list(module.named_parameters(recurse=False))}
+    assert other.gpt in with_weights and with_weights <= called
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
+    exported(tmp_path, modern())
+    weights = load_file(tmp_path / "model.safetensors")
+    short = "the folder has no {} of the size that this model needs"
+    for key in ("gpt.rotary", "gpt.transformer.wve.weight", "gpt.transformer.h.1.x_mix"):
+        some = {name: w for name, w in weights.items() if name != key}
+        save_file(some, tmp_path / "model.safetensors", metadata=dict(format="pt"))
+        with pytest.raises(ValueError, match=short.format(re.escape(key))):
+            load(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match=short.format("gpt.rotary")):
+        load(tmp_path, block_size=64, ignore_mismatched_sizes=True)
+    load(tmp_path)
 
 
 # -----------------------------------------------------------------------------

@@ -207,6 +207,38 @@ def test_an_apple_gpu_computes_in_fp32_unless_asked_and_is_asked_nothing_of_cuda
 
 
 @pytest.mark.parametrize(
+    "groups, files, limits",
+    [
+        # version 2: the group's own limit, that of one above it, and none of the root's
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "3000"}, [3000]),
+        ("0::/\n", {"memory.max": "5000\n"}, [5000]),  # in a container
+        ("0::/gone\n", {}, []),
+        # version 1, beside other controllers
+        (
+            "5:cpu,cpuacct:/c\n4:memory:/a\n0::/\n",
+            {"memory/a/memory.limit_in_bytes": "7000", "memory/memory.limit_in_bytes": "9000"},
+            [7000, 9000],
+        ),
+    ],
+)
+def test_limits_of_containers_are_seen(tmp_path, groups, files, limits):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert hardware.group_limits(tmp_path) == limits
+    assert hardware.group_limits(tmp_path / "elsewhere") == []
+
+
+def test_a_computer_has_no_more_than_its_group_may_use(monkeypatch):
+    whole = hardware.total_memory(torch.device("cpu"))
+    monkeypatch.setattr(hardware, "group_limits", lambda: [whole // 3, whole // 2])
+    assert hardware.total_memory(torch.device("cpu")) == whole // 3
+
+
+@pytest.mark.parametrize(
     "has_bf16, expected",
     [
         (True, ("bfloat16", "this GPU has bf16")),
