@@ -438,8 +438,7 @@ def main(argv):
     cfg = from_command_line(SampleConfig, __doc__, argv)
     device, _ = hardware.pick_device(cfg.device)
     hardware.check_gpu(device)
-    # wrong for one query at a time on a B200 (https://github.com/pytorch/pytorch/issues/193893)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    hardware.avoid_cudnn_attention()
     dtype, _ = hardware.pick_dtype(cfg.dtype, device)
     if cfg.compile:
         hardware.check_compiler(device)

@@ -4,12 +4,13 @@ All that is to be measured on a GPU, in the order of its worth: one command for 
     python benchmarks/gpu_day.py [--minutes=9] [--dataset=fineweb] [--nanogpt=FOLDER] [--modded=FOLDER]
 
 The stages are smoke (does training work there: GPT-2 and the recipe in 16 bits, stopped and resumed, with
-micro-batches that do not fit), tests (pytest -m gpu), speed (bench.py, and nanoGPT in turn with ours),
-learning (GPT-2 with AdamW, the recipe and modded-nanogpt's baseline on equal data), sampling, profile, and
-recipe (small models: compare_modded.py and candidates.py). A stage has parts, each in processes of its own
-with a limit of time; one that fails or takes too long is a row of the table, and the next one runs. The
-figures are written to a JSON file after each part; the same command goes on with the parts that are missing
-there, then with those that failed. Without --dataset, the text is Python's own library as bytes.
+micro-batches that do not fit), tests (those that need a GPU), speed (bench.py, and nanoGPT in turn with
+ours), learning (GPT-2 with AdamW, the recipe and modded-nanogpt's baseline on equal data), sampling, profile,
+and recipe (small models: compare_modded.py and candidates.py). A stage has parts, each in processes of its
+own with a limit of time, and those of several stages take turns: what tells most comes first. One that fails
+or takes too long is a row of the table, and the next one runs. The figures are written to a JSON file after
+each part; the same command goes on with the parts that are missing there, then with those that failed.
+Without --dataset, the text is Python's own library as bytes.
 docs/measuring.md says how to read the results. It needs Linux or WSL.
 """
 
@@ -65,7 +66,6 @@ class Size:
     flags: list  # for all runs
     batch_sizes: tuple
     in_turn: int  # sequences of an iteration beside nanoGPT
-    too_large: int  # a micro-batch that should not fit
     sampled: tuple  # sequences at once
     new_tokens: int
     learned: str  # size of compare_modded.py's models in the learning stage
@@ -79,9 +79,8 @@ SIZES = {
         gpt2="config/fineweb_125m.py",
         modern=FAST,
         flags=[],
-        batch_sizes=(8, 16, 32, 64),
+        batch_sizes=(16, 64, 8, 32),
         in_turn=128,
-        too_large=512,
         sampled=(8, 64),
         new_tokens=128,
         learned="short",
@@ -93,7 +92,6 @@ SIZES = {
         flags=TINY,
         batch_sizes=(2, 4),
         in_turn=4,
-        too_large=4,
         sampled=(2,),
         new_tokens=4,
         learned="tiny",
@@ -108,7 +106,7 @@ class DayConfig(Config):
     dataset: str = key("", "folder of token files: one under data/, or a path; empty: Python's own library")
     nanogpt: str = key("", "checkout of nanoGPT to compare with; empty: leave it out")
     modded: str = key("", "checkout of modded-nanogpt to compare with; empty: leave it out")
-    batch_sizes: str = key("", "micro-batches of the speed stage, as in 16,64; empty: 8,16,32,64")
+    batch_sizes: str = key("", "micro-batches of the speed stage, as in 16,64; empty: 16,64,8,32")
     stages: str = key(",".join(STAGES), "which, with commas between them")
     size: str = key("124m", "124m, or tiny to try this file without a GPU", choices=tuple(SIZES))
     device: str = key("", "cuda, cuda:N, mps or cpu; empty: the best available")
@@ -132,7 +130,9 @@ class DayConfig(Config):
 
 class Failed(Exception):
     """A process that ended with an error or took too long, or figures that are not as they should be. The
-    message is a row's text."""
+    message is a row's text. output: the lines that the process had written, if it was stopped."""
+
+    output = ()
 
 
 class OutOfTime(Failed):
@@ -204,7 +204,10 @@ class Day:
         if late:
             kind = OutOfTime if self.end_of_part == self.end else Failed
             last = " ".join((lines + errors)[-1:]).strip()
-            raise kind(f"{os.path.basename(script)} {shlex.join(argv)} was stopped; its last line: {last}")
+            name = os.path.basename(script)
+            stopped = kind(f"{name} {shlex.join(argv)} was stopped; its last line: {last}")
+            stopped.output = [line.rstrip("\n") for line in lines + errors]
+            raise stopped
         return "".join(lines), "".join(errors), process.returncode
 
     def checked(self, script, *argv, **options):
@@ -330,7 +333,7 @@ def resume(day, figures, sentences):
         raise Failed("that is more than rounding")
 
 
-def too_large(day, figures, sentences, batch_size):
+def train_too_large(day, figures, sentences, batch_size):
     argv = ("--gradient_accumulation_steps=1", f"--batch_size={batch_size}", f"--dtype={day.dtype}")
     figures |= day.train(2, day.size.gpt2, *argv)
     sizes = figures["batch_sizes"]
@@ -338,33 +341,46 @@ def too_large(day, figures, sentences, batch_size):
     sentences.append(f"batch_size={batch_size}: {fits}, peak {figures['peak_gb'] or 'n/a'} GB")
 
 
-def runs_out(day, figures, sentences):
-    """Trains with a micro-batch that by estimate needs a little more memory than there is: only one that
-    needs 1.1 times as much is made smaller before it is tried."""
+def largest_below(day, share):
+    """Returns the largest even micro-batch of config/fineweb_125m.py that by estimate needs less than this
+    share of the memory that is free, and the share that it needs."""
     of_cuda = 0.5e9  # what CUDA itself takes in a process
     free = hardware.available_memory(day.device) - of_cuda
-    # that of config/fineweb_125m.py
     config = GPTConfig(vocab_size=read_tokenizer(day.dataset).embedding_rows(), bias=False)
     with torch.device("meta"):
         params = GPT(config).get_num_params(non_embedding=False)
 
     def needed(batch_size):
-        return sum(memory_needed(params, 8 * params, config, batch_size, day.dtype, True).values())
+        return sum(memory_needed(params, 8 * params, config, batch_size, day.dtype, True).values()) / free
 
-    batch_size = max(size for size in range(2, 10000, 2) if needed(size) < 1.09 * free)
-    too_large(day, figures, sentences, batch_size)
+    batch_size = max(size for size in range(2, 10000, 2) if needed(size) < share)
+    return batch_size, needed(batch_size)
+
+
+def too_large(day, figures, sentences):
+    """Trains with a micro-batch that is made smaller before it is tried, as it needs 1.1 times as much memory
+    as there is; half of it fits."""
+    batch_size, _ = largest_below(day, 1.5)
+    train_too_large(day, figures, sentences, batch_size)
+    if not any("may try" in text for text in figures["warnings"]):
+        raise Failed("it was not made smaller before it was tried")
+
+
+def runs_out(day, figures, sentences):
+    """Trains with a micro-batch that needs a little more memory than there is, but is tried."""
+    batch_size, share = largest_below(day, 1.09)
+    train_too_large(day, figures, sentences, batch_size)
     if not any("out of memory" in text for text in figures["warnings"]):
-        ratio = needed(batch_size) / free
-        raise Failed(f"memory did not run out, though by estimate it should take {ratio:.2f} of what is free")
+        raise Failed(f"memory did not run out, though by estimate it should take {share:.2f} of what is free")
 
 
-def gpu_tests(day, figures, sentences):
+def gpu_tests(day, figures, sentences, file):
     # in one process, with or without pytest-xdist; torch 2.11 gives warnings that later ones do not
-    argv = "-o addopts= -W ignore::DeprecationWarning -m gpu -q -ra --tb=short --show-capture=no".split()
-    out, err, status = day.run("-m pytest", *argv, "tests/test_gpu.py")
+    argv = "-o addopts= -W ignore::DeprecationWarning -m gpu -v -ra --tb=short --show-capture=no".split()
+    out, err, status = day.run("-m pytest", *argv, file)
     figures |= dict(status=status, output=out[-20000:])
     last = (out.strip() or err.strip()).splitlines()[-1]
-    sentences.append(f"pytest -m gpu: {last}")
+    sentences.append(f"{file}: {last}")
     if status:
         raise Failed(f"pytest ended with {status}")
 
@@ -549,16 +565,11 @@ def small_models(day, figures, sentences, script):
 def parts_of(day):
     """Returns all Parts, in the order of their worth."""
     cfg, size = day.cfg, day.size
+    on_cuda = day.device.type == "cuda"
     thirty = partial(train_thirty, config=size.gpt2)
     parts = [Part("smoke", day.dtype, 3, partial(thirty, dtype=day.dtype))]
     parts.append(Part("smoke", "recipe", 3, partial(train_thirty, config=size.modern, dtype=day.dtype)))
-    if day.device.type == "cuda" and day.dtype != "float16":
-        parts.append(Part("smoke", "float16", 3, partial(thirty, dtype="float16")))
-    parts.append(Part("smoke", "resume", 5, resume))
-    parts.append(Part("smoke", "too large", 5, partial(too_large, batch_size=size.too_large)))
-    if day.device.type == "cuda":
-        parts.append(Part("smoke", "runs out", 5, runs_out))
-    parts.append(Part("tests", "pytest", 10, gpu_tests))
+    parts.append(Part("tests", "values", 5, partial(gpu_tests, file="tests/test_gpu.py")))
     for batch_size in day.batch_sizes:
         for name, config in (("gpt2", size.gpt2), ("recipe", size.modern)):
             work = partial(bench, config=config, batch_size=batch_size)
@@ -566,13 +577,20 @@ def parts_of(day):
         if cfg.nanogpt:
             work = partial(beside_nanogpt, batch_size=batch_size)
             parts.append(Part("speed", f"beside nanoGPT, {batch_size}", 5, work))
-    parts.append(Part("speed", "fp8, 16", 5, bench_fp8))
-    parts.append(Part("learning", "equal tokens", math.inf, learning))
-    for compile in (False, True):
+    for compile in (True, False):
         for batch_size in size.sampled:
             work = partial(sampling, batch_size=batch_size, compile=compile)
             parts.append(Part("sampling", f"1 and {batch_size}{', compiled' * compile}", 5, work))
+    parts.append(Part("smoke", "resume", 5, resume))
+    if on_cuda:
+        parts.append(Part("smoke", "runs out", 5, runs_out))
+        parts.append(Part("smoke", "too large", 5, too_large))
+    if on_cuda and day.dtype != "float16":
+        parts.append(Part("smoke", "float16", 3, partial(thirty, dtype="float16")))
+    parts.append(Part("tests", "runs", 8, partial(gpu_tests, file="tests/test_gpu_runs.py")))
     parts.append(Part("profile", "a micro-step", 4, profile))
+    parts.append(Part("speed", "fp8, 16", 5, bench_fp8))
+    parts.append(Part("learning", "equal tokens", math.inf, learning))
     if cfg.modded:
         work = partial(small_models, script="compare_modded.py")
         parts.append(Part("recipe", "beside modded-nanogpt", math.inf, work))
@@ -634,10 +652,18 @@ def attempt(part, day):
     except OutOfTime as e:
         entry["status"] = "no time"
         entry["sentences"].append(str(e))
+        keep_output(entry, e)
     except Exception as e:  # also figures that are not as expected, in whatever way
         entry["status"] = "failed"
         entry["sentences"].append(f"{type(e).__name__}: {e}")
+        keep_output(entry, e)
     return entry | dict(seconds=time.monotonic() - start, commit=commit(), driver=driver_version(day.device))
+
+
+def keep_output(entry, error):
+    output = getattr(error, "output", ())
+    if output:
+        entry["figures"]["output"] = output[-1000:]
 
 
 def commit():

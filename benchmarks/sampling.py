@@ -99,6 +99,7 @@ def copying(weights):
 def main(argv):
     cfg = from_command_line(BenchmarkConfig, __doc__, argv)
     device, _ = hardware.pick_device(cfg.device)
+    hardware.avoid_cudnn_attention()  # as sample.py does
     torch.manual_seed(0)
     fp32 = GPT(GPTConfig(bias=False)).eval()
     bf16 = GPT(GPTConfig(bias=False)).eval()

@@ -399,6 +399,12 @@ def attention_backend(machine, config):
     return names.get(choice)
 
 
+def avoid_cudnn_attention():
+    """Turns off cuDNN's attention, for sampling with a cache: for one query at a time it is wrong on a B200
+    (https://github.com/pytorch/pytorch/issues/193893)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 # -----------------------------------------------------------------------------
 # memory
 

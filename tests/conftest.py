@@ -142,6 +142,18 @@ def write_byte_data(tmp_path):
 
 
 @pytest.fixture
+def exact_matmuls():
+    """No TF32: fp32 is compared with fp32. Afterwards matmuls and attention are as they were, whatever a
+    script has set."""
+    precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+@pytest.fixture
 def byte_data(tmp_path):
     return write_byte_data(tmp_path)
 
