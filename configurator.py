@@ -16,6 +16,7 @@ if __name__ == "__main__":
     )
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -57,6 +58,17 @@ class Config:
     def problems(self):
         """Returns messages about conflicting values; overridden by each script's class."""
         return []
+
+    def with_saved(self, saved):
+        """Returns a copy with those values of saved, a dict of anything, that these keys may have."""
+        values = {}
+        for field in dataclasses.fields(self):
+            value = saved.get(field.name)
+            if field.type is int and type(value) is float and value.is_integer():  # nanoGPT's max_iters=1e5
+                value = int(value)
+            with contextlib.suppress(UserError):
+                values[field.name] = convert(value, field)
+        return dataclasses.replace(self, **values)
 
 
 class ConfigError(UserError):
@@ -165,7 +177,7 @@ def read_file(path, fields, values, synonyms):
                 raise UserError(
                     f"{unknown(name, fields, synonyms)}; a name of your own may begin with an underscore"
                 )
-            if name in lines or value is not values[name]:
+            if name in lines or name in namespace.assigned or value is not values[name]:
                 new[name] = convert(value, fields[name])
         except UserError as e:
             problems.append(f"{where}: {e}")
@@ -175,16 +187,31 @@ def read_file(path, fields, values, synonyms):
     return new, problems
 
 
+class Namespace(dict):
+    """That of a config file. assigned: the names that it has set, perhaps to the value that they had, and be
+    it by an import or by another file that it executes."""
+
+    def __init__(self, *values, **more):
+        super().__init__(*values, **more)
+        self.assigned = set()
+
+    def __setitem__(self, name, value):
+        self.assigned.add(name)
+        super().__setitem__(name, value)
+
+
 def run_file(path, values):
-    """Returns (namespace of the config file at path after its run, {name: line of its last assignment}).
+    """Returns (Namespace of the config file at path after its run, {name: line of its last assignment}).
     Raises ConfigError, with the line where there is one."""
     source = read_source(path)
-    namespace = dict(values, __name__="config", __file__=path)
+    namespace = Namespace(values, __name__="config", __file__=path)
     try:
         tree = ast.parse(source, path)
     except (SyntaxError, ValueError) as e:  # ValueError: a NUL character, before Python 3.11.4
         line = getattr(e, "lineno", None) or 1
         raise ConfigError(f"{path}:{line}: {getattr(e, 'msg', e)}") from None
+    except (RecursionError, MemoryError):
+        raise ConfigError(f"{path}: an expression in it is too long for Python") from None
     try:
         exec(compile(tree, path, "exec"), namespace)
     except (Exception, SystemExit) as e:  # whatever a user's file may raise
@@ -251,7 +278,7 @@ def similar_file(path):
 
 def malformed(argument, following, fields, synonyms):
     """Returns (problem, whether the following argument is part of it) for an argument unlike --key=value."""
-    name = argument.lstrip("-")
+    name = argument.lstrip("-\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")  # what word processors make of it
     if "=" in name:
         return f"{argument}: write --{name}", False
     bare = name.replace("-", "_")
@@ -290,7 +317,9 @@ def configure(cls, argv):
             except UserError as e:
                 new = {}
                 problems.append(f"--{name}: {e}")
-        elif argument.startswith("-") or ("=" in argument and not os.path.exists(argument)):
+        elif argument.startswith(("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")) or (
+            "=" in argument and not os.path.exists(argument)
+        ):
             new = {}
             following = arguments[0] if arguments else None
             problem, takes_next = malformed(argument, following, fields, cls.synonyms)

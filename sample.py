@@ -151,7 +151,10 @@ def build(state, path):
     checkpoint.restore_model(model, state, path)
     lowest = ""
     if math.isfinite(state.get("best_val_loss", math.inf)):  # else none, or none on these data
-        lowest = f", lowest val loss so far {float(state['best_val_loss']):.4f}"
+        kind = "lowest val loss so far"
+        if "data" not in state and state.get("config", {}).get("always_save_checkpoint", True):
+            kind = "val loss"  # nanoGPT then keeps that of the last evaluation
+        lowest = f", {kind} {float(state['best_val_loss']):.4f}"
         best = checkpoint.summary(os.path.join(os.path.dirname(path), "best.pt"))
         if best and best["iter_num"] != state.get("iter_num"):
             lowest += f", at iteration {best['iter_num']}: --init_from=best"
@@ -164,7 +167,7 @@ def checkpoint_tokenizer(state, path):
     data folder: GPT-2's without a meta.pkl. Raises UserError if the model is not of that tokenizer's ids."""
     if "tokenizer" in state:
         return make_tokenizer(state["tokenizer"])
-    folder = os.path.join("data", state.get("config", {}).get("dataset", ""))
+    folder = os.path.join("data", str(state.get("config", {}).get("dataset", "")))
     tokenizer = read_tokenizer(folder)
     vocab_size = state["model_args"]["vocab_size"]
     if not tokenizer.fits_nanogpts(vocab_size):
@@ -368,7 +371,7 @@ def converse(session, history):
         sign = "> "
     for turn in itertools.count():
         try:
-            line = input(sign)
+            line = input(sign).removesuffix("\r")  # of a file from Windows
             history = history + session.tokenizer.encode(line)
         except (EOFError, KeyboardInterrupt):
             break

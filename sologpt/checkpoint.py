@@ -193,7 +193,10 @@ def check_types(state, path):
     for name in state.get("more_args", {}):
         if type(name) is not str or name in (*MODEL_ARGS, "arch", "gelu", "n_ids"):
             raise UserError(f"{path} is damaged: its more_args hold {name!r}")
-    loss = torch.as_tensor(state.get("best_val_loss", 0.0))
+    try:
+        loss = torch.as_tensor(state.get("best_val_loss", 0.0))
+    except (ValueError, OverflowError):  # an integer that is too large
+        loss = torch.tensor(math.nan)
     if loss.numel() != 1 or loss.isnan():
         raise UserError(f"{path} is damaged: its best_val_loss is {state['best_val_loss']}")
     dropout = state["model_args"].get("dropout", 0.0)

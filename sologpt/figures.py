@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 
-from sologpt.errors import UserError
+from sologpt.errors import UserError, first_line
 from sologpt.files import atomic_file
 from sologpt.history import EVENTS
 from sologpt.panels import GREY, START, highest, make_panels, short
@@ -34,6 +34,8 @@ def write_picture(histories, path, over="tokens", reference=""):
         raise UserError(
             "a picture needs matplotlib: pip install '.[plot]'; --text=True draws the loss without it"
         ) from None
+    except ValueError as e:  # MPLBACKEND names none of its own
+        raise UserError(f"matplotlib does not start: {first_line(e)}") from None
     panels, x_range = make_panels(histories, over, reference)
     rows = 2 + len(panels) // 2  # the first panel is as high as two others, and twice as wide
     styles = {"font.size": 9, "axes.titlesize": 10, "svg.fonttype": "none", "svg.hashsalt": "sologpt"}
@@ -152,7 +154,8 @@ def value_range(heights, val_x, val_y, edges):
         later = heights
     bottom, top = np.nanmin(later), np.nanmax(later)
     if not top > bottom:
-        return bottom - 0.5, top + 0.5
+        margin = max(0.5, 1e-3 * abs(top))
+        return bottom - margin, top + margin
     margin = 0.1 * (top - bottom)
     return bottom - margin, top + margin
 

@@ -4,7 +4,6 @@ What to do where memory is not enough: before a run, when it runs out, and what 
 
 import contextlib
 import dataclasses
-import os
 
 import torch
 
@@ -29,7 +28,7 @@ def fit_batch_size(model, optimizers, cfg, machine):
     if has is None or cfg.eval_only:
         return needed
     if on_cpu:
-        has /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share it
+        has /= parallel.from_torchrun("LOCAL_WORLD_SIZE", 1)  # processes share it
     has = parallel.all_reduce([has], parallel.MIN)[0]
     limit = 0.8 * has if on_cpu else 1.1 * has
     asked, first_estimate = cfg.batch_size, sum(needed.values())

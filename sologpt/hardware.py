@@ -314,7 +314,7 @@ def pick_device(asked):
 
 def own_gpu(device):
     """Returns the GPU of this process of several. Raises UserError if there are not as many as processes."""
-    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    number, count = parallel.from_torchrun("LOCAL_RANK", 0), torch.cuda.device_count()
     if device.index is not None or number >= count:
         raise UserError(
             f"each process takes a GPU of its own, and torch sees {count}: leave --device out, and start "

@@ -125,7 +125,7 @@ def chunked_cross_entropy(x, head, targets, chunks, softcap=None):
     not count. chunks: how many the tokens are processed in, of torch.chunk's sizes; 0: a suitable number.
     Sums over chunks are fp32.
     """
-    chunks = chunks or suitable_chunks(len(x), len(head.weight))
+    chunks = min(len(x), chunks or suitable_chunks(len(x), len(head.weight)))
     weight16 = head.weight16
     if weight16 is not None:
         weight16 = weight16.detach()  # the gradient, in fp32, goes to the weight

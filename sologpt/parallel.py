@@ -23,13 +23,22 @@ class Lost(UserError):
     """Another process has failed or does not answer: this one cannot go on."""
 
 
+def from_torchrun(name, default):
+    """Returns the integer in an environment variable that torchrun sets; the default if it is not set, or
+    empty. Raises UserError for what is no such number, or below the default."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < default:
+        raise UserError(f"{name}={text} in the environment is no number of at least {default}; unset {name}")
+    return int(text)
+
+
 def processes():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_torchrun("WORLD_SIZE", 1)
 
 
 def rank():
     """Returns the number of this process, from 0 on. Process 0 writes the log and all files."""
-    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
+    return from_torchrun("RANK", 0) if processes() > 1 else 0
 
 
 def connected():

@@ -55,7 +55,7 @@ def schedule_notes(cfg):
     if cfg.max_minutes:
         unless = ", unless max_minutes ends the warmup earlier"
     if not cfg.decay_lr:
-        return []
+        return ["note: decay_lr=False: the learning rate has neither warmup nor decay"]
     if cfg.min_lr > cfg.learning_rate:
         return [f"note: lr rises to min_lr={cfg.min_lr:g}: it is above learning_rate={cfg.learning_rate:g}"]
     if 0 < cfg.max_iters <= warmup:
@@ -240,8 +240,8 @@ def launcher():
     """Returns the words before train.py in a command that starts this run."""
     if parallel.processes() == 1:
         return ["python"]
-    per_machine = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    machines = parallel.processes() // int(per_machine)
+    per_machine = parallel.from_torchrun("LOCAL_WORLD_SIZE", 1)
+    machines = parallel.processes() // per_machine
     where = ["--standalone"]
     if machines > 1:
         where = [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:PORT"]
@@ -274,7 +274,8 @@ def sum_up(run):
         is_best = figures["val_loss"] <= at.best_val_loss  # a NaN is not
         if not is_best and os.path.exists(run.files.best):
             arguments.append("--init_from=best")
-        lines.append(f"next: python sample.py {shlex.join(arguments)}")
+        script = os.path.join(os.path.dirname(sys.argv[0]), "sample.py")
+        lines.append(f"next: python {shlex.join([script, *arguments])}")
     print_aligned(lines)
 
 

@@ -300,14 +300,4 @@ NANOGPTS = dict(schedule="cosine", max_minutes=0.0)
 
 def settings_before(cfg, state):
     """Returns cfg with the values that the state was saved with, as far as it records them."""
-    saved = NANOGPTS | state.get("config", {})
-    values = {}
-    for field in dataclasses.fields(cfg):
-        value = saved.get(field.name)
-        if field.type is float and type(value) is int:
-            value = float(value)
-        if field.type is int and type(value) is float and value.is_integer():  # as in nanoGPT's max_iters=1e5
-            value = int(value)
-        if type(value) is field.type:
-            values[field.name] = value
-    return dataclasses.replace(cfg, **values)
+    return cfg.with_saved(NANOGPTS | state.get("config", {}))

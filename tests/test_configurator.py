@@ -4,6 +4,7 @@ Reference: the rules written by hand here.
 Run: pytest tests/test_configurator.py
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -186,6 +187,50 @@ def test_a_key_that_a_config_file_imports_or_gives_a_function_is_not_ignored(tmp
     path = write(tmp_path, "def total():\n    return 5\n\nsteps = total\n")
     [error] = errors([path])
     assert error.startswith(f"{path}:4: steps needs an int, not <function total")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from shared_by_runs import *",
+        "from shared_by_runs import steps",
+        "with open(_path) as _f:\n    exec(_f.read())",
+        "exec('steps = 7')",
+        "globals()['steps'] = 7",
+        "def _set():\n    globals()['steps'] = 7\n\n_set()",
+    ],
+)
+def test_a_key_is_given_however_a_config_file_sets_it_also_to_its_default(tmp_path, monkeypatch, text):
+    path = tmp_path / "shared_by_runs.py"
+    path.write_text("steps = 7\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "shared_by_runs", raising=False)
+    text = f"_path = {str(path)!r}\n{text}\n"
+    config = configure(Toy, ["--steps=7", "--rate=0.25", write(tmp_path, text)])
+    assert config.steps == 7 and config.given == {"steps", "rate"}
+    config = configure(Toy, [write(tmp_path, text)])
+    assert config.given == {"steps"}
+    assert configure(Toy, [write(tmp_path, "_rate = rate\n")]).given == frozenset()
+
+
+def test_an_expression_that_is_too_long_is_one_line(tmp_path):
+    for text in (f"steps = {'-' * 200_000}1", f"steps = {'1+' * 50_000}1"):
+        path = write(tmp_path, text)
+        assert errors([path]) == [f"{path}: an expression in it is too long for Python"]
+
+
+def test_a_dash_of_a_word_processor_is_taken_for_what_it_was():
+    for dash in "–—−":
+        assert errors([f"{dash}steps=3"]) == [f"{dash}steps=3: write --steps=3"]
+        assert errors([f"{dash}{dash}steps", "3"]) == [f"{dash}{dash}steps 3: write --steps=3"]
+
+
+def test_saved_values_are_taken_if_they_could_be_given():
+    saved = dict(steps=9.0, rate=0, fast="yes", name="x", other=3)
+    config = Toy().with_saved(saved)
+    assert (config.steps, config.rate, config.fast, config.name) == (9, 0.0, Toy().fast, "x")
+    for steps, rate in ((0, math.nan), (2.5, math.inf), (10**400, 10**400), (True, None), ([], {})):
+        assert Toy().with_saved(dict(steps=steps, rate=rate)) == Toy()
 
 
 def test_a_value_that_is_not_utf8_is_refused_and_one_that_is_comes_through_any_locale():

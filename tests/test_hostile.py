@@ -691,9 +691,27 @@ def test_an_altered_optimizer_state_of_muon_is_refused(run, byte_data, tiny, tmp
 
 def test_the_settings_of_an_altered_config_are_not_compared(run, trained, tiny, tmp_path):
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-    state["config"] |= dict(learning_rate="high", min_lr=None, dropout=[], batch_size="4")
-    torch.save(state, tmp_path / "out/ckpt.pt")
-    run("train.py", *tiny, "--init_from=resume", "--max_iters=151", "--lr_decay_iters=151")
+    argv = [*tiny, "--init_from=resume", "--lr_decay_iters=151"]
+    for i, altered in enumerate(
+        [
+            dict(learning_rate="high", min_lr=None, dropout=[], batch_size="4"),
+            dict(learning_rate=10**400, warmup_iters=-1, batch_size=0, max_minutes=-1.0),
+            dict(schedule="wsd", cooldown_frac=math.nan, beta1=2.0, max_minutes=math.nan),
+        ]
+    ):
+        state["config"] |= altered
+        torch.save(state, tmp_path / "out/ckpt.pt")
+        out = run("train.py", *argv, f"--max_iters={151 + i}")
+        assert "nan" not in out.stderr and "-1" not in out.stderr
+
+
+def test_a_best_loss_without_end_is_damage(run, trained, tiny, tmp_path):
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    torch.save(state | dict(best_val_loss=10**30), tmp_path / "out/ckpt.pt")
+    (tmp_path / "out/ckpt_prev.pt").unlink(missing_ok=True)
+    damage = "out/ckpt.pt is damaged: its best_val_loss is 1000000000000000000000000000000"
+    assert damage in one_line(run("train.py", *tiny, "--init_from=resume", status=1))
+    assert damage in one_line_of(run("sample.py", "--out_dir=out", "--device=cpu", status=1))
 
 
 def test_lines_of_metrics_that_cannot_be_read_are_left_out_and_counted(run, byte_data, tiny, tmp_path):

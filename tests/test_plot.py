@@ -420,6 +420,13 @@ def test_the_terminal_picture_of_a_single_point(tmp_path):
     assert "3.0" in terminal_text(history, "iterations", 10, color=True)
 
 
+def test_the_terminal_picture_of_one_huge_loss(tmp_path):
+    lines = [line("iter", 0, loss=1e17), line("eval", 0, val_loss=1e17)]
+    assert "loss over iterations" in terminal_text(
+        read_history(write(tmp_path / "a", lines)), "iterations", 40, False
+    )
+
+
 def test_the_terminal_picture_is_as_wide_as_all_losses_and_blank_where_there_is_none(tmp_path):
     lines = falling(81)
     rare = [text for text in lines if '"kind": "iter"' not in text]
@@ -526,6 +533,15 @@ def test_a_real_run_is_drawn_as_its_log_says(trained, tmp_path):
 BLOCKED = (
     "import sys; sys.modules.update(matplotlib=None, plotly=None); from configurator import run_script; "
 )
+
+
+def test_a_wrong_setting_of_matplotlib_is_one_line(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
+    command = [sys.executable, "plot.py", write(tmp_path / "out", falling(20)), f"--out={tmp_path / 'a.png'}"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV | {"MPLBACKEND": "foo"}, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(
+        r"error: matplotlib does not start: .*'foo'.*\n", done.stderr
+    )
 
 
 def test_without_the_extra_only_the_terminal_is_drawn(tmp_path):

@@ -160,6 +160,12 @@ def test_a_conversation_keeps_what_was_said_and_an_empty_line_goes_on(trained, t
     ]
 
 
+def test_lines_of_a_file_from_windows_are_prompts_without_its_line_ends(trained, spawn, tmp_path):
+    argv = ["sample.py", *GREEDY, "--interactive=True", "--max_new_tokens=5", "--out=o"]
+    assert spawn(*argv, input=b"pack my\r\n").stdout == " box \n"
+    assert json.loads((tmp_path / "o").read_text())["prompt"] == "pack my"
+
+
 class Pieces(list):
     """A stdout that keeps what is written to it, piece by piece."""
 
