@@ -152,7 +152,7 @@ def build(state, path):
     lowest = ""
     if math.isfinite(state.get("best_val_loss", math.inf)):  # else none, or none on these data
         kind = "lowest val loss so far"
-        if "data" not in state and state.get("config", {}).get("always_save_checkpoint", True):
+        if "data" not in state and state.get("config", {}).get("always_save_checkpoint") is not False:
             kind = "val loss"  # nanoGPT then keeps that of the last evaluation
         lowest = f", {kind} {float(state['best_val_loss']):.4f}"
         best = checkpoint.summary(os.path.join(os.path.dirname(path), "best.pt"))

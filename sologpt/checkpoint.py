@@ -188,7 +188,7 @@ def check_types(state, path):
         if type(name) is not str or type(text) is not str:
             raise UserError(f"{path} is damaged: its data holds {name!r}, which is not a named text")
     for name in COUNTS:
-        if not 0 <= state.get(name, 0) < math.inf:
+        if not 0 <= state.get(name, 0) < 2**63:
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
     for name in state.get("more_args", {}):
         if type(name) is not str or name in (*MODEL_ARGS, "arch", "gelu", "n_ids"):

@@ -198,15 +198,15 @@ def notes_on_the_end(run, state):
 def other_evaluations(run, state, data_changed):
     """Returns why the validation losses of a state do not compare to those of a Run of train.py that resumes
     from it, or None if they do."""
-    saved = state.get("config", {})
     if data_changed:
         return "the data has changed"
     if "data" not in state:
+        saved = state.get("config", {})
         trained_on = os.path.basename(os.path.normpath(str(saved.get("dataset", run.folder))))
         if trained_on != os.path.basename(os.path.normpath(run.folder)):
             warn(f"{run.files.newest} was trained on {trained_on}, from here on it is {run.folder}")
         return "nanoGPT evaluates random batches"
-    if saved.get("eval_iters", run.cfg.eval_iters) != run.cfg.eval_iters:
+    if settings_before(run.cfg, state).eval_iters != run.cfg.eval_iters:
         return "eval_iters has changed"
     return None
 
@@ -221,15 +221,21 @@ def lowest_loss(best, state):
         return math.inf, f"{best} cannot be read; the next evaluation writes it anew"
     if newest_best is None:  # as where only ckpt.pt was copied, or before there was one
         return math.nextafter(loss, math.inf), ""  # so that the same weights, evaluated again, are written
-    eval_iters = newest_best["config"].get("eval_iters")
+    compares = eval_iters_of(newest_best["config"]) == eval_iters_of(state.get("config", {}))
     other_data = data_changes(state, newest_best.get("data", state.get("data", {})))
-    if other_data or eval_iters != state.get("config", {}).get("eval_iters"):
+    if other_data or not compares:
         return math.inf, f"{best} is of other data or another eval_iters; it starts anew"
     best_iter, best_loss = newest_best["iter_num"], newest_best["best_val_loss"]
     if best_iter <= state["iter_num"] or not best_loss < loss:
         return loss, ""
     kept = f"{best}, of iteration {best_iter} and val loss {best_loss:.4f}, is kept until a lower one"
     return math.nextafter(best_loss, math.inf), kept  # reached again, the same loss is an improvement
+
+
+def eval_iters_of(config):
+    """Returns eval_iters of a saved config; None if that is no number."""
+    value = config.get("eval_iters")
+    return value if type(value) is int else None
 
 
 def restore_scaler_and_rng(run, state, path):

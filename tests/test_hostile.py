@@ -695,7 +695,13 @@ def test_the_settings_of_an_altered_config_are_not_compared(run, trained, tiny, 
     for i, altered in enumerate(
         [
             dict(learning_rate="high", min_lr=None, dropout=[], batch_size="4"),
-            dict(learning_rate=10**400, warmup_iters=-1, batch_size=0, max_minutes=-1.0),
+            dict(
+                learning_rate=10**400,
+                eval_iters=torch.zeros(0),
+                warmup_iters=-1,
+                batch_size=0,
+                max_minutes=-1.0,
+            ),
             dict(schedule="wsd", cooldown_frac=math.nan, beta1=2.0, max_minutes=math.nan),
         ]
     ):
