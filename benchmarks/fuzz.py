@@ -35,26 +35,8 @@ from train import TrainConfig, micro_batches, micro_step, set_up, update
 # -----------------------------------------------------------------------------
 # states
 
-WRONG = [
-    None,
-    True,
-    -1,
-    -1.0,
-    0,
-    3,
-    2.5,
-    float("nan"),
-    float("inf"),
-    10**30,
-    10**400,
-    "",
-    "text",
-    "\0",
-    [],
-    [1],
-    {},
-    {"a": 1},
-]
+WRONG = [None, True, -1, 3, 2.5, float("nan"), 10**30, "", "text", "\0", [], [1], {}, {"a": 1}]
+WRONG += [-1.0, 0, float("inf"), 10**400]
 WRONG += [
     torch.zeros(0),
     torch.zeros(3),
