@@ -192,7 +192,6 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         B, T = input_ids.shape
         if use_cache is None:
             use_cache = not self.training and getattr(self.config, "use_cache", True)
-        packed = position_ids is not None and attention_mask is None and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         make_room_for_embeddings(past_key_values, self.config.n_layer)
@@ -200,20 +199,11 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             start = past_key_values.get_seq_length()
         L = start + T
-        if L > self.config.block_size:
-            raise ValueError(
-                f"{L} tokens, with padding, are more than block_size={self.config.block_size}, the longest "
-                f"context of this model: cut the prompt or lower max_new_tokens"
-            )
-        if attention_mask is not None and attention_mask.shape != (B, L):
-            raise ValueError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)}, it must be {(B, L)}: a value "
-                f"for each token, those in the cache included"
-            )
+        self.check_lengths(attention_mask, B, L)
+        mask = self.visible(attention_mask, start, L)
         if position_ids is None:
             position_ids = self.positions(attention_mask, start, L)
-        mask = self.visible(attention_mask, start, L)
-        if packed and not use_cache:
+        elif attention_mask is None and past_key_values is None:
             mask = self.visible_of_packed(position_ids)
         pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer + 1)]
         x = self.gpt(input_ids, position_ids, pasts)
@@ -238,6 +228,18 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"this model does not serve {name}")
         if kwargs.pop("inputs_embeds", None) is not None or input_ids is None:
             raise ValueError("this model does not serve inputs_embeds, it needs input_ids")
+
+    def check_lengths(self, attention_mask, B, L):
+        if L > self.config.block_size:
+            raise ValueError(
+                f"{L} tokens, with padding, are more than block_size={self.config.block_size}, the longest "
+                f"context of this model: cut the prompt or lower max_new_tokens"
+            )
+        if attention_mask is not None and attention_mask.shape != (B, L):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, it must be {(B, L)}: a value "
+                f"for each token, those in the cache included"
+            )
 
     def positions(self, attention_mask, start, L):
         """Returns the positions of tokens start to L - 1, (B or 1, T), counted without padding."""

@@ -1022,6 +1022,18 @@ def nanogpt_checkpoint(folder, iter_num):
     return model, optimizer
 
 
+@pytest.mark.parametrize("always, kind", [(True, "val loss"), (False, "lowest val loss so far")])
+def test_the_loss_of_nanogpts_checkpoint_is_the_lowest_only_if_it_saved_none_higher(
+    run, byte_data, tmp_path, always, kind
+):
+    nanogpt_checkpoint(tmp_path / "out", 8)
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    state["config"]["always_save_checkpoint"] = always
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    out = run("sample.py", "--out_dir=out", "--device=cpu", "--num_samples=1", "--max_new_tokens=1")
+    assert f"out/ckpt.pt: iteration 8, {kind} 2.5000\n" in out.stderr
+
+
 def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tmp_path):
     model, optimizer = nanogpt_checkpoint(tmp_path / "out", 8)
     args = [
@@ -1047,15 +1059,6 @@ def test_a_checkpoint_of_nanogpt_is_resumed_and_sampled(run, byte_data, tiny, tm
     resumed = weights(tmp_path / "out")
     assert all(torch.allclose(resumed[name], p, atol=1e-6) for name, p in model.state_dict().items())
     shutil.rmtree(tmp_path / "out")
-    # its loss is the lowest only if it did not save at every evaluation
-    for always, kind in ((True, "val loss"), (False, "lowest val loss so far")):
-        nanogpt_checkpoint(tmp_path / "out", 8)
-        state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-        state["config"]["always_save_checkpoint"] = always
-        torch.save(state, tmp_path / "out/ckpt.pt")
-        out = run("sample.py", "--out_dir=out", "--device=cpu", "--num_samples=1", "--max_new_tokens=1")
-        assert f"out/ckpt.pt: iteration 8, {kind} 2.5000\n" in out.stderr
-        shutil.rmtree(tmp_path / "out")
     nanogpt_checkpoint(tmp_path / "out", 100)
     byte_data.rename(byte_data.with_name("other"))
     out = run("train.py", *args, "--dataset=other", "--max_iters=100")
