@@ -113,7 +113,7 @@ class GPT(nn.Module):
         if type(self) is GPT and config.arch == "modern":
             raise UserError("arch='modern' needs ModernGPT: use make_gpt(config)")
         self.config = config
-        self.loss_chunks = 0  # as in train.py; not in config: it changes how, not what, is computed
+        self.loss_chunks = 0  # as in train.py; changes how, not what, is computed
         self.make_layers(config)
         self.init_weights()
 

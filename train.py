@@ -332,20 +332,23 @@ def train(run):
     at = run.progress
     clock = run.clock
     machine = run.machine
-    run.rng = checkpoint.get_rng(machine.device)  # to go back to if memory runs out while compiling
+    run.rng = checkpoint.get_rng(machine.device)  # if memory runs out while compiling
     if cfg.compile:
         compile_passes(run)
     accumulation = cfg.gradient_accumulation_steps
     batches = micro_batches(run.train_data, at.iter_num * accumulation, cfg, machine.device)
     step_loss = torch.zeros((), device=machine.device)
+    norm, lr = 0.0, 0.0
     gc.disable()  # a collection would stall the loop; evaluate() collects
     clock.restart()
 
     while True:
         run.rng = checkpoint.start_rng(run)
-        # raises Stopped after Ctrl-C; the largest share of max_minutes counts for all processes
+        # raises Stopped after Ctrl-C; the largest share of all processes counts
         time_used = parallel.agree(run.stop, log.share_of_time(run))
         run.done = at.iter_num == cfg.max_iters or time_used == 1
+        if run.done and clock.iters:  # max_minutes are over
+            log.log_iteration(run, at.iter_num - 1, step_loss, norm, lr)
 
         # evaluate
         eval_due = run.done or cfg.eval_only or at.iter_num % cfg.eval_interval == 0
@@ -390,7 +393,7 @@ def train(run):
 
         # log
         if at.iter_num % cfg.log_interval == 0 or at.iter_num == cfg.max_iters - 1:
-            log.log_iteration(run, step_loss, norm, lr)
+            log.log_iteration(run, at.iter_num, step_loss, norm, lr)
         at.iter_num += 1
 
 
@@ -417,8 +420,8 @@ def compile_passes(run):
 
 @torch.no_grad()
 def estimate_loss(model, windows, count, batch_size, machine):
-    """Returns this process's part of the mean loss, a float, over count windows of a split. They are the same
-    each time, whatever the batch_size; no random state is touched. One sync, at the end."""
+    """Returns this process's part of the mean loss, a float, over count windows of a split, always the same,
+    whatever the batch_size. No random state is touched; one sync, at the end."""
     spread = windows.spread(count)
     chosen = spread[parallel.rank() :: parallel.processes()]
     total = torch.zeros((), device=machine.device)
@@ -430,7 +433,7 @@ def estimate_loss(model, windows, count, batch_size, machine):
         x, y = inputs_and_targets(tokens, machine.device)
         y[len(chunk) :] = -1  # repeats do not count; one shape, one graph
         with machine.autocast():
-            loss = model(x, y)[1]  # as in micro_step
+            loss = model(x, y)[1]
         total += loss.float() * len(chunk)
     model.train()
     return total.item() / len(spread)
@@ -489,7 +492,7 @@ def train_until_it_fits(run):
                 raise
         finally:
             gc.enable()  # train has disabled it
-        # here the exception is gone, and with it the activations
+        # here exception and activations are gone
         fit.use_smaller_batch(run)
 
 

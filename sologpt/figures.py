@@ -72,7 +72,8 @@ def draw_panel(axes, panel, x_range, over):
         axes.set_ylim(panel.y_range)
         if highest(panel) > panel.y_range[1]:
             text = f"reaches {highest(panel):.2f}, above"
-            if any(curve.y[0] == highest(panel) for curve in panel.curves if not curve.reference):
+            # of grouped values the second is the first group's highest
+            if any(highest(panel) in curve.y[:2] for curve in panel.curves if not curve.reference):
                 text = f"begins at {highest(panel):.2f}, above"
             axes.set_title(text, loc="right", color=GREY, fontsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))

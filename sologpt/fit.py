@@ -64,7 +64,8 @@ def use_smaller_batch(run):
     text = f"out of memory with batch_size={cfg.batch_size}; from iteration {at.iter_num} on"
     lower_batch_size(cfg)
     warn(f"{text} batch_size={cfg.batch_size}, gradient_accumulation_steps={cfg.gradient_accumulation_steps}")
-    run.metrics.record("smaller_batch", at.iter_num, batch_size=cfg.batch_size)
+    sizes = dict(batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.gradient_accumulation_steps)
+    run.metrics.record("smaller_batch", at.iter_num, **sizes)
 
 
 def lower_batch_size(cfg):

@@ -522,9 +522,11 @@ def compiling():
 
 
 def forget_compiled(device):
-    """Gives unused memory back to the device, and makes torch.compile start anew: after several batch sizes
-    it would give up compiling (torch._dynamo.config.recompile_limit) and run uncompiled."""
+    """Gives unused memory back to the device, whose peak_memory begins anew, and makes torch.compile start
+    anew: after several batch sizes it would give up compiling (torch._dynamo.config.recompile_limit) and run
+    uncompiled."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -51,7 +51,7 @@ def watch_update(run, step_loss, norm):
     if math.isfinite(decisive):
         at.bad_in_row = 0
         if math.isfinite(norm) and run.norms.spikes(norm):
-            point_out_spike(run, "gradient norm", norm, run.norms, step_loss.item(), norm)
+            point_out_spike(run, at.iter_num, "gradient norm", norm, run.norms, step_loss.item(), norm)
         return
     at.bad_steps += 1
     at.bad_in_row += 1
@@ -62,22 +62,31 @@ def watch_update(run, step_loss, norm):
     if at.bad_in_row >= run.cfg.max_bad_steps:
         raise UserError(
             f"no finite gradient in the {at.bad_in_row} iterations {at.iter_num - at.bad_in_row + 1} to "
-            f"{at.iter_num}; {run.files.saved_text}. Try a lower --learning_rate, --grad_clip=1.0 or "
-            "--dtype=float32"
+            f"{at.iter_num}; {run.files.saved_text}. Try {' or '.join(levers(run))}"
         )
 
 
-def watch_loss(run, loss, norm):
+def levers(run):
+    """Returns what may help against gradients that are not finite, a list."""
+    found = ["a lower --learning_rate"]
+    if not 0 < run.cfg.grad_clip <= 1:
+        found.append("--grad_clip=1.0")
+    if run.machine.dtype != "float32":
+        found.append("--dtype=float32")
+    return found
+
+
+def watch_loss(run, it, loss, norm):
     """Points out a loss far above those logged before. Losses between log lines are not read: that would wait
     for the GPU."""
     if math.isfinite(loss) and run.logged_losses.spikes(loss):
-        point_out_spike(run, "loss", loss, run.logged_losses, loss, norm)
+        point_out_spike(run, it, "loss", loss, run.logged_losses, loss, norm)
 
 
-def point_out_spike(run, name, value, recent, loss, norm):
-    """Says which sequences of the run were in an iteration with a spike of the figure of that name; nothing
-    else changes."""
-    it, S = run.progress.iter_num, run.cfg.sequences_per_iter
+def point_out_spike(run, it, name, value, recent, loss, norm):
+    """Says which sequences of the run were in iteration `it`, with a spike of the figure of that name;
+    nothing else changes."""
+    S = run.cfg.sequences_per_iter
     middle = statistics.median(recent.values)
     first, last = it * S, (it + 1) * S - 1
     say(f"spike in iteration {it}: {name} {value:.4g}, recently {middle:.4g}; sequences {first} to {last}")

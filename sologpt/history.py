@@ -33,6 +33,8 @@ EVENTS = dict(
 )
 
 OTHERS = ("config", "compiled", "eval", "sample", "done")
+# of a line `config` or `resume`: what the machine made of the keys
+FOUND = ("device", "dtype", "peak_flops", "processes")
 
 decode = json.JSONDecoder().raw_decode  # a fifth faster than json.loads
 
@@ -333,6 +335,8 @@ class Reader:
             moment.samples = samples_of(figures)
             h.samples.append(moment)
         elif kind in EVENTS:
+            if kind == "smaller_batch":
+                h.config |= plain(figures)
             moment.text = in_words(figures)
             h.events[kind].append(moment)
 
@@ -340,12 +344,15 @@ class Reader:
         h = self.history
         if type(figures.get("config")) is dict:
             h.config = plain(figures["config"])
+            found = {name: figures[name] for name in FOUND if figures.get(name) is not None}
+            h.config |= plain(found)
             h.torch = printable(str(figures.get("torch", ""))[:TEXT])
             self.tokens_per_iter = h.tokens_per_iter
         if figures.get("best_val_loss", 0) is None:  # it starts anew: those before do not compare
             h.best_val_loss, h.best_iter = math.inf, math.nan
         tokens = number(figures.get("tokens"))
         if math.isfinite(tokens):
+            self.seconds += max(0, n - self.updates) * self.seconds_per_iter  # in no `iter` line
             self.updates, self.tokens = n, tokens
         elif not self.updates:  # the lines before this one are not here
             self.updates, self.tokens = n, n * self.tokens_per_iter

@@ -16,7 +16,7 @@ from sologpt import checkpoint, parallel
 from sologpt.display import duration, say, warn
 from sologpt.errors import UserError, first_line, out_of_memory
 from sologpt.files import atomic_file
-from sologpt.hardware import peak_memory
+from sologpt.hardware import device_name, peak_memory
 from sologpt.health import watch_loss
 from sologpt.tracker import Tracker
 
@@ -63,6 +63,13 @@ class Clock:
         self.restart()
         return self.last
 
+    def recent(self):
+        """Returns the mean seconds of the iterations since the last lap, of those before it if there are
+        none. No sync: each update has waited for the device."""
+        if not self.iters:
+            return self.last
+        return (time.perf_counter() - self.start) / self.iters
+
 
 def elapsed(run):
     """Returns the seconds of a Run of train.py since it began, all that it did and all its parts counted."""
@@ -71,7 +78,7 @@ def elapsed(run):
 
 def share_of_time(run):
     """Returns the share of max_minutes that a Run will have used after one more iteration and evaluation."""
-    return share_of(run.cfg, elapsed(run) + run.clock.last + run.progress.eval_seconds)
+    return share_of(run.cfg, elapsed(run) + run.clock.recent() + run.progress.eval_seconds)
 
 
 def share_of(cfg, seconds):
@@ -198,20 +205,23 @@ def prepare_out_dir(run):
         metrics.evaluated_iter = iter_num
     kind = "resume" if iter_num else "config"
     facts = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, memory=run.memory)
+    facts |= dict(
+        device=device_name(run.machine.device), dtype=run.machine.dtype, peak_flops=run.machine.peak
+    )
     facts |= dict(processes=parallel.processes(), tokens=run.progress.tokens_seen)
     facts["best_val_loss"] = run.progress.best_val_loss
     metrics.record(kind, iter_num, **facts)
     return metrics
 
 
-def log_iteration(run, step_loss, norm, lr):
-    """Prints and records the iteration that a Run of train.py has just done. step_loss: a tensor on the
+def log_iteration(run, it, step_loss, norm, lr):
+    """Prints and records iteration `it`, which a Run of train.py has just done. step_loss: a tensor on the
     device; norm, lr: floats."""
     cfg, at = run.cfg, run.progress
     loss = step_loss.item()  # waits for the update too, so that the clock is right
     dt = run.clock.lap()
-    left = cfg.max_iters - 1 - at.iter_num
-    evaluations = (cfg.max_iters - 1) // cfg.eval_interval - at.iter_num // cfg.eval_interval + 1
+    left = cfg.max_iters - 1 - it
+    evaluations = (cfg.max_iters - 1) // cfg.eval_interval - it // cfg.eval_interval + 1
     eta = left * dt + evaluations * at.eval_seconds
     if cfg.max_minutes:
         eta = max(0, min(eta, 60 * cfg.max_minutes - elapsed(run)))
@@ -224,14 +234,14 @@ def log_iteration(run, step_loss, norm, lr):
     if parallel.processes() > 1:
         speed += f" of {parallel.processes()} processes"
     say(
-        f"iter {at.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.3g} TFLOP/s, "
+        f"iter {it}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tflops:.3g} TFLOP/s, "
         f"{speed}, norm {norm:.3f}, lr {lr:.2e}, eta {duration(eta)}"
     )
     run.bar.set_postfix_str(f"loss {loss:.3f}, {speed}, mfu {mfu_text}, eta {duration(eta)}")
     figures = dict(loss=loss, dt=dt, mfu=mfu, tflops=tflops, norm=norm, lr=lr, tokens=at.tokens_seen)
     figures["peak_memory"] = peak_memory(run.machine.device)
-    run.metrics.record("iter", at.iter_num, **figures, elapsed=elapsed(run))
-    watch_loss(run, loss, norm)
+    run.metrics.record("iter", it, **figures, elapsed=elapsed(run))
+    watch_loss(run, it, loss, norm)
 
 
 def log_samples(run):

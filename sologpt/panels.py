@@ -95,7 +95,7 @@ def make_panels(histories, over, reference=""):
             panel.y_range = after_the_start(panel, right)
         elif panel.unit == "norm":
             panel.log = spans_decades(panel)
-        elif panel.unit != "rate" and highest(panel) > 0:
+        elif highest(panel) > 0:
             panel.y_range = 0, 1.08 * highest(panel)
     return found, (0, right * (1 + margin) or 1)
 
@@ -126,6 +126,7 @@ class Drawn:
             y = y / 1e9
         line = Curve(self.name(column, alone), x, y, self.color, dash=self.dash)
         line.legend = column == "loss"
+        line.markers = len(x) == 1  # a line needs two points
         if column == "loss" and not alone:
             line.width, line.opacity = 1.2, 0.7  # the validation loss stands out
         if len(x) < FEW or column in ("lr", "peak_memory"):

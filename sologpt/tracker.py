@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import sys
 
 from sologpt import parallel
 from sologpt.display import warn
@@ -20,15 +21,21 @@ class Wandb:
     """wandb, or trackio, which has the same functions."""
 
     def __init__(self, name, cfg):
+        self.name = name
         self.module = importlib.import_module(name)
         settings = dataclasses.asdict(cfg)
         self.module.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
 
     def send(self, iter_num, figures):
-        self.module.log(dict(iter=iter_num) | figures)
+        # what is of one iteration comes into one row; nanoGPT's key `iter` stays
+        self.module.log(dict(iter=iter_num) | figures, step=iter_num)
 
     def close(self):
-        self.module.finish()
+        failure = sys.exc_info()[1]
+        if isinstance(failure, Exception) and self.name == "wandb":
+            self.module.finish(exit_code=1)  # else it would be shown as finished
+        else:
+            self.module.finish()
 
 
 class TensorBoard:
@@ -59,6 +66,9 @@ class Tracker:
             self.name = "wandb"
         if parallel.rank():
             self.name = ""
+        self.rest = "; metrics.jsonl has all figures"
+        if cfg.eval_only:
+            self.rest = ""
         self.sink = None
         if self.name == "tensorboard" and cfg.eval_only:
             return  # a run may be writing there
@@ -87,7 +97,7 @@ class Tracker:
             yield
         except ImportError as e:
             self.sink = None
-            warn(f"no {self.name} ({e}): pip install {self.name}; metrics.jsonl has all figures")
+            warn(f"no {self.name} ({e}): pip install {self.name}{self.rest}")
         except Exception as e:  # each has errors of its own
             self.sink = None
-            warn(f"{self.name} cannot be {what}: {first_line(e)}; metrics.jsonl has all figures")
+            warn(f"{self.name} cannot be {what}: {first_line(e)}{self.rest}")

@@ -262,6 +262,19 @@ def test_a_run_by_the_clock_leaves_time_for_its_last_evaluation(run, byte_data, 
     assert [line.split("eta ")[1] for line in out.splitlines() if "eta " in line][:2] == ["6m38s", "6m36s"]
 
 
+def test_a_run_by_the_clock_logs_its_last_iteration_and_knows_its_speed(
+    run, byte_data, tiny, tmp_path, clock
+):
+    endless = [f"--{name}=100000" for name in ("max_iters", "lr_decay_iters", "eval_interval")]
+    out = run("train.py", *tiny, *endless, "--max_minutes=10", "--log_interval=70").stdout
+    done = metrics(tmp_path / "out", "done")[0]["iter"]
+    lines = metrics(tmp_path / "out", "iter")
+    assert [line["iter"] for line in lines] == [0, 70, done - 1] and 95 < done <= 100
+    assert lines[-1]["tokens"] == 128 * done and lines[-1]["lr"] < 1e-3
+    assert [line["dt"] for line in lines] == [2.0, 2.0, 2.0]
+    assert f"speed: {' ' * 5}64 tok/s without compilation" in out
+
+
 def test_samples_count_as_time_of_their_evaluation(run, byte_data, tiny, tmp_path, clock, monkeypatch):
     generate = GPT.generate
 

@@ -664,7 +664,12 @@ def test_the_page_says_how_runs_differ_and_ended(run, tmp_path):
     page = (tmp_path / "a.html").read_text()
     differ = page.partition("Settings that differ")[2].partition("<details>")[0]
     rows = re.findall(r"<tr><th>(\w+)</th><td>(.*?)</td><td>(.*?)</td></tr>", differ)
-    assert rows == [("n_layer", "2", "3")]
+    # the smaller micro-batch of one of them, too
+    assert rows == [
+        ("batch_size", "2", "1"),
+        ("gradient_accumulation_steps", "5", "10"),
+        ("n_layer", "2", "3"),
+    ]
     results = dict(re.findall(r"<tr><th>([\w ,%]+)</th><td>.*?</td><td>(.*?)</td></tr>", page))
     assert (results["iterations"], results["tokens"], results["hours"]) == ("60", "6,000", "1")
     assert (results["best validation loss"], results["its iteration"]) == (f"{10.5 - 5 * 50 / 60:.4f}", "50")

@@ -76,10 +76,27 @@ def test_wandb_has_what_the_log_has(spawn, byte_data, tiny, tmp_path):
         if kind == "history":
             items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
             found.append({name: json.loads(value) for name, value in items.items()})
-    assert len(found) == 15
-    for row, (iteration, figures) in zip(found, expected(tmp_path / "out"), strict=True):
-        assert row["iter"] == iteration
-        assert {name: row[name] for name in by_slash(figures)} == by_slash(figures)
+    rows = {}  # an evaluation, and the iteration after it, are one row
+    for iteration, figures in expected(tmp_path / "out"):
+        rows.setdefault(iteration, {}).update(by_slash(figures))
+    assert [row["_step"] for row in found] == [row["iter"] for row in found] == list(rows) == list(range(13))
+    for row, figures in zip(found, rows.values(), strict=True):
+        assert {name: row[name] for name in figures} == figures
+
+
+@pytest.mark.parametrize("name, failed", [("wandb", [dict(exit_code=1)]), ("trackio", [{}])])
+def test_a_run_that_ends_with_an_error_is_not_finished_in_wandb(
+    run, byte_data, tiny, monkeypatch, name, failed
+):
+    finished = []
+    nothing = dict(init=lambda **given: None, log=lambda figures, step: None)
+    module = types.SimpleNamespace(**nothing, finish=lambda **given: finished.append(given))
+    monkeypatch.setitem(sys.modules, name, module)
+    flags = ["--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=2", f"--tracker={name}"]
+    out = run("train.py", *tiny, *flags, status=1)
+    assert finished == failed and "Try a lower --learning_rate or --grad_clip=1.0\n" in out.stderr
+    run("train.py", *tiny, f"--tracker={name}")
+    assert finished[1:] == [{}]
 
 
 @needs("trackio")
@@ -87,6 +104,8 @@ def test_trackio_has_what_the_log_has(spawn, byte_data, tiny, tmp_path):
     spawn("train.py", *tiny, "--tracker=trackio", "--wandb_project=p", TRACKIO_DIR=str(tmp_path / "tracked"))
     with sqlite3.connect(tmp_path / "tracked/p.db") as database:
         rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by id")]
+        steps = [step for (step,) in database.execute("select step from metrics order by id")]
+    assert steps == [row["iter"] for row in rows]
     for row, (iteration, figures) in zip(rows, expected(tmp_path / "out"), strict=True):
         assert row["iter"] == iteration
         assert {name: row[name] for name in by_slash(figures)} == pytest.approx(by_slash(figures))
