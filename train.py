@@ -80,7 +80,7 @@ class TrainConfig(Config):
     # model
     arch: str = key("gpt2", "gpt2: as nanoGPT's; modern: learns more per token", choices=("gpt2", "modern"))
     n_layer: int = key(12, "transformer blocks", low=1)
-    n_head: int = key(12, "attention heads; n_embd must be a multiple of it", low=1)
+    n_head: int = key(12, "attention heads; must divide n_embd (modern: n_embd / 2)", low=1)
     n_embd: int = key(768, "width of the model", low=1)
     dropout: float = key(0.0, "fraction of activations to drop; 0.1 or more for finetuning", low=0, below=1)
     bias: bool = key(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has")
