@@ -77,7 +77,8 @@ SWEPT = ("batch_size", "activation_memory", "loss_chunks")
 class BenchConfig(TrainConfig):
     # the benchmark; all else is train.py's
     sweep_batch_size: str = key(
-        "", "sizes to try, as in 8,16,32; empty: batch_size times 1/4 to 8 that divide an iteration"
+        "",
+        "sizes to try, as in 8,16,32; empty: those of batch_size times 1/4, ..., 8 that divide an iteration",
     )
     sweep_activation_memory: str = key("", "values of activation_memory to try; empty: the one that is set")
     sweep_loss_chunks: str = key("", "values of loss_chunks to try; empty: the one that is set")

@@ -38,6 +38,7 @@ LIMITS = {  # arguments of key(): sign in --help, words in an error, the compari
 }
 
 
+DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")  # what word processors make of it
 NANOGPTS = re.compile(r"(train|finetune|eval)_(gpt2|shakespeare)\w*\.py")  # its config files
 
 
@@ -188,23 +189,27 @@ def read_file(path, fields, values, synonyms):
 
 
 class Namespace(dict):
-    """That of a config file. assigned: the names that it has set, perhaps to the value that they had, and be
-    it by an import or by another file that it executes."""
+    """The namespace of a config file. assigned: all names that were set, even to the value they had, also by
+    an import or by another file that it executes."""
 
-    def __init__(self, *values, **more):
-        super().__init__(*values, **more)
+    def __init__(self, values):
+        super().__init__(values)
         self.assigned = set()
 
     def __setitem__(self, name, value):
         self.assigned.add(name)
         super().__setitem__(name, value)
 
+    def update(self, values=(), **more):
+        for name, value in dict(values, **more).items():
+            self[name] = value
+
 
 def run_file(path, values):
     """Returns (Namespace of the config file at path after its run, {name: line of its last assignment}).
     Raises ConfigError, with the line where there is one."""
     source = read_source(path)
-    namespace = Namespace(values, __name__="config", __file__=path)
+    namespace = Namespace(values | dict(__name__="config", __file__=path))
     try:
         tree = ast.parse(source, path)
     except (SyntaxError, ValueError) as e:  # ValueError: a NUL character, before Python 3.11.4
@@ -278,7 +283,7 @@ def similar_file(path):
 
 def malformed(argument, following, fields, synonyms):
     """Returns (problem, whether the following argument is part of it) for an argument unlike --key=value."""
-    name = argument.lstrip("-\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")  # what word processors make of it
+    name = argument.lstrip("".join(DASHES))
     if "=" in name:
         return f"{argument}: write --{name}", False
     bare = name.replace("-", "_")
@@ -289,9 +294,10 @@ def malformed(argument, following, fields, synonyms):
             return f"{argument} {following}: write --{bare}={following}", True
         return f"{argument}: write --{flag}={not negated}", False
     if bare not in fields:
-        has_value = following is not None and not following.startswith("-") and not following.endswith(".py")
+        has_value = following is not None and not following.startswith(DASHES)
+        has_value = has_value and not following.endswith(".py")
         return f"{argument}: {unknown(bare, fields, synonyms)}; keys are written --key=value", has_value
-    if following is None or following.startswith("--"):
+    if following is None or following.startswith(tuple(2 * dash for dash in DASHES)):
         return f"{argument}: write --{bare}=VALUE", False
     return f"{argument} {following}: write --{bare}={following}", True
 
@@ -317,9 +323,7 @@ def configure(cls, argv):
             except UserError as e:
                 new = {}
                 problems.append(f"--{name}: {e}")
-        elif argument.startswith(("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")) or (
-            "=" in argument and not os.path.exists(argument)
-        ):
+        elif argument.startswith(DASHES) or ("=" in argument and not os.path.exists(argument)):
             new = {}
             following = arguments[0] if arguments else None
             problem, takes_next = malformed(argument, following, fields, cls.synonyms)

@@ -344,7 +344,7 @@ def train(run):
 
     while True:
         run.rng = checkpoint.start_rng(run)
-        # raises Stopped after Ctrl-C; the largest share of all processes counts
+        # raises Stopped after Ctrl-C; the largest share of max_minutes counts
         time_used = parallel.agree(run.stop, log.share_of_time(run))
         run.done = at.iter_num == cfg.max_iters or time_used == 1
         if run.done and clock.iters:  # max_minutes are over

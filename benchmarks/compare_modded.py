@@ -60,6 +60,7 @@ SIZES = {  # parameters of the blocks; the vocabulary comes on top
     "1m": "--n_layer=4 --n_embd=128 --block_size=128 --batch_size=16 --gradient_accumulation_steps=1",
     "3m": "--n_layer=4 --n_embd=256 --block_size=256 --batch_size=16 --gradient_accumulation_steps=1",
     "10m": "--n_layer=6 --n_embd=384 --block_size=256 --batch_size=32 --gradient_accumulation_steps=1",
+    "10m_short": "--n_layer=6 --n_embd=384 --block_size=256 --batch_size=16 --gradient_accumulation_steps=1",
     "short": "--n_layer=12 --n_embd=768 --block_size=1024 --batch_size=8 --gradient_accumulation_steps=16",
     "gpu": "--n_layer=12 --n_embd=768 --block_size=1024 --batch_size=64 --gradient_accumulation_steps=8",
 }
@@ -76,7 +77,8 @@ class CompareConfig(Config):
     dataset: str = key("fineweb", "folder of token files with GPT-2's ids: one under data/, or a path")
     size: str = key(
         "3m",
-        "size of the models; gpu: 124M; short: 124M with a quarter of the tokens an iteration",
+        "size of the models; gpu: 124M; short: 124M with a quarter, 10m_short: 10m with half of the tokens "
+        "an iteration",
         choices=tuple(SIZES),
     )
     vocab: int = key(8192, "keep the most frequent ids, all others become one; 0: all, as for a GPU", low=0)

@@ -72,8 +72,9 @@ def draw_panel(axes, panel, x_range, over):
         axes.set_ylim(panel.y_range)
         if highest(panel) > panel.y_range[1]:
             text = f"reaches {highest(panel):.2f}, above"
-            # of grouped values the second is the first group's highest
-            if any(highest(panel) in curve.y[:2] for curve in panel.curves if not curve.reference):
+            runs = [curve for curve in panel.curves if not curve.reference]
+            # the lowest and the highest of a first group are both at its place
+            if any(highest(panel) in curve.y[curve.x == curve.x[0]] for curve in runs):
                 text = f"begins at {highest(panel):.2f}, above"
             axes.set_title(text, loc="right", color=GREY, fontsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))

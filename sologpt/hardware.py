@@ -431,13 +431,14 @@ def group_limits(root=""):
     """Returns the limits, in bytes, that control groups set for the memory of this process: those of
     containers and of SLURM (https://docs.kernel.org/admin-guide/cgroup-v2.html). root: of the file system."""
     try:
-        with open(f"{root}/proc/self/cgroup", encoding="utf-8") as f:
+        with open(f"{root}/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as f:
             lines = f.read().splitlines()
     except OSError:  # not Linux
         return []
     limits = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")  # its number comes first
+        controllers, _, path = rest.partition(":")
         if not controllers:
             file = f"{root}/sys/fs/cgroup{{}}/memory.max"
         elif "memory" in controllers.split(","):  # version 1

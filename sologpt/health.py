@@ -11,7 +11,7 @@ from sologpt.display import say, warn
 from sologpt.errors import UserError
 
 RECENT = 100  # values that a spike is compared with
-# A spike is above the median by so many times what the ninth decile is: 7.7 standard deviations of values
+# A spike is so many times as far above the median as the ninth decile is: 7.7 standard deviations of values
 # with a normal distribution. OLMo 2 (https://arxiv.org/abs/2501.00656) counts those above 7.
 FAR = 6
 

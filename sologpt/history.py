@@ -335,7 +335,7 @@ class Reader:
             moment.samples = samples_of(figures)
             h.samples.append(moment)
         elif kind in EVENTS:
-            if kind == "smaller_batch":
+            if kind == "smaller_batch" and "gradient_accumulation_steps" in figures:  # an older run lacks it
                 h.config |= plain(figures)
             moment.text = in_words(figures)
             h.events[kind].append(moment)

@@ -317,8 +317,8 @@ def write_folder(folder, fields, weights, eot_token):
         if not fields["bias"] and name.startswith(("transformer.h.", "transformer.ln_f.")):
             theirs[name.removesuffix("weight") + "bias"] = torch.zeros(len(w))  # theirs has biases
     if odd := sorted(gpt2_names(fields["n_layer"]) ^ theirs.keys()):
-        raise UserError(f"this model is not transformers' GPT-2, as only one of them has {odd[0]}")
-    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise UserError(f"this model is not transformers' GPT-2: only one of the two has {odd[0]}")
+    if weights["lm_head.weight"].data_ptr() != weights["transformer.wte.weight"].data_ptr():
         raise UserError("this model is not transformers' GPT-2, whose head is the embedding's matrix")
     write_files(folder, config, tokens, theirs)
 

@@ -128,9 +128,12 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Returns what transformers does. Raises ValueError if the folder lacks a weight, or has it in
         another size, which transformers can be told to ignore: it would be what the memory held before."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing = set(info["missing_keys"])
-        for key in info["mismatched_keys"]:  # names; from transformers 5 on with both sizes
-            missing.add(key if isinstance(key, str) else key[0])
+        missing = list(info["missing_keys"])
+        for key in info["mismatched_keys"]:
+            if not isinstance(key, str):  # from transformers 5 on it is with both sizes
+                key = key[0]
+            missing.append(key)
+        missing = [key for key in missing if key.startswith("gpt.")]  # a subclass may add more
         if missing:
             raise ValueError(
                 f"the folder has no {min(missing)} of the size that this model needs; "
@@ -184,9 +187,9 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: int64 (B, T), the new tokens. attention_mask: (B, L), 0 where there is padding. labels:
         int64 (B, T), the same ids, -100 where one does not count; the loss is the mean cross-entropy, in
         nats, of predicting each from those before it. position_ids: (B, T); None: padding is not counted.
-        Without mask and cache they may begin again: there another text begins, which sees nothing of the one
-        before. Raises ValueError for more than block_size tokens, padding and cache included, and for what
-        only other models take or return.
+        With no mask and nothing in the cache, one that does not follow the one before begins another text,
+        which sees nothing of those before. Raises ValueError for more than block_size tokens, padding and
+        cache included, and for what only other models take or return.
         """
         self.refuse_what_only_others_serve(input_ids, kwargs)
         B, T = input_ids.shape
@@ -200,11 +203,9 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
             start = past_key_values.get_seq_length()
         L = start + T
         self.check_lengths(attention_mask, B, L)
-        mask = self.visible(attention_mask, start, L)
+        mask = self.visible(attention_mask, position_ids, start, L)
         if position_ids is None:
             position_ids = self.positions(attention_mask, start, L)
-        elif attention_mask is None and past_key_values is None:
-            mask = self.visible_of_packed(position_ids)
         pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer + 1)]
         x = self.gpt(input_ids, position_ids, pasts)
         if isinstance(logits_to_keep, int):
@@ -247,10 +248,10 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
             return torch.arange(start, L, device=self.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
 
-    def visible(self, attention_mask, start, L):
+    def visible(self, attention_mask, position_ids, start, L):
         """Returns what tokens start to L - 1 see, bool (B or 1, 1, T, L); None: each all up to itself."""
         if attention_mask is None and start == 0:
-            return None
+            return self.visible_of_packed(position_ids)
         key = torch.arange(L, device=self.device)
         query = torch.arange(start, L, device=self.device)[:, None]
         mask = (key <= query)[None, None]
@@ -260,7 +261,10 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return mask
 
     def visible_of_packed(self, position_ids):
-        """Returns what the tokens of packed texts see, bool (B, 1, T, T): those of their own text so far."""
+        """Returns what the tokens of packed texts see, bool (B or 1, 1, T, T): those of their own text so
+        far. None if there are no position_ids: it is one text."""
+        if position_ids is None:
+            return None
         begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
         text = begins.cumsum(1)
         same = text[:, :, None] == text[:, None]

@@ -28,7 +28,9 @@ def from_torchrun(name, default):
     empty. Raises UserError for what is no such number, or below the default."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < default:
-        raise UserError(f"{name}={text} in the environment is no number of at least {default}; unset {name}")
+        raise UserError(
+            f"{name}={text} in the environment must be a whole number, {default} or more; correct or unset it"
+        )
     return int(text)
 
 

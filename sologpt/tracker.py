@@ -25,10 +25,15 @@ class Wandb:
         self.module = importlib.import_module(name)
         settings = dataclasses.asdict(cfg)
         self.module.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
+        if name == "wandb":
+            self.module.define_metric("*", step_metric="iter")  # the axis of its plots
 
     def send(self, iter_num, figures):
-        # what is of one iteration comes into one row; nanoGPT's key `iter` stays
-        self.module.log(dict(iter=iter_num) | figures, step=iter_num)
+        row = dict(iter=iter_num) | figures
+        if self.name == "wandb":
+            self.module.log(row)  # with a step it would drop rows of a run that goes on from an earlier one
+        else:
+            self.module.log(row, step=iter_num)
 
     def close(self):
         failure = sys.exc_info()[1]

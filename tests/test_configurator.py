@@ -197,6 +197,8 @@ def test_a_key_that_a_config_file_imports_or_gives_a_function_is_not_ignored(tmp
         "with open(_path) as _f:\n    exec(_f.read())",
         "exec('steps = 7')",
         "globals()['steps'] = 7",
+        "globals().update(steps=7)",
+        "globals().update([('steps', 7)])",
         "def _set():\n    globals()['steps'] = 7\n\n_set()",
     ],
 )
@@ -223,6 +225,10 @@ def test_a_dash_of_a_word_processor_is_taken_for_what_it_was():
     for dash in "–—−":
         assert errors([f"{dash}steps=3"]) == [f"{dash}steps=3: write --steps=3"]
         assert errors([f"{dash}{dash}steps", "3"]) == [f"{dash}{dash}steps 3: write --steps=3"]
+        assert errors([f"{dash}{dash}steps", f"{dash}{dash}rate=0.3"]) == [
+            f"{dash}{dash}steps: write --steps=VALUE",
+            f"{dash}{dash}rate=0.3: write --rate=0.3",
+        ]
 
 
 def test_saved_values_are_taken_if_they_could_be_given():

@@ -125,7 +125,7 @@ def test_logits_of_padded_rows_are_those_of_the_rows_alone(tmp_path):
         on_the_left = other(left, mask).logits
         on_the_right = other(right, mask.flip(1)).logits
         assert on_the_left.isfinite().all() and on_the_right.isfinite().all()
-        assert other.visible(mask, 0, 17).any(-1).all()  # else older versions of torch give NaN
+        assert other.visible(mask, None, 0, 17).any(-1).all()  # else older versions of torch give NaN
         for row, prompt in enumerate(prompts):
             alone = model(prompt[None], prompt[None])[0][0, :, :97]
             assert (on_the_left[row, -len(prompt) :] - alone).abs().max() < 1e-4
@@ -278,12 +278,13 @@ def test_no_token_sees_a_later_one_at_any_positions(tmp_path, use_cache):
         torch.testing.assert_close(logits, other(idx).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_texts_do_not_see_each_other(tmp_path):
+@pytest.mark.parametrize("options", [{}, dict(use_cache=False)])
+def test_packed_texts_do_not_see_each_other(tmp_path, options):
     """What transformers' DataCollatorWithFlattening makes of a batch."""
     other = exported(tmp_path, modern())
     texts = [torch.randint(97, (1, length)) for length in (9, 1, 14)]
     positions = torch.cat([torch.arange(text.size(1)) for text in texts])[None]
-    packed = other(torch.cat(texts, dim=1), position_ids=positions, use_cache=False).logits
+    packed = other(torch.cat(texts, dim=1), position_ids=positions, **options).logits
     alone = torch.cat([other(text).logits for text in texts], dim=1)
     torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
 

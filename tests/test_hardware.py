@@ -213,6 +213,7 @@ def test_an_apple_gpu_computes_in_fp32_unless_asked_and_is_asked_nothing_of_cuda
         ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "3000"}, [3000]),
         ("0::/\n", {"memory.max": "5000\n"}, [5000]),  # in a container
         ("0::/gone\n", {}, []),
+        ("no such thing\n0::/\udcff\n", {}, []),
         # version 1, beside other controllers
         (
             "5:cpu,cpuacct:/c\n4:memory:/a\n0::/\n",
@@ -223,7 +224,7 @@ def test_an_apple_gpu_computes_in_fp32_unless_asked_and_is_asked_nothing_of_cuda
 )
 def test_limits_of_containers_are_seen(tmp_path, groups, files, limits):
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(groups)
+    (tmp_path / "proc/self/cgroup").write_text(groups, errors="surrogateescape")
     for name, text in files.items():
         path = tmp_path / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)

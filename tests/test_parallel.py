@@ -301,14 +301,12 @@ def test_without_torchrun_several_processes_are_refused(run, byte_data, tiny):
 
 def test_variables_of_torchrun_that_are_no_numbers_are_refused_in_one_line(run, byte_data, tiny):
     run("train.py", *tiny, "--max_iters=1", WORLD_SIZE="", LOCAL_WORLD_SIZE="")
+    text = "error: {} in the environment must be a whole number, {} or more; correct or unset it\n"
     for wrong in ("abc", "0", "-1", "1.5"):
         out = run("train.py", *tiny, status=1, WORLD_SIZE=wrong)
-        expected = (
-            f"error: WORLD_SIZE={wrong} in the environment is no number of at least 1; unset WORLD_SIZE\n"
-        )
-        assert out.stderr == expected
+        assert out.stderr == text.format(f"WORLD_SIZE={wrong}", 1)
     out = run("train.py", *tiny, status=1, WORLD_SIZE="2", RANK="x")
-    assert out.stderr == "error: RANK=x in the environment is no number of at least 0; unset RANK\n"
+    assert out.stderr == text.format("RANK=x", 0)
 
 
 def test_smaller_micro_batches_are_as_many_for_each_process(monkeypatch):

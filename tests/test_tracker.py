@@ -76,12 +76,10 @@ def test_wandb_has_what_the_log_has(spawn, byte_data, tiny, tmp_path):
         if kind == "history":
             items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
             found.append({name: json.loads(value) for name, value in items.items()})
-    rows = {}  # an evaluation, and the iteration after it, are one row
-    for iteration, figures in expected(tmp_path / "out"):
-        rows.setdefault(iteration, {}).update(by_slash(figures))
-    assert [row["_step"] for row in found] == [row["iter"] for row in found] == list(rows) == list(range(13))
-    for row, figures in zip(found, rows.values(), strict=True):
-        assert {name: row[name] for name in figures} == figures
+    assert len(found) == 15
+    for row, (iteration, figures) in zip(found, expected(tmp_path / "out"), strict=True):
+        assert row["iter"] == iteration
+        assert {name: row[name] for name in by_slash(figures)} == by_slash(figures)
 
 
 @pytest.mark.parametrize("name, failed", [("wandb", [dict(exit_code=1)]), ("trackio", [{}])])
@@ -89,14 +87,19 @@ def test_a_run_that_ends_with_an_error_is_not_finished_in_wandb(
     run, byte_data, tiny, monkeypatch, name, failed
 ):
     finished = []
-    nothing = dict(init=lambda **given: None, log=lambda figures, step: None)
-    module = types.SimpleNamespace(**nothing, finish=lambda **given: finished.append(given))
+    axes = []
+    module = types.SimpleNamespace(
+        init=lambda **given: None,
+        define_metric=lambda name, step_metric: axes.append((name, step_metric)),
+        log=lambda figures, step=None: None,
+        finish=lambda **given: finished.append(given),
+    )
     monkeypatch.setitem(sys.modules, name, module)
     flags = ["--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=2", f"--tracker={name}"]
     out = run("train.py", *tiny, *flags, status=1)
     assert finished == failed and "Try a lower --learning_rate or --grad_clip=1.0\n" in out.stderr
     run("train.py", *tiny, f"--tracker={name}")
-    assert finished[1:] == [{}]
+    assert finished[1:] == [{}] and axes == dict(wandb=[("*", "iter")] * 2, trackio=[])[name]
 
 
 @needs("trackio")
@@ -156,7 +159,8 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(
 
         return call
 
-    module = types.SimpleNamespace(**{name: function(name) for name in ("init", "log", "finish")})
+    names = ("init", "define_metric", "log", "finish")
+    module = types.SimpleNamespace(**{name: function(name) for name in names})
     monkeypatch.setitem(sys.modules, "wandb", module)
     out = run("train.py", *tiny, "--tracker=wandb")
     assert out.stderr.count("warning: wandb cannot be ") == 1 and "No space left on device" in out.stderr
