@@ -272,9 +272,10 @@ def similar_file(path):
     """Returns the path of a config file whose name is much like that of path, beside it or in config/; None
     if there is none."""
     folder, name = os.path.split(path)
+    scripts = os.listdir(os.path.dirname(os.path.abspath(__file__)))
     for place in (folder, os.path.join(folder, "config")):
         names = os.listdir(place or ".") if os.path.isdir(place or ".") else []
-        names = [n for n in names if n.endswith(".py") and n != "configurator.py"]
+        names = [n for n in names if n.endswith(".py") and n not in scripts]
         near = difflib.get_close_matches(name.removesuffix(".py") + ".py", names, n=1, cutoff=0.7)
         if near and name:
             return os.path.join(place, near[0])

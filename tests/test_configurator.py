@@ -299,6 +299,7 @@ def test_a_script_that_execs_it_as_nanogpts_do_is_told_so(tmp_path):
 
 def test_a_misspelt_file_name_is_guessed():
     assert "did you mean config/fineweb_125m.py?" in errors(["config/fineweb_124m.py"], TrainConfig)[0]
+    assert "did you mean" not in errors(["train_gpt.py"], TrainConfig)[0]  # train.py is no config
 
 
 def test_values_at_odds_are_reported_with_the_rest():
