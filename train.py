@@ -338,7 +338,8 @@ def train(run):
     accumulation = cfg.gradient_accumulation_steps
     batches = micro_batches(run.train_data, at.iter_num * accumulation, cfg, machine.device)
     step_loss = torch.zeros((), device=machine.device)
-    norm, lr = 0.0, 0.0
+    norm = 0.0
+    lr = 0.0
     gc.disable()  # a collection would stall the loop; evaluate() collects
     clock.restart()
 
