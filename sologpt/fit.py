@@ -20,7 +20,7 @@ def fit_batch_size(model, optimizers, cfg, machine):
     the first step, after compiling) or 0.8 times a computer's (the system kills a process that takes all of
     it). Returns that estimate. An evaluation alone takes less, and is simply tried.
 
-    Raises UserError if even the smallest batch_size cannot fit into a computer's memory.
+    Raises UserError if the smallest batch_size that auto_fit allows cannot fit into a computer's memory.
     """
     on_cpu = machine.device.type == "cpu"
     has = total_memory(machine.device) if on_cpu else available_memory(machine.device)

@@ -203,9 +203,10 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
             start = past_key_values.get_seq_length()
         L = start + T
         self.check_lengths(attention_mask, B, L)
-        mask = self.visible(attention_mask, position_ids, start, L)
+        key = torch.arange(L, device=input_ids.device)  # offloaded weights have another device
+        mask = self.visible(attention_mask, position_ids, start, key)
         if position_ids is None:
-            position_ids = self.positions(attention_mask, start, L)
+            position_ids = self.positions(attention_mask, start, key)
         pasts = [CachedLayer(past_key_values, layer, mask) for layer in range(self.config.n_layer + 1)]
         x = self.gpt(input_ids, position_ids, pasts)
         if isinstance(logits_to_keep, int):
@@ -242,18 +243,19 @@ class SoloGPTForCausalLM(PreTrainedModel, GenerationMixin):
                 f"for each token, those in the cache included"
             )
 
-    def positions(self, attention_mask, start, L):
-        """Returns the positions of tokens start to L - 1, (B or 1, T), counted without padding."""
+    def positions(self, attention_mask, start, key):
+        """Returns the positions of tokens start to L - 1, (B or 1, T), counted without padding. key: 0 to
+        L - 1."""
         if attention_mask is None:
-            return torch.arange(start, L, device=self.device)[None]
+            return key[None, start:]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
 
-    def visible(self, attention_mask, position_ids, start, L):
-        """Returns what tokens start to L - 1 see, bool (B or 1, 1, T, L); None: each all up to itself."""
+    def visible(self, attention_mask, position_ids, start, key):
+        """Returns what tokens start to L - 1 see, bool (B or 1, 1, T, L); None: each all up to itself. key: 0
+        to L - 1."""
         if attention_mask is None and start == 0:
             return self.visible_of_packed(position_ids)
-        key = torch.arange(L, device=self.device)
-        query = torch.arange(start, L, device=self.device)[:, None]
+        query = key[start:, None]
         mask = (key <= query)[None, None]
         if attention_mask is not None:
             mask = mask & attention_mask.bool()[:, None, None]
